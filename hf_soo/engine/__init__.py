@@ -1,0 +1,1 @@
+"""The step loop and its instruments; it knows no method."""

@@ -1,0 +1,169 @@
+"""What flows into and out of a layer, reduced at once and committed by the backward pass.
+
+A forward hook reduces the input to sums over its rows and passes the output through ``_Commit``, whose backward adds
+the sums to the layer's buffers. So there is exactly one commit for each micro-batch under gradient checkpointing of
+both kinds, under torch.compile (the state is tensors changed in place: no graph break) and under autocast, and none
+in evaluation. Nothing of size [N, d] is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_soo.engine.layers import Layer, accumulation_dtype, group_sums
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The statistics a method asks for.
+
+    Args:
+        inputs: sums of input rows.
+        outputs: sums of output-gradient rows (taken from ``bias.grad`` where that is the same).
+        groups: each sum is split into this many consecutive groups of rows.
+        noise: tell a sum of output gradients that is rounding noise from one that is data.
+    """
+
+    inputs: bool = False
+    outputs: bool = False
+    groups: int = 1
+    noise: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether hooks are needed at all."""
+        return self.inputs or self.outputs
+
+
+@dataclass(slots=True)
+class Buffers:
+    """Sums over the rows of one layer in the current window; all in the accumulation dtype.
+
+    Args:
+        rows: number of rows of each group, [groups].
+        inputs: Σ input rows, [groups, d_in]; empty if not needed.
+        outputs: Σ output gradients, [groups, d_out]; empty if not needed or given by ``bias.grad``.
+        noise: [2]: Σ over micro-batches of |Σe|², and of the level (4u)² Σ|e|² at which it is rounding noise.
+    """
+
+    rows: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    noise: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All buffers, in a fixed order."""
+        return [self.rows, self.inputs, self.outputs, self.noise]
+
+
+class _Commit(torch.autograd.Function):
+    """The identity on the layer's output; its backward commits the sums of this micro-batch."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor, channel_dim: int, *buffers: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, rows)
+        ctx.channel_dim = channel_dim
+        ctx.buffers = buffers
+        # detach, not view_as: an output that is a view of a custom function could not be modified in place (relu_).
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        inputs, rows = ctx.saved_tensors
+        row_buffer, input_buffer, output_buffer, noise_buffer = ctx.buffers
+        row_buffer.add_(rows)
+        if input_buffer.numel():
+            input_buffer.add_(inputs)
+        if output_buffer.numel() or noise_buffer.numel():
+            _commit_outputs(grad.movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
+        return grad, None, None, None, None, None, None, None
+
+
+def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
+    """Add the sums of output gradients [..., d_out] to the buffers."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    if outputs.numel():
+        outputs.add_(group_sums(rows, outputs.shape[0]))
+    if noise.numel():
+        dtype = noise.dtype
+        total = rows.sum(0, dtype=dtype).square().sum()
+        # Rounding each of N rows to unit roundoff u leaves about u²Σ|e|² in |Σe|²: 4u tells noise from data.
+        unit_roundoff = torch.finfo(grad.dtype).eps / 2
+        energy = torch.linalg.vector_norm(rows, dtype=dtype).square()
+        noise.add_(torch.stack([total, (4 * unit_roundoff) ** 2 * energy]))
+
+
+class Capture:
+    """The hooks and buffers of all layers.
+
+    ``collecting`` is read by every forward pass; the optimizer flips it at the end of a step, so that all micro-batches
+    of a window, and both passes of a checkpointed one, see the same value.
+    """
+
+    def __init__(self, layers: Sequence[Layer], needs: Needs) -> None:
+        """Install the hooks.
+
+        Args:
+            layers: the layers to watch.
+            needs: what to collect; nothing is hooked if it asks for nothing.
+        """
+        self.needs = needs
+        self.collecting = False
+        self.buffers = {layer.name: self._allocate(layer) for layer in layers} if needs.any else {}
+        self._handles = [self._hook(layer) for layer in layers] if needs.any else []
+
+    def _allocate(self, layer: Layer) -> Buffers:
+        d_out, d_in = layer.shape
+        weight, groups = layer.weight, self.needs.groups
+        from_bias = layer.bias is not None and groups == 1
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
+
+        return Buffers(
+            rows=zeros(groups),
+            inputs=zeros(groups, d_in if self.needs.inputs else 0),
+            outputs=zeros(groups, d_out if self.needs.outputs and not from_bias else 0),
+            noise=zeros(2 if self.needs.noise else 0),
+        )
+
+    def _hook(self, layer: Layer) -> torch.utils.hooks.RemovableHandle:
+        groups = self.needs.groups
+
+        def commit_in_backward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not (self.collecting and module.training and output.requires_grad):
+                return None
+            x = args[0].detach()
+            if self.buffers[layer.name].rows.device != x.device:  # the model moved after construction
+                self.buffers[layer.name] = self._allocate(layer)
+            buffers = self.buffers[layer.name]
+            inputs, rows = layer.input_sums(x, groups)
+            counts = group_sizes(rows, groups, buffers.rows)
+            committed: Tensor = _Commit.apply(output, inputs, counts, layer.channel_dim, *buffers.tensors())  # type: ignore[no-untyped-call]
+            return committed
+
+        return layer.module.register_forward_hook(commit_in_backward)
+
+    def clear(self) -> None:
+        """Drop what the current window has collected (a skipped step, an out-of-memory retry)."""
+        for buffers in self.buffers.values():
+            for tensor in buffers.tensors():
+                tensor.zero_()
+
+    def remove(self) -> None:
+        """Remove the hooks and free the buffers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.buffers = [], {}
+
+
+def group_sizes(rows: int, groups: int, like: Tensor) -> Tensor:
+    """How many of ``rows`` rows each of ``groups`` parts holds, as ``torch.tensor_split`` does it: [groups]."""
+    part = torch.arange(groups, device=like.device)
+    return rows // groups + (part < rows % groups).to(like.dtype)

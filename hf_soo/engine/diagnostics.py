@@ -1,0 +1,132 @@
+"""Is the run second-order? Per-layer health, kept on the device and read only when somebody asks."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine.linalg import Moved
+from hf_soo.engine.preconditioner import Outcome, Updated
+
+logger = logging.getLogger(__name__)
+
+CHECK_PERIOD = 100
+"""Steps between the checks that read a few numbers from the device."""
+
+INERT_COSINE = 0.9999
+"""A direction closer to the gradient than this has not been changed."""
+
+
+class Diagnostics:
+    """Records of the last step and the last update, and the warnings drawn from them."""
+
+    def __init__(self) -> None:
+        """Start with nothing recorded."""
+        self._moved: list[tuple[list[str], Moved]] = []
+        self._updated: list[tuple[list[str], Updated]] = []
+        self._lowest_cosine: Tensor | None = None
+        self._warned_inert = False
+        self._warned_layers: set[str] = set()
+
+    def begin_update(self) -> None:
+        """Forget the last update."""
+        self._updated = []
+
+    def begin_transform(self) -> None:
+        """Forget the last step."""
+        self._moved = []
+
+    def record_update(self, names: list[str], updated: Updated) -> None:
+        """Keep what an update of the named layers saw."""
+        self._updated.append((names, updated))
+
+    def record_transform(self, names: list[str], moved: Moved) -> None:
+        """Keep what a transform of the named layers did."""
+        self._moved.append((names, moved))
+        lowest = moved.cosine().min()
+        self._lowest_cosine = lowest if self._lowest_cosine is None else torch.minimum(self._lowest_cosine, lowest)
+
+    def check(self, step: int, method: str) -> None:
+        """Every CHECK_PERIOD steps: warn, once each, of an inert run and of layers that get no statistics.
+
+        Args:
+            step: optimizer steps done.
+            method: the optimizer's name, for the message.
+        """
+        if step % CHECK_PERIOD or self._lowest_cosine is None:
+            return
+        lowest = self._lowest_cosine.item()
+        self._lowest_cosine = None
+        if lowest > INERT_COSINE and not self._warned_inert:
+            self._warned_inert = True
+            logger.warning(
+                "%s has not changed the direction of any layer's gradient in %d steps (lowest cos(G, P) %.6f): this "
+                "run is first-order. Look at optimizer.diagnostics(); smaller damping or kv_scale='unit' may help.",
+                method, CHECK_PERIOD, lowest,
+            )  # fmt: skip
+        self._warn_of_layers(method)
+
+    def _warn_of_layers(self, method: str) -> None:
+        """Name the layers whose statistics could not be used at the last update, each once."""
+        lost: dict[str, list[str]] = {}
+        for name, outcomes in self._outcomes().items():
+            bad = {o for o in outcomes if o in (Outcome.NO_ROWS, Outcome.NOT_FINITE)}
+            if bad and name not in self._warned_layers:
+                self._warned_layers.add(name)
+                lost.setdefault(max(bad).text, []).append(name)
+        for reason, names in lost.items():
+            logger.warning("%s keeps the old factors of %d layers (%s): %s", method, len(names), reason, names)
+
+    def _outcomes(self) -> dict[str, list[Outcome]]:
+        return {
+            name: [Outcome(code) for code in codes]
+            for names, updated in self._updated
+            for name, codes in zip(names, updated.outcomes.tolist(), strict=True)
+        }
+
+    def rows(self) -> dict[str, dict[str, float | str]]:
+        """Per layer: cos(G, P) of the last step; |a|², |b|² and what became of each side at the last update.
+
+        Reads from the device: one host sync for each group of layers.
+        """
+        table: dict[str, dict[str, float | str]] = {}
+        for names, moved in self._moved:
+            finite = moved.after.isfinite().tolist()
+            for name, cosine, ok in zip(names, moved.cosine().tolist(), finite, strict=True):
+                table[name] = {"cos": cosine, "fallback": float(not ok)}
+        outcomes = self._outcomes()
+        for names, updated in self._updated:
+            for name, (a, b) in zip(names, updated.norms.tolist(), strict=True):
+                row = table.setdefault(name, {})
+                row |= {"a_norm2": a, "b_norm2": b}
+                row |= dict(zip(("input_side", "output_side"), (o.text for o in outcomes[name]), strict=True))
+        return table
+
+    def health(self, layers: Sequence[str]) -> dict[str, float]:
+        """A few numbers for a log line; empty before the first step, or without layers.
+
+        Args:
+            layers: the names of all layers that the method moves.
+
+        Returns:
+            ``cos_median`` and ``cos_min`` of cos(G, P), ``fallback_layers`` (no gradient, no statistics at the last
+            update, or a P that was not finite) and ``noise_layers`` (a side that was rounding noise).
+        """
+        rows = self.rows()
+        cosines = [float(row["cos"]) for row in rows.values() if "cos" in row]
+        if not cosines:
+            return {}
+        lost = (Outcome.NO_ROWS, Outcome.NOT_FINITE)
+        outcomes = self._outcomes()
+        fallback = {name for name in layers if "cos" not in rows.get(name, {}) or rows[name]["fallback"]}
+        fallback |= {name for name, codes in outcomes.items() if any(code in lost for code in codes)}
+        return {
+            "cos_median": statistics.median(cosines),
+            "cos_min": min(cosines),
+            "fallback_layers": float(len(fallback)),
+            "noise_layers": float(sum(Outcome.NOISE in codes for codes in outcomes.values())),
+        }

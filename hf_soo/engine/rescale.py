@@ -1,0 +1,61 @@
+"""How long the preconditioned gradient may be: scale factors computed from squared norms, without host syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine.linalg import Moved
+
+
+class Rescale(Protocol):
+    """A rule for the length of P."""
+
+    joint: bool  # True if the scales of all layers depend on each other
+
+    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor] | None:
+        """Scale factors [L] for each batch of layers, or None to leave P alone."""
+
+
+class NoRescale:
+    """P as it is."""
+
+    joint = False
+
+    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> None:
+        """None."""
+
+
+class MatchNorm:
+    """|P| = |G| for each layer, weight and bias together (MKOR, Algorithm 1, line 6)."""
+
+    joint = False
+
+    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
+        """|G| / |P|; 1 where P is 0 or a norm is not finite."""
+        ratios = [m.before.sqrt() / m.after.sqrt() for m in moved]
+        return [torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios]
+
+
+class KLClip:
+    """ν = min(1, √(κ / Σ η²⟨P, G⟩)) over all layers, η the scheduled learning rate (K-FAC, Eva)."""
+
+    joint = True
+
+    def __init__(self, kl_clip: float) -> None:
+        """Clip the step's predicted KL divergence.
+
+        Args:
+            kl_clip: κ > 0.
+        """
+        self.kl_clip = kl_clip
+
+    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
+        """The same ν for every layer; 1 if the sum is 0."""
+        total = torch.stack([(lr.square() * m.inner).sum() for m, lr in zip(moved, learning_rates, strict=True)]).sum()
+        nu = (self.kl_clip / total).sqrt()
+        nu = torch.where(nu.isfinite() & (total > 0), nu, 1.0).clamp(max=1.0)
+        return [nu.expand_as(m.inner) for m in moved]

@@ -1,0 +1,154 @@
+"""The base optimizers: a name, a class, or "package.module:Class" -> an optimizer over decay and no-decay groups."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_soo.engine.checks import unknown_key
+from hf_soo.optimizers.lamb import Lamb
+from hf_soo.optimizers.muon import Muon
+
+logger = logging.getLogger(__name__)
+
+Groups = list[dict[str, Any]]
+
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+"""Names of parameters that take no weight decay, as in transformers' Trainer."""
+
+HEADS = re.compile(r"(^|\.)(classifier|score|qa_outputs|seq_relationship|lm_head)$")
+"""Task heads: their few output rows are no hidden matrix, so Muon leaves them to its AdamW."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer by name.
+
+    Args:
+        title: one line about it.
+        cls: its class.
+        defaults: our defaults where they differ from the class's.
+    """
+
+    title: str
+    cls: type[Optimizer]
+    defaults: Mapping[str, Any]
+
+
+BASES: dict[str, Base] = {
+    "lamb": Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}),
+    "adamw": Base("AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel", torch.optim.AdamW, {"fused": True}),
+    "sgd": Base("SGD with momentum 0.9", torch.optim.SGD, {"momentum": 0.9}),
+    "rmsprop": Base("RMSProp", torch.optim.RMSprop, {}),
+    "muon": Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}),
+}
+
+
+def decay_groups(model: nn.Module, weight_decay: float | None) -> Groups:
+    """Trainable parameters in a decay and a no-decay group, as transformers' Trainer makes them.
+
+    Args:
+        model: the model.
+        weight_decay: of the decay group; None leaves it to the optimizer's default.
+
+    Returns:
+        The groups that are not empty.
+    """
+    norms = {f"{name}.{p}" for name, m in model.named_modules() if _is_norm(m) for p, _ in m.named_parameters()}
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (rest if name in norms or NO_DECAY.search(name) else decay).append(parameter)
+    first: dict[str, Any] = {"params": decay} if weight_decay is None else {
+        "params": decay, "weight_decay": weight_decay,
+    }  # fmt: skip
+    return [group for group in (first, {"params": rest, "weight_decay": 0.0}) if group["params"]]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return (
+        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
+        or "Norm" in type(module).__name__
+    )
+
+
+def build_base(
+    base: str | type[Optimizer], groups: Groups, lr: float, args: Mapping[str, Any], hidden: Iterable[nn.Parameter]
+) -> Optimizer:
+    """Make a base optimizer.
+
+    Args:
+        base: a name in ``BASES``, an optimizer class, or "package.module:Class".
+        groups: parameter groups.
+        lr: learning rate of all groups.
+        args: further arguments of the class.
+        hidden: the weights of hidden layers, for a base that treats matrices apart.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: the base or one of its arguments is unknown, or it refuses a value.
+    """
+    cls, defaults = resolve_base(base)
+    valid = base_arguments(cls)
+    for key in args:
+        if key not in valid:
+            raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", key, valid))
+    settings = {**defaults, **args}
+    if any(key in args for key in ("foreach", "fused", "capturable", "differentiable")):
+        settings = dict(args) | {k: v for k, v in defaults.items() if k != "fused" and k not in args}
+    if issubclass(cls, Muon):
+        settings["matrices"] = list(hidden)
+    if issubclass(cls, Lamb) and all(group.get("weight_decay") == 0 for group in groups):
+        logger.warning("LAMB adapts only groups with weight decay, and all have 0: it steps as Adam. Set weight_decay.")
+    try:
+        optimizer: Optimizer = cls(groups, lr=lr, **settings)  # type: ignore[call-arg]
+    except TypeError as error:
+        raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
+    return optimizer
+
+
+def resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping[str, Any]]:
+    """The class of a base and our defaults for it.
+
+    Args:
+        base: a name, a class, or "package.module:Class".
+
+    Returns:
+        The class and the defaults.
+
+    Raises:
+        ValueError: there is no such optimizer.
+    """
+    if isinstance(base, str) and base in BASES:
+        return BASES[base].cls, BASES[base].defaults
+    if isinstance(base, str) and ":" in base:
+        module, _, name = base.partition(":")
+        try:
+            base = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"base={base!r} cannot be imported ({error}); give 'package.module:Class'.") from error
+    if isinstance(base, type) and issubclass(base, Optimizer):
+        return base, {}
+    raise ValueError(
+        f"base={base!r} is no base optimizer; give one of {list(BASES)}, a torch.optim.Optimizer class, or "
+        "'package.module:Class'."
+    )
+
+
+def base_arguments(cls: type[Optimizer]) -> Sequence[str]:
+    """The keyword arguments that a user may set on a base."""
+    taken = {"self", "params", "lr", "weight_decay", "matrices"}
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return [p.name for p in parameters if p.name not in taken and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -1,0 +1,268 @@
+"""LAMB: layer-wise adaptive moments (You et al., ICLR 2020), with the semantics of NVIDIA apex's FusedLAMB.
+
+    g ← g / max(1, ‖g‖_all / max_grad_norm)            one norm over every group
+    m ← β₁m + (1-β₁)g        v ← β₂v + (1-β₂)g²
+    u = (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε) + κw      decay inside the norm
+    r = ‖w‖ / ‖u‖,  1 where a norm is 0 or κ = 0       one ratio per tensor
+    w ← w - η r u
+
+| paper | name here | apex's name |
+|---|---|---|
+| η | `lr` | `lr` |
+| β₁, β₂ | `betas` | `betas` |
+| ε | `eps` | `eps` |
+| λ (κ above) | `weight_decay` | `weight_decay` |
+| φ | the identity, unclamped | the same |
+| - | `max_grad_norm` | `max_grad_norm` |
+| - | `always_adapt` | `use_nvlamb` |
+
+Deviation: `max_grad_norm=None` switches the clip off (apex's 0 would zero every gradient, so 0 is refused here);
+half-precision parameters keep fp32 moments; the step counter is kept per parameter.
+
+How it is fast: a tensor is walked in pieces (pieces.py) that stay in cache while all of the above happens to them.
+torch's fused Adam kernel turns a piece that holds -κw into -u, and -u waits in the gradient's own memory until the
+tensor's ratio is known. **So `.grad` is scratch space: after `step` its content is unspecified** (as with apex).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from hf_soo.optimizers.pieces import Slot, bundles, cut, flat, piece_size, wide_dtype
+
+
+class Lamb(Optimizer):
+    """LAMB over per-tensor trust ratios; no host synchronisation in `step`."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = 1.0,
+        always_adapt: bool = False,
+    ) -> None:
+        """Validate the hyperparameters and set up the groups.
+
+        Args:
+            params: Parameters or parameter groups.
+            lr: Step size η; the trust ratio multiplies it.
+            betas: Decay of the first and second moment.
+            eps: Added to √v̂.
+            weight_decay: κ, decoupled from the moments but inside the trust ratio. Groups with 0 take plain Adam steps.
+            max_grad_norm: Clip the gradient's norm over all groups to this; None does not clip. Outside, do not clip again.
+            always_adapt: Apply the trust ratio to groups without weight decay too.
+
+        Raises:
+            ValueError: If a value is outside its range.
+        """
+        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Lamb: max_grad_norm={max_grad_norm!r} must be positive, or None to switch the clip off")
+        self.max_grad_norm = max_grad_norm
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, always_adapt=always_adapt)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group whose own values have been validated.
+
+        Args:
+            param_group: As for `torch.optim.Optimizer`.
+        """
+        super().add_param_group(param_group)
+        _check(**{name: self.param_groups[-1][name] for name in ("lr", "betas", "eps", "weight_decay")})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; `.grad` is overwritten.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        excess = self._clip_divisor()
+        for group in self.param_groups:
+            for params in _by_device_and_dtype(group["params"]):
+                self._step_params(group, params, excess)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the moments keep the dtype they were saved in (the base class casts them to the parameter's).
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        owned = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, owned, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                self.state[param][name] = value.to(param.device)
+
+    def _clip_divisor(self) -> Tensor | None:
+        """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip.
+
+        The norm is summed over pieces: on CPU one fp32 reduction over 31M elements comes out 1.6e-3 too small.
+        """
+        if self.max_grad_norm is None:
+            return None
+        norms: list[Tensor] = []
+        for params in _by_device_and_dtype(chain.from_iterable(group["params"] for group in self.param_groups)):
+            size = piece_size(params[0])
+            grads = chain.from_iterable(torch.split(flat(p.grad), size) for p in params if p.grad is not None)
+            norms.extend(torch._foreach_norm(list(grads), 2, dtype=wide_dtype(params[0])))
+        if not norms:
+            return None
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return torch.clamp(total / self.max_grad_norm, min=1.0)
+
+    def _step_params(self, group: dict[str, Any], params: list[Tensor], excess: Tensor | None) -> None:
+        """Step parameters of one device and dtype."""
+        size = piece_size(params[0])
+        if excess is not None:
+            excess = excess.to(params[0].device)
+        scratch = torch.empty(size, dtype=wide_dtype(params[0]), device=params[0].device)
+        steps = [self._state(p)["step"] for p in params]
+        torch._foreach_add_(steps, 1)
+        for bundle in bundles(params, size):
+            slots = [Slot.of(p, self.state[p]) for p in bundle]
+            pieces = cut(slots, size)
+            norms = [update_(piece, scratch, group, excess) for piece in pieces]
+            apply_(pieces, norms, group)
+            for param, slot in zip(bundle, slots, strict=True):
+                if not param.is_contiguous():  # the flat tensor was a copy
+                    param.copy_(slot.param.view(param.shape))
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            dtype = wide_dtype(param)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+            state["exp_avg_sq"] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        return state
+
+
+def update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: Tensor | None) -> Tensor | None:
+    """Update the moments of a piece and leave -u in its gradients.
+
+    Args:
+        piece: Slots.
+        scratch: At least as many elements as the piece.
+        group: The hyperparameters.
+        excess: Divisor of the gradients, or None.
+
+    Returns:
+        ‖w‖ and ‖u‖ of each slot, [2, slots], or None where no ratio is wanted.
+    """
+    params = [slot.param for slot in piece]
+    grads = [slot.grad for slot in piece]
+    sizes = [param.numel() for param in params]
+    whole = scratch[: sum(sizes)]
+    minus_u = list(torch.split(whole, sizes))
+    decay, adapt = group["weight_decay"], _adapts(group)
+    norms: list[Tensor] = []
+    if adapt:
+        torch._foreach_copy_(minus_u, params)
+        norms += torch._foreach_norm(minus_u)  # ‖w‖, in the moments' dtype
+        whole.mul_(-decay)
+    else:
+        whole.zero_()
+    if excess is not None:
+        torch._foreach_div_(grads, excess)
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(  # -κw ← -κw - m̂ / (√v̂ + ε), moments updated
+        minus_u,
+        grads,
+        [slot.exp_avg for slot in piece],
+        [slot.exp_avg_sq for slot in piece],
+        [],
+        [slot.step for slot in piece],
+        lr=1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    if adapt:
+        norms += torch._foreach_norm(minus_u)  # ‖u‖
+    torch._foreach_copy_(grads, minus_u)
+    return torch.stack(norms).view(2, len(piece)) if adapt else None
+
+
+def apply_(pieces: list[list[Slot]], norms: list[Tensor | None], group: dict[str, Any]) -> None:
+    """W ← w - η r u over the pieces of one bundle, the latest first: it is still in cache.
+
+    Args:
+        pieces: Slots whose gradients hold -u.
+        norms: What `update_` returned for each piece.
+        group: The hyperparameters.
+    """
+    known = [norm for norm in norms if norm is not None]
+    rates = (group["lr"] * trust_ratio(torch.stack(known))).unbind() if known else None
+    for piece in reversed(pieces):
+        if rates is None:
+            torch._foreach_add_([slot.param for slot in piece], [slot.grad for slot in piece], alpha=group["lr"])
+            continue
+        for slot, rate in zip(piece, rates, strict=True):
+            slot.param.addcmul_(slot.grad, rate)
+
+
+def trust_ratio(norms: Tensor) -> Tensor:
+    """‖w‖ / ‖u‖ of each tensor, 1 where either is 0.
+
+    Args:
+        norms: ‖w‖ and ‖u‖ of the pieces, [pieces, 2, tensors].
+
+    Returns:
+        The ratios, [tensors].
+    """
+    w_norm, u_norm = torch.linalg.vector_norm(norms, dim=0)
+    return torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+
+
+def _adapts(group: dict[str, Any]) -> bool:
+    return bool(group["weight_decay"] != 0 or group["always_adapt"])
+
+
+def _by_device_and_dtype(params: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The parameters that have a gradient, gathered by device and dtype."""
+    gathered: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        if param.grad is None:
+            continue
+        if param.grad.is_sparse:
+            raise ValueError("Lamb: a sparse gradient is not supported; build the embedding with sparse=False")
+        if isinstance(param, DTensor):
+            raise NotImplementedError(
+                "Lamb: the norm of a sharded tensor (DTensor) is not supported; use DDP, or base='adamw'"
+            )
+        gathered.setdefault((param.device, param.dtype), []).append(param)
+    return list(gathered.values())
+
+
+def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"Lamb: {name}={value!r} must be 0 or more")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"Lamb: betas={betas!r} must be two numbers in [0, 1)")

@@ -1,0 +1,62 @@
+"""Kronecker vectors: the means of a layer's inputs and output gradients, in the scale a method wants them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine.preconditioner import Outcome, Side, Updated
+from hf_soo.engine.statistics import Statistics
+
+KVScale = Literal["unit", "sum", "mean"]
+KV_SCALES = ("unit", "sum", "mean")
+
+
+def kronecker_vectors(
+    statistics: Statistics, side: Side, scale: KVScale, target: float = 1.0, clip: float | None = None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The r vectors of one side, whether they can be used, and their size as they came.
+
+    ``"mean"``: mean input row a, mean output gradient b (the released Eva). ``"sum"``: a as before, b = Σ dL/dy =
+    ``bias.grad`` (the released MKOR). ``"unit"``: each vector v rescaled to |v|² = d·target, so that neither batch
+    size, loss scale nor clipping change the curvature's strength; then rounding noise must not be scaled up, and a
+    side that is noise is not used.
+
+    Args:
+        statistics: of a group of layers.
+        side: which side.
+        scale: see above.
+        target: τ of the unit scale.
+        clip: bound on the entries before the unit scaling, or None.
+
+    Returns:
+        V [L, r, d], each vector scaled by 1/√r so that VᵀV is a mean over groups, or None if the side has no statistics; an ``Outcome`` for each layer,
+        int64 [L]; and the squared norm of the mean over groups in the "sum" (or "mean") scale, [L].
+    """
+    means = statistics.inputs if side is Side.INPUT else statistics.outputs
+    if means is None:
+        zeros = torch.zeros_like(statistics.rows)
+        return None, zeros.long(), zeros
+    v = means * statistics.rows[:, None, None] if side is Side.OUTPUT and scale != "mean" else means
+    size = v.mean(-2).square().sum(-1)
+    if clip is not None:
+        v = v.clamp(-clip, clip)
+    if scale == "unit":
+        v = v * ((v.shape[-1] * target) ** 0.5 / torch.linalg.vector_norm(v, dim=-1, keepdim=True))
+    outcome = _outcomes(means, statistics, noise_matters=scale == "unit" and side is Side.OUTPUT)
+    return v / means.shape[-2] ** 0.5, outcome, size
+
+
+def _outcomes(means: Tensor, statistics: Statistics, noise_matters: bool) -> Tensor:
+    zero = (means == 0).all(-1).any(-1)
+    noise = zero if statistics.noise is None or not noise_matters else zero | statistics.noise
+    outcome = torch.where(noise, Outcome.NOISE.value, Outcome.UPDATED.value)
+    outcome = torch.where(means.isfinite().all(-1).all(-1), outcome, Outcome.NOT_FINITE.value)
+    return torch.where(statistics.rows > 0, outcome, Outcome.NO_ROWS.value)
+
+
+def updated(outcomes: dict[Side, Tensor], sizes: dict[Side, Tensor]) -> Updated:
+    """Both sides' outcomes and sizes, in the order of ``Side``."""
+    return Updated(torch.stack([outcomes[s] for s in Side], -1), torch.stack([sizes[s] for s in Side], -1))
