@@ -68,9 +68,11 @@ class LinearLayer(Layer):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
+        """See ``Layer.input_sums``; x is [..., d_in]."""
         rows = x.reshape(-1, x.shape[-1])
         return group_sums(rows, groups), rows.shape[0]
 
@@ -80,9 +82,11 @@ class Conv1DLayer(LinearLayer):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(nf, nx)."""
         return int(self.module.nf), int(self.module.nx)  # type: ignore[arg-type]
 
     def as_matrix(self, weight: Tensor) -> Tensor:
+        """The transpose."""
         return weight.mT
 
 
@@ -94,10 +98,12 @@ class Conv2dLayer(Layer):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out_channels, in_channels x kh x kw)."""
         conv = self.module
         return conv.out_channels, conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
 
     def as_matrix(self, weight: Tensor) -> Tensor:
+        """[out_channels, in_channels x kh x kw]."""
         return weight.flatten(1)
 
     def _padding(self) -> tuple[int, ...]:
@@ -112,6 +118,7 @@ class Conv2dLayer(Layer):
         return tuple(sides)
 
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
+        """See ``Layer.input_sums``; x is [batch, channels, height, width]."""
         # Unfold is linear: the sum of the patches of a batch is the patches of its sum, so one image is unfolded.
         conv, dtype = self.module, accumulation_dtype(x.dtype)
         images = torch.stack([part.sum(0, dtype=dtype) for part in x.tensor_split(groups)])

@@ -32,8 +32,9 @@ def kronecker_vectors(
         clip: bound on the entries before the unit scaling, or None.
 
     Returns:
-        V [L, r, d], each vector scaled by 1/√r so that VᵀV is a mean over groups, or None if the side has no statistics; an ``Outcome`` for each layer,
-        int64 [L]; and the squared norm of the mean over groups in the "sum" (or "mean") scale, [L].
+        V [L, r, d], each vector scaled by 1/√r so that VᵀV is a mean over groups, or None if the side has no
+        statistics; an ``Outcome`` for each layer, int64 [L]; and the squared norm of the mean over groups, in
+        the "sum" or "mean" scale, [L].
     """
     means = statistics.inputs if side is Side.INPUT else statistics.outputs
     if means is None:

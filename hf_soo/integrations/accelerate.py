@@ -1,0 +1,44 @@
+"""Accelerate: our optimizer under its wrapper, and the loss scale of fp16 training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_soo.engine.optimizer import PreconditionedOptimizer
+
+
+def unwrap_optimizer(optimizer: Any) -> PreconditionedOptimizer | None:
+    """Our optimizer inside accelerate's wrapper, or None if it is another one.
+
+    Args:
+        optimizer: what ``accelerator.prepare`` returned, or a bare optimizer.
+    """
+    while optimizer is not None and not isinstance(optimizer, PreconditionedOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def bind(accelerator: Accelerator, optimizer: Any) -> None:
+    """Tell the optimizer the loss scale, so that captured output gradients are unscaled like the others.
+
+    Args:
+        accelerator: the accelerator that runs the backward pass.
+        optimizer: our optimizer, wrapped or not.
+
+    Raises:
+        NotImplementedError: the accelerator shards parameters in a way that this version does not handle.
+    """
+    ours = unwrap_optimizer(optimizer)
+    if ours is None:
+        return
+    kind = str(accelerator.distributed_type.value).upper()
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise NotImplementedError(
+            f"{ours.name} under {kind} is not supported in this version: it needs whole gradients; "
+            "use DistributedDataParallel (accelerate launch --multi_gpu)."
+        )
+    scaler = accelerator.scaler
+    if scaler is not None:
+        ours.loss_scale = lambda: float(scaler.get_scale())

@@ -1,0 +1,123 @@
+"""TrainingArguments that know this project's optimizers, and settings written as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_soo.registry import METHODS
+
+POLY_WARMUP = "poly_warmup"
+
+
+@dataclass
+class SecondOrderTrainingArguments(TrainingArguments):
+    """TrainingArguments whose ``optim`` may also be a name in ``hf_soo.available()``.
+
+    Those names are ours even where transformers has the same one ("sgd", "rmsprop"). ``lr_scheduler_type`` may also
+    be "poly_warmup", the schedule of BERT's LAMB recipes. Everything else is as in TrainingArguments.
+    """
+
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={"help": f"The optimizer: one of {', '.join(METHODS)}, or any of transformers' OptimizerNames."},
+    )
+    optim_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the method, 'update_period=10,factor_decay=0.95' or a JSON object; for a base "
+            "optimizer alone, its own arguments."
+        },
+    )
+    base_optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer under a second-order method: lamb, adamw, sgd, rmsprop, muon or module:Class."
+        },
+    )
+    base_optim_args: str | None = field(
+        default=None, metadata={"help": "Its arguments: 'rest_lr=0.01', or JSON: '{\"betas\": [0.9, 0.99]}'."}
+    )
+    precondition_include: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions: precondition only modules whose name matches one."}
+    )
+    precondition_exclude: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions: leave modules whose name matches one to the base."}
+    )
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "A transformers SchedulerType, or 'poly_warmup' (LAMB's BERT recipes)."}
+    )
+
+    def __post_init__(self) -> None:
+        """Let TrainingArguments check its own fields, and keep our values of the two that it would refuse.
+
+        Raises:
+            ValueError: settings cannot be read, or are given for one of transformers' own optimizers.
+        """
+        ours = {
+            name: str(getattr(self, name))
+            for name, known in (("optim", METHODS), ("lr_scheduler_type", (POLY_WARMUP,)))
+            if str(getattr(self, name)) in known
+        }
+        stand_in = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
+        for name in ours:
+            setattr(self, name, stand_in[name])
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        for name, value in ours.items():
+            setattr(self, name, value)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        parse_settings("base_optim_args", self.base_optim_args)
+        if self.optim in METHODS:
+            parse_settings("optim_args", self.optim_args)
+            return
+        for name in ("base_optim", "base_optim_args", "precondition_include", "precondition_exclude"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with optim={str(self.optim)!r}, which is "
+                    f"transformers' own; leave it out, or use one of {', '.join(METHODS)}."
+                )
+
+
+def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Settings from "key=value,key=value" or a JSON object.
+
+    Args:
+        what: where the text came from, for the message.
+        text: the settings; values are read as Python literals ("none" is None), else as strings.
+
+    Returns:
+        Key -> value.
+
+    Raises:
+        ValueError: the text is neither form.
+    """
+    if text is None or isinstance(text, dict):
+        return dict(text or {})
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{what}={text!r} is no JSON object ({error}); give '{{\"key\": value}}'.") from error
+    settings = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"{what}={text!r}: {part!r} is no 'key=value'; for lists give a JSON object.")
+        settings[key.strip()] = _literal(value.strip())
+    return settings
+
+
+def _literal(text: str) -> Any:
+    named = {"none": None, "true": True, "false": False}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a word: "dense", "unit"
+        return text

@@ -1,0 +1,248 @@
+"""Second-order optimizers in transformers' Trainer.
+
+``SecondOrderTrainer`` is Trainer with ``optim`` extended; ``SecondOrderTrainerMixin`` does the same for any subclass:
+``class MyTrainer(SecondOrderTrainerMixin, SFTTrainer)``. ``optimizer_factory`` serves the stock Trainer in a single
+process or under DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, TrainerCallback
+
+from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.integrations.accelerate import bind, unwrap_optimizer
+from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
+from hf_soo.integrations.checkpoints import last_whole_checkpoint, load_preconditioner, save_preconditioner
+from hf_soo.optimizers.schedules import poly_warmup
+from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer
+
+__all__ = [
+    "SecondOrderTrainer",
+    "SecondOrderTrainerMixin",
+    "SecondOrderTrainingArguments",
+    "ignores_loss_kwargs",
+    "optimizer_factory",
+]
+
+logger = logging.getLogger(__name__)
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object  # a mixin at run time; typed as what it is mixed into
+
+
+class SecondOrderTrainerMixin(_Base):
+    """Put before Trainer, or a subclass of it, in a class's bases.
+
+    With ``args`` that are SecondOrderTrainingArguments, ``args.optim`` may name one of ours; with any other
+    TrainingArguments it is Trainer with the loss of models that ignore ``num_items_in_batch`` put right.
+    """
+
+    args: SecondOrderTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer.
+
+        Args:
+            *args: Trainer's.
+            **kwargs: Trainer's.
+        """
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is None and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
+            # Trainer takes **kwargs in forward for a promise to divide the loss by num_items_in_batch. BERT's heads
+            # break it, and the loss would be (accumulation steps x processes) times too large.
+            self.model_accepts_loss_kwargs = False
+        self.add_callback(_WindowCallback(self))
+
+    @property
+    def second_order(self) -> PreconditionedOptimizer | None:
+        """Our optimizer, without accelerate's wrapper; None before training or with one of transformers' own."""
+        return unwrap_optimizer(self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Build ours if ``args.optim`` names one, over Trainer's decay and no-decay groups.
+
+        Args:
+            model: the model, if it is not ``self.model``.
+
+        Returns:
+            The optimizer.
+        """
+        args = self.args
+        ours = isinstance(args, SecondOrderTrainingArguments) and args.optim in METHODS
+        if ours and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer = self._build(bare_model(model or self.model))  # type: ignore[arg-type]
+        optimizer: Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def _build(self, model: nn.Module) -> PreconditionedOptimizer:
+        args = self.args
+        if args.n_gpu > 1:
+            raise NotImplementedError(
+                f"{args.optim} with {args.n_gpu} GPUs in one process (DataParallel): replicas lose their statistics; "
+                "start one process for each GPU with torchrun or accelerate launch."
+            )
+        decayed = set(self.get_decay_parameter_names(model))
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if name in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+        ]
+        optimizer = assemble(
+            args.optim,
+            model,
+            [group for group in groups if group["params"]],
+            lr=args.learning_rate,
+            base=args.base_optim,
+            base_args=parse_settings("base_optim_args", args.base_optim_args),
+            include=args.precondition_include,
+            exclude=args.precondition_exclude,
+            settings=parse_settings("optim_args", args.optim_args),
+        )
+        optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
+        bind(self.accelerator, optimizer)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Add "poly_warmup" to Trainer's schedules.
+
+        Args:
+            num_training_steps: the length of the schedule.
+            optimizer: the optimizer, if it is not ``self.optimizer``.
+
+        Returns:
+            The scheduler.
+        """
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == POLY_WARMUP:
+            self.lr_scheduler = poly_warmup(
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                **parse_settings("lr_scheduler_kwargs", self.args.lr_scheduler_kwargs),
+            )
+            self._created_lr_scheduler = True
+        scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        return scheduler
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; ``resume_from_checkpoint=True`` passes over a checkpoint that was not written to its end.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in ``output_dir``.
+            *args: Trainer's.
+            **kwargs: Trainer's.
+
+        Returns:
+            Trainer's TrainOutput.
+
+        Raises:
+            ValueError: True, and there is no whole checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no whole checkpoint; leave it out."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.second_order is not None and self.args.should_save:
+            save_preconditioner(output_dir, self.second_order.second_order_state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Our file first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
+        if self.second_order is not None and checkpoint is not None:
+            self.second_order.load_second_order_state(load_preconditioner(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the run's health to each training log, as "soo/...".
+
+        Args:
+            logs: what Trainer logs.
+            start_time: Trainer's.
+        """
+        if self.second_order is not None and "loss" in logs:
+            logs = logs | {f"soo/{key}": value for key, value in self.second_order.health().items()}
+        super().log(logs, start_time)
+
+
+class SecondOrderTrainer(SecondOrderTrainerMixin, Trainer):
+    """Trainer whose ``args`` are SecondOrderTrainingArguments."""
+
+
+class _WindowCallback(TrainerCallback):
+    """Starts each accumulation window clean: a skipped step or an out-of-memory retry leaves partial statistics."""
+
+    def __init__(self, trainer: SecondOrderTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.second_order is not None:
+            self.trainer.second_order.begin_window()
+
+
+class _Factory:
+    """What Trainer's ``optimizer_cls_and_kwargs`` wants: a class whose instance is called with the model."""
+
+    def __call__(self, model: nn.Module, name: str, **kwargs: Any) -> PreconditionedOptimizer:
+        if ignores_loss_kwargs(bare_model(model)):
+            logger.warning(
+                "%s ignores num_items_in_batch, but the stock Trainer believes otherwise: with gradient accumulation "
+                "or several processes its loss is too large. Set model.accepts_loss_kwargs = False before Trainer, or "
+                "use SecondOrderTrainer.",
+                type(model).__name__,
+            )
+        return build_optimizer(name, model, **kwargs)
+
+
+def optimizer_factory(name: str, **kwargs: Any) -> tuple[type[_Factory], dict[str, Any]]:
+    """For the stock Trainer: ``Trainer(..., optimizer_cls_and_kwargs=optimizer_factory("mkor", lr=4e-3))``.
+
+    Args:
+        name: one of ``hf_soo.available()``.
+        **kwargs: ``hf_soo.build_optimizer``'s.
+
+    Returns:
+        The value of Trainer's argument.
+
+    Raises:
+        ValueError: the name is unknown or lr is missing.
+    """
+    if name not in METHODS or "lr" not in kwargs:
+        raise ValueError(f"optimizer_factory({name!r}, {kwargs}) needs lr=... and a name from {', '.join(METHODS)}.")
+    return _Factory, {"name": name, **kwargs}
+
+
+def ignores_loss_kwargs(model: nn.Module) -> bool:
+    """Whether a model takes ``num_items_in_batch`` in ``**kwargs`` but does not divide its loss by it.
+
+    Read from the source of its ``forward``: transformers' heads that keep the promise hand ``**kwargs`` to
+    ``self.loss_function``. A model that says ``accepts_loss_kwargs`` itself is believed.
+
+    Args:
+        model: the bare model.
+    """
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()  # type: ignore[operator]
+    if hasattr(model, "accepts_loss_kwargs"):
+        return not model.accepts_loss_kwargs
+    forward = inspect.unwrap(type(model).forward)
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
+        return False
+    try:
+        source = inspect.getsource(forward)
+    except OSError:  # no source at hand (interactive, frozen): believe Trainer
+        return False
+    return "num_items_in_batch" not in source and "loss_function" not in source
