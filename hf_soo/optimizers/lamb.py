@@ -26,8 +26,7 @@ tensor's ratio is known. **So `.grad` is scratch space: after `step` its content
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -61,7 +60,7 @@ class Lamb(Optimizer):
             betas: Decay of the first and second moment.
             eps: Added to √v̂.
             weight_decay: κ, decoupled from the moments but inside the trust ratio. Groups with 0 take plain Adam steps.
-            max_grad_norm: Clip the gradient's norm over all groups to this; None does not clip. Outside, do not clip again.
+            max_grad_norm: Clip the gradient's norm over all groups to this; None: no clip. Do not clip outside too.
             always_adapt: Apply the trust ratio to groups without weight decay too.
 
         Raises:
@@ -70,9 +69,9 @@ class Lamb(Optimizer):
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Lamb: max_grad_norm={max_grad_norm!r} must be positive, or None to switch the clip off")
-        self.max_grad_norm = max_grad_norm
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, always_adapt=always_adapt)
-        super().__init__(params, defaults)
+        # The clip spans the groups: like apex it is read from the defaults, which a pickled optimizer keeps.
+        super().__init__(params, {**defaults, "max_grad_norm": max_grad_norm})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose own values have been validated.
@@ -121,7 +120,8 @@ class Lamb(Optimizer):
 
         The norm is summed over pieces: on CPU one fp32 reduction over 31M elements comes out 1.6e-3 too small.
         """
-        if self.max_grad_norm is None:
+        limit = self.defaults["max_grad_norm"]
+        if limit is None:
             return None
         norms: list[Tensor] = []
         for params in _by_device_and_dtype(chain.from_iterable(group["params"] for group in self.param_groups)):
@@ -131,7 +131,7 @@ class Lamb(Optimizer):
         if not norms:
             return None
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        return torch.clamp(total / self.max_grad_norm, min=1.0)
+        return torch.clamp(total / limit, min=1.0)
 
     def _step_params(self, group: dict[str, Any], params: list[Tensor], excess: Tensor | None) -> None:
         """Step parameters of one device and dtype."""

@@ -4,8 +4,8 @@
     AdamW   as in torch, with its own rate `rest_lr`
 
 Each given group is split in two, marked `algorithm: "muon"` and `"adamw"`; torch's two optimizers step those very
-dictionaries and share one state. So schedulers, GradScaler, checkpoints, and whoever replaces `group["params"]`, see one
-ordinary optimizer.
+dictionaries and share one state. So schedulers, GradScaler, checkpoints, and whoever replaces `group["params"]`, see
+one ordinary optimizer.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Muon(Optimizer):
 
         Args:
             params: Parameters or groups. A group's own `lr` scales the rates of both its parts by `group["lr"] / lr`;
-                its own `weight_decay` holds for both. A group that names its `algorithm` is not split and keeps its `lr`.
+                its own `weight_decay` holds for both. A group that names its `algorithm` is taken as it is.
             lr: Step size of the matrices.
             matrices: Parameters that are the weights of hidden layers, each of two dimensions; those in no group are
                 ignored. Embeddings, the vocabulary decoder and heads do not belong here.
-            rest_lr: AdamW's step size for everything else; None takes `lr`. Tune it: it matters more than any other value.
+            rest_lr: AdamW's step size for everything else; None takes `lr`. Tune it: no value matters more.
             weight_decay: κ, decoupled, for both.
             momentum: μ.
             nesterov: Whether Newton-Schulz sees (1-μ)G + μB rather than B.
@@ -64,7 +64,7 @@ class Muon(Optimizer):
         self._lr = lr
         self._rest_lr = lr if rest_lr is None else rest_lr
         _check(lr, self._rest_lr, momentum, ns_steps)
-        self._matrices = {id(matrix) for matrix in matrices}
+        self._matrices = list(matrices)
         # The rules get their groups in step(); a placeholder lets torch validate the values and tell the defaults.
         self._rules: dict[str, Optimizer] = {
             "muon": torch.optim.Muon(
@@ -85,6 +85,10 @@ class Muon(Optimizer):
             raise ValueError(
                 "Muon: none of the parameters is among `matrices`; pass the hidden layers' weights, or use AdamW"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("_lr", "_rest_lr", "_matrices", "_rules")}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by algorithm unless it names its own.
@@ -142,9 +146,10 @@ class Muon(Optimizer):
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         scale = group["lr"] / self._lr if "lr" in group and self._lr else 1.0
         rates = {"muon": self._lr, "adamw": self._rest_lr}
+        matrices = {id(matrix) for matrix in self._matrices}
         parts = []
         for algorithm, rate in rates.items():
-            chosen = [param for param in params if (id(param) in self._matrices) == (algorithm == "muon")]
+            chosen = [param for param in params if (id(param) in matrices) == (algorithm == "muon")]
             if chosen or not params:
                 parts.append({**group, "params": chosen, "lr": rate * scale, "algorithm": algorithm})
         return parts
@@ -166,7 +171,7 @@ class Muon(Optimizer):
         if is_muon and not group["nesterov"] and any(p.dtype == torch.bfloat16 for p in group["params"]):
             # torch 2.9-2.13 normalises the bf16 momentum buffer itself in place.
             raise ValueError(
-                "Muon: nesterov=False with bfloat16 parameters is wrong in torch's Muon; use nesterov=True or fp32 parameters"
+                "Muon: nesterov=False with bfloat16 parameters is wrong in torch's Muon; use nesterov=True, or fp32"
             )
 
 

@@ -1,0 +1,157 @@
+"""What a pretraining run starts from: prepared data and a BERT for its vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig, set_seed
+
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_soo.tasks.bert import GatheredBertForPreTraining, check_vocabulary
+from hf_soo.tasks.pretraining_data import PrepareConfig, load_prepared, prepare
+from hf_soo.tasks.wordpiece import SpecialIds, special_ids
+
+logger = logging.getLogger(__name__)
+
+# (hidden size, layers, heads): BERT of Devlin et al. 2018, and the small ones of Turc et al. 2019
+SHAPES = {"tiny": (128, 2, 2), "mini": (256, 4, 4), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainingData:
+    """Prepared examples, their vocabulary, and what a run JSON says of them."""
+
+    train: Any
+    eval: Any
+    ids: SpecialIds
+    seq_length: int
+    description: dict[str, Any]
+
+
+def load_data(data: DataArguments, args: PretrainingArguments) -> PretrainingData:
+    """Load the prepared folder, preparing the corpus first when that is what was asked for.
+
+    Args:
+        data: which text.
+        args: `output_dir` is where a corpus is prepared; one process of several does it.
+
+    Raises:
+        ValueError: neither or both of data_dir and corpus, nothing to evaluate on, or a folder that cannot be used.
+    """
+    if (data.data_dir is None) == (data.corpus is None):
+        raise ValueError(
+            f"data_dir is {data.data_dir!r} and corpus is {data.corpus!r}; give one: a prepared folder, or a corpus."
+        )
+    folder = data.data_dir
+    if folder is None:
+        with args.main_process_first(desc="preparing the corpus"):
+            folder = _prepare_once(data, args.folder / "data")
+    prepared = load_prepared(folder)
+    if prepared["train"] is None or prepared["eval"] is None:
+        raise ValueError(
+            f"{folder!r} has no examples to train or to evaluate on; prepare it with eval_documents above 0."
+        )
+    train, evaluation = _head(prepared["train"], data.max_train_samples), _head(prepared["eval"], data.max_eval_samples)
+    config = prepared["manifest"]["config"]
+    description = {
+        "source": Path(config["source"]).name,
+        "seq_length": config["max_seq_length"],
+        "train_examples": len(train),
+        "eval_examples": len(evaluation),
+        "vocabulary": prepared["manifest"]["vocab_sha256"][:12],
+        **{key: getattr(data, key) for key in ("masking", "mask_prob", "max_predictions")},
+    }
+    ids = special_ids(prepared["vocab_file"])
+    return PretrainingData(train, evaluation, ids, config["max_seq_length"], description)
+
+
+def _prepare_once(data: DataArguments, folder: Path) -> str:
+    """Prepare the corpus into `folder`, or find it there from an earlier run with the same settings."""
+    assert data.corpus is not None
+    wanted = {
+        "source": data.corpus,
+        "max_seq_length": data.seq_length,
+        "vocab_size": data.vocab_size,
+        "eval_documents": data.eval_documents,
+    }
+    config = PrepareConfig(output=str(folder), **wanted)  # type: ignore[arg-type]
+    if not (folder / "manifest.json").is_file():
+        logger.info("Preparing corpus %s in %s", data.corpus, folder)
+        prepare(config)
+        return str(folder)
+    made = load_prepared(folder)["manifest"]["config"]
+    for key, value in wanted.items():
+        if made[key] != value:
+            raise ValueError(f"{folder} was prepared with {key}={made[key]!r}, now {value!r}; use another output_dir.")
+    return str(folder)
+
+
+def _head(dataset: Any, count: int | None) -> Any:
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> GatheredBertForPreTraining:
+    """A new BERT for the vocabulary of the data, or the pretrained one of a folder.
+
+    Args:
+        model: which.
+        data: says vocabulary and sequence length.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: the folder's model has another vocabulary or too few positions.
+    """
+    set_seed(seed)
+    if model.model_name_or_path is not None:
+        kept = GatheredBertForPreTraining.from_pretrained(
+            model.model_name_or_path,
+            attn_implementation=model.attn_implementation,
+            hidden_dropout_prob=model.dropout,
+            attention_probs_dropout_prob=model.dropout,
+        )
+        assert isinstance(kept, GatheredBertForPreTraining)
+        check_vocabulary(kept.config, data.ids.size)
+        if kept.config.max_position_embeddings < data.seq_length:
+            raise ValueError(
+                f"The model has {kept.config.max_position_embeddings} positions, the data {data.seq_length} tokens; "
+                "prepare shorter sequences or start from a model with more positions."
+            )
+        return kept
+    return GatheredBertForPreTraining(_config(model, data))
+
+
+def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:
+    hidden, layers, heads = SHAPES[model.preset]
+    hidden = model.hidden_size or hidden
+    settings: dict[str, Any] = dict(
+        vocab_size=data.ids.size,
+        hidden_size=hidden,
+        num_hidden_layers=model.num_hidden_layers or layers,
+        num_attention_heads=model.num_attention_heads or heads,
+        intermediate_size=model.intermediate_size or 4 * hidden,
+        max_position_embeddings=max(512, data.seq_length),
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout,
+        pad_token_id=data.ids.pad,
+        attn_implementation=model.attn_implementation,
+    )
+    return BertConfig(**settings)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A digest of every weight and its name; equal for equal initial weights.
+
+    Args:
+        model: any module with its weights on the CPU or a GPU.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
