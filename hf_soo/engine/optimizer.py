@@ -105,7 +105,7 @@ class PreconditionedOptimizer(Optimizer):
         return loss
 
     def _schedule_capture(self) -> None:
-        self.capture.collecting = bool(self.layers) and self.preconditioner.updates_at(self.steps)
+        self.capture.collecting = bool(self.capture.buffers) and self.preconditioner.updates_at(self.steps)
 
     def _update_factors(self) -> None:
         of = statistics.collect(self.capture, self.layers, self.gradients, self.comm, self.loss_scale)
@@ -185,7 +185,7 @@ class PreconditionedOptimizer(Optimizer):
     def remove_hooks(self) -> None:
         """Remove all hooks from the model; the optimizer goes on with the factors it has."""
         self.capture.remove()
-        self.capture.collecting = False
+        self._schedule_capture()
 
     # ---- what it does, in words and numbers --------------------------------------------------------------------------
 

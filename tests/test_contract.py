@@ -1,0 +1,423 @@
+"""What every optimizer promises: one row a name, the same properties for all."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import hf_soo
+from hf_soo.registry import METHODS
+from tests.oracles import assert_close_report
+from tests.toy import CASES, batches, build, loss_of, parts, toy, train, weights
+
+every_case = pytest.mark.parametrize("case", CASES)
+second_order = pytest.mark.parametrize("case", [c for c, (name, _) in CASES.items() if METHODS[name].config])
+
+
+def uses_muon(case: str) -> bool:
+    return "muon" in case
+
+
+@every_case
+def test_resume_is_bit_exact(case: str) -> None:
+    data = batches(23)
+    model = toy()
+    optimizer = build(case, model)
+    train(model, optimizer, data[:13])
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    train(model, optimizer, data[13:])
+
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed = toy(seed=5)
+    resumed.load_state_dict(saved["model"])
+    again = build(case, resumed)
+    again.load_state_dict(saved["optimizer"])
+    train(resumed, again, data[13:])
+    assert torch.equal(weights(model), weights(resumed))
+
+
+@every_case
+def test_loading_does_not_change_its_argument(case: str) -> None:
+    model = toy()
+    optimizer = build(case, model)
+    train(model, optimizer, batches(3))
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    assert identical(saved, before)
+
+
+def identical(a: object, b: object) -> bool:
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(v, b[k]) for k, v in a.items())
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, type(a)) and len(a) == len(b) and all(map(identical, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+
+@every_case
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [2, 2, 8]], ids=["even", "ragged"])
+def test_one_batch_equals_its_micro_batches(case: str, sizes: list[int]) -> None:
+    if CASES[case][1].get("rank", 1) != 1:
+        pytest.skip("rank > 1 means groups of rows in the order they come: micro-batches are other groups")
+    one, many = toy(), toy()
+    train(one, build(case, one), batches(5))
+    train(many, build(case, many), batches(5), parts(sizes))
+    # fp64 sums in another order: 1e-10; torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9).
+    assert_close_report(weights(many), weights(one), 2e-3 if uses_muon(case) else 1e-10, f"{case} weights")
+
+
+@every_case
+def test_evaluation_leaves_state_alone(case: str) -> None:
+    data = batches(6)
+    plain, disturbed = toy(), toy()
+    train(plain, build(case, plain), data)
+    optimizer = build(case, disturbed)
+    for batch in data:
+        train(disturbed, optimizer, [batch])
+        disturbed.eval()
+        loss_of(disturbed, batches(1, seed=9)[0]).backward()  # with gradients even
+        with torch.no_grad():
+            loss_of(disturbed, batches(1, seed=8)[0])
+        disturbed.train()
+    assert torch.equal(weights(plain), weights(disturbed))
+
+
+@second_order
+def test_unused_frozen_tied_layers(case: str) -> None:
+    model = toy()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = build(case, model)
+    losses = train(model, optimizer, batches(1) * 24)
+    after = model.state_dict()
+    assert losses[-1] < losses[0]
+    for name in ("unused.weight", "frozen.weight"):
+        assert torch.equal(before[name], after[name]), name
+    routing = optimizer.routing()
+    assert routing.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name in ("twice.weight", "twice.bias", "no_bias.weight", "hidden.weight", "hidden.bias"):
+        assert routing[name].startswith(optimizer.name), (name, routing[name])
+    assert "embedding" in routing["embedding.weight"] and not routing["norm.weight"].startswith(optimizer.name)
+    rows = optimizer.diagnostics()
+    assert rows["unused"]["input_side"] == "no rows" and "cos" not in rows["unused"]
+    for name in ("twice", "no_bias", "hidden"):
+        assert rows[name]["input_side"] == "updated" and 0 < float(rows[name]["cos"]) < 0.99999, rows[name]
+    assert optimizer.health()["fallback_layers"] == 1
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parameters_of_lower_precision(case: str, dtype: torch.dtype) -> None:
+    model = toy(dtype)
+    optimizer = build(case, model)
+    losses = train(model, optimizer, batches(1) * 12)
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
+    assert all(p.dtype == dtype for p in model.parameters())
+    state = optimizer.state_dict()
+    for tensors in state["second_order"]["layers"].values():
+        assert {t.dtype for t in tensors.values() if t.is_floating_point()} <= {torch.float32}
+    # accelerate loads the state once in every fresh run; the base's cast of its own state must not reach the factors
+    optimizer.load_state_dict(state)
+    for factors in optimizer.states.values():
+        assert {t.dtype for f in factors.values() for t in f.values() if t.is_floating_point()} <= {torch.float32}
+
+
+@every_case
+def test_zero_gradient_stays_finite(case: str) -> None:
+    model = toy()
+    optimizer = build(case, model)
+    for scale in (0.0, 0.0, 1.0):
+        optimizer.zero_grad()
+        (loss_of(model, batches(1)[0]) * scale).backward()
+        optimizer.step()
+    assert weights(model).isfinite().all()
+
+
+@every_case
+def test_hooks_can_be_removed(case: str) -> None:
+    model = toy()
+    optimizer = build(case, model)
+    train(model, optimizer, batches(3))
+    optimizer.remove_hooks()
+    assert not any(module._forward_hooks for module in model.modules())
+    train(model, optimizer, batches(2))
+    assert weights(model).isfinite().all() and not optimizer.capture.buffers
+
+
+@every_case
+def test_skipped_step_changes_nothing(case: str) -> None:
+    """A GradScaler that meets an inf skips the step: weights, factors and the count stay, the next step is as ever."""
+    data = batches(6)
+    clean, bumpy = toy(torch.float32), toy(torch.float32)
+    for model, bad in ((clean, False), (bumpy, True)):
+        optimizer = build(case, model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # powers of two scale fp32 without rounding
+        optimizer.loss_scale = scaler.get_scale
+        for step, batch in enumerate(data):
+            for poison in ([True, False] if bad and step in (1, 4) else [False]):
+                optimizer.zero_grad()
+                loss = loss_of(model, batch).float()
+                scaler.scale(loss * float("inf") if poison else loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert optimizer.steps == len(data)
+    assert torch.equal(weights(clean), weights(bumpy))
+
+
+@second_order
+def test_loss_scale_is_taken_out(case: str) -> None:
+    """With the scale removed from captured and ordinary gradients alike, a scaled run is the unscaled one."""
+    plain, scaled = toy(), toy()
+    train(plain, build(case, plain), batches(5))
+    optimizer = build(case, scaled)
+    optimizer.loss_scale = lambda: 2.0**16
+    for batch in batches(5):
+        optimizer.zero_grad()
+        (loss_of(scaled, batch) * 2.0**16).backward()
+        for parameter in scaled.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 2.0**16
+        optimizer.step()
+    assert_close_report(weights(scaled), weights(plain), 2e-3 if uses_muon(case) else 1e-10, f"{case} weights")
+
+
+@second_order
+def test_batched_layers_equal_single_ones(case: str) -> None:
+    """On a GPU layers of one shape are stacked; the step must be the same. Two layers here share a shape."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        pair = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6, bias=False))
+        return pair.double()
+
+    results = []
+    for batched in (False, True):
+        net = model()
+        optimizer = build(case, net)
+        optimizer.batched = batched
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(12):
+            x = torch.randn(7, 6, dtype=torch.float64, generator=generator)
+            optimizer.zero_grad()
+            (net(x) - x.flip(1)).square().mean().backward()
+            optimizer.step()
+        results.append(weights(net))
+    # the same sums, other kernels: 1e-14 a step; bf16 in torch's Muon as above
+    assert_close_report(results[1], results[0], 2e-3 if uses_muon(case) else 1e-11, f"{case} batched")
+
+
+@every_case
+def test_schedulers_and_groups_are_the_bases(case: str) -> None:
+    model = toy()
+    optimizer = build(case, model)
+    assert optimizer.param_groups is optimizer.base.param_groups and optimizer.state is optimizer.base.state
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step >= 2 else 1.0)
+    for batch in batches(2):
+        train(model, optimizer, [batch])
+        scheduler.step()
+    still = weights(model)
+    train(model, optimizer, batches(1))
+    assert torch.equal(still, weights(model)), "learning rate 0 moved the weights"
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.base.param_groups and optimizer.state is optimizer.base.state
+
+
+@every_case
+def test_closure_is_called_once(case: str) -> None:
+    model, calls = toy(), []
+    optimizer = build(case, model)
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = loss_of(model, batches(1)[0])
+        loss.backward()
+        return loss
+
+    before = weights(model)
+    loss = optimizer.step(closure)
+    assert len(calls) == 1 and loss.item() > 0 and not torch.equal(before, weights(model))
+
+
+# A value unlike the default for every field of every config; what else must be set for it to act.
+OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
+    "mkor": {
+        "update_period": (3, {}),
+        "warmup_updates": (2, {}),
+        "factor_decay": (0.8, {}),
+        "representation": ("dense", {"history": 3}),
+        "history": (4, {}),
+        "update_rule": ("exact", {"representation": "dense"}),
+        "clip_value": (0.01, {"kv_scale": "sum"}),
+        "kv_scale": ("sum", {}),
+        "kv_target": (0.1, {}),
+        "rank": (2, {}),
+        "sides": ("input", {}),
+        "stabilizer_threshold": (1.5, {"representation": "dense", "update_rule": "exact"}),
+        "stabilizer_blend": (0.2, {"representation": "dense", "update_rule": "exact", "stabilizer_threshold": 1.5}),
+    },
+    "eva": {
+        "damping": (3.0, {}),
+        "kv_new_weight": (0.3, {}),
+        "kl_clip": (1e-6, {}),
+        "update_period": (4, {}),
+        "warmup_updates": (6, {"update_period": 4}),
+        "kv_scale": ("sum", {}),
+    },
+}
+OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("mean", {"damping": 3.0})}
+FIELDS = [(n, f.name) for n, m in METHODS.items() if m.config for f in dataclasses.fields(m.config)]
+
+
+def final_weights(name: str, settings: dict[str, object]) -> torch.Tensor:
+    model = toy()
+    train(model, hf_soo.build_optimizer(name, model, lr=1e-2, **settings), batches(25))  # type: ignore[arg-type]
+    return weights(model)
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS)
+def test_every_setting_changes_the_run(name: str, field: str) -> None:
+    value, others = OTHER_VALUES[name][field]
+    baseline = {k: v for k, v in others.items() if not (field == "representation" and k == "history")}
+    if field == "representation":  # equal while history covers the run, so the low-rank side is given a short one
+        changed = relative_change(final_weights(name, {"history": 3}), final_weights(name, {field: value}))
+    else:
+        changed = relative_change(final_weights(name, baseline), final_weights(name, {**baseline, field: value}))
+    assert changed > 1e-9, f"{name}: {field}={value!r} has no effect"
+
+
+def relative_change(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / a.norm()).item()
+
+
+BAD_SETTINGS = [
+    ("mkro", {}, "Did you mean 'mkor'"),
+    ("mkor", {"update_perid": 3}, "Did you mean 'update_period'"),
+    ("mkor", {"factor_decay": 1.0}, r"factor_decay=1.0 is out of range"),
+    ("mkor", {"update_period": 0}, "update_period=0"),
+    ("mkor", {"update_period": 2.5}, "update_period=2.5"),
+    ("mkor", {"warmup_updates": -1}, "warmup_updates=-1"),
+    ("mkor", {"history": 0}, "history=0"),
+    ("mkor", {"rank": 64}, "history=32"),
+    ("mkor", {"representation": "sparse"}, "representation='sparse'"),
+    ("mkor", {"update_rule": "exact"}, "representation='dense'"),
+    ("mkor", {"update_rule": "exact", "representation": "dense", "rank": 2}, "rank=2"),
+    ("mkor", {"representation": "dense", "history": 8}, "history=8"),
+    ("mkor", {"stabilizer_blend": 0.5}, "stabilizer_blend=0.5"),
+    ("mkor", {"stabilizer_threshold": 0.5, "representation": "dense", "update_rule": "exact"}, "out of range"),
+    ("mkor", {"kv_scale": "sum", "kv_target": 2.0}, "kv_target=2.0"),
+    ("mkor", {"kv_scale": "huge"}, "kv_scale='huge'"),
+    ("mkor", {"sides": "left"}, "sides='left'"),
+    ("mkor", {"clip_value": "100"}, "clip_value='100' is not a number"),
+    ("mkor", {"base": "adafactor"}, "base='adafactor'"),
+    ("mkor", {"base": "nowhere:Nothing"}, "cannot be imported"),
+    ("mkor", {"base_args": {"beta": 1}}, "Did you mean 'betas'"),
+    ("mkor", {"include": ["nothing"]}, "no layer selected"),
+    ("mkor", {"exclude": ["("]}, "no regular expression"),
+    ("mkor", {"exclude": "decoder"}, "list of regular expressions"),
+    ("mkor", {"lr": -1.0}, "lr=-1.0"),
+    ("lamb", {"exclude": ["decoder"]}, "preconditions nothing"),
+    ("lamb", {"base": "sgd"}, "preconditions nothing"),
+    ("adamw", {"momentum": 0.9}, "'momentum' is no argument"),
+    ("eva", {"damping": 0.0}, "damping=0.0"),
+    ("eva", {"kl_clip": -1}, "kl_clip=-1"),
+    ("eva", {"kv_new_weight": 1.5}, "kv_new_weight=1.5"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), BAD_SETTINGS)
+def test_bad_settings_are_refused_at_construction(name: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        hf_soo.build_optimizer(name, toy(), **{"lr": 1e-2, **settings})  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_wrapped_models() -> None:
+    with pytest.raises(NotImplementedError, match="DataParallel"):
+        hf_soo.build_optimizer("mkor", nn.DataParallel(toy()), lr=1e-2)
+    with pytest.raises(NotImplementedError, match="already compiled"):
+        hf_soo.build_optimizer("mkor", torch.compile(toy(), backend="eager"), lr=1e-2)  # type: ignore[arg-type]
+
+
+def test_another_optimizers_checkpoint_is_refused() -> None:
+    model = toy()
+    mkor, lamb, eva = (build(case, model) for case in ("mkor", "lamb", "eva"))
+    over_adamw, dense = build("mkor+adamw", model), build("mkor-dense", model)
+    plain = torch.optim.AdamW(model.parameters()).state_dict()
+    for optimizer, saved, message in (
+        (mkor, lamb.state_dict(), "written with optimizer 'lamb'"),
+        (lamb, mkor.state_dict(), "written with optimizer 'mkor'"),
+        (mkor, eva.state_dict(), "written with optimizer 'eva'"),
+        (mkor, over_adamw.state_dict(), "base optimizer 'AdamW'"),
+        (mkor, plain, "no state of 'mkor'"),
+        (mkor, dense.state_dict(), "this run needs"),
+        (mkor, build("mkor", model, exclude=["hidden"]).state_dict(), "missing \\['hidden'\\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+
+
+def test_changed_settings_on_resume_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    with caplog.at_level(logging.WARNING):
+        build("mkor", model, update_period=5).load_state_dict(build("mkor", model).state_dict())
+    assert "update_period" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f"])
+def test_non_finite_statistics_keep_the_old_factors(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    optimizer = build(case, model)
+    train(model, optimizer, batches(3))
+    before = copy.deepcopy(optimizer.states)
+    optimizer.zero_grad()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.capture.buffers["no_bias"].inputs[0, 0] = float("nan")
+    optimizer.steps = 99  # so that the check runs after this step
+    optimizer.step()
+    for name, factor in before["no_bias"].items():
+        if name in ("right", "input"):
+            assert all(torch.equal(t, optimizer.states["no_bias"][name][key]) for key, t in factor.items())
+    side = "right" if "mkor" in case else "input"
+    assert not all(torch.equal(t, optimizer.states["hidden"][side][k]) for k, t in before["hidden"][side].items())
+    assert weights(model).isfinite().all()
+    assert optimizer.diagnostics()["no_bias"]["input_side"] == "non-finite statistics"
+    assert optimizer.health()["fallback_layers"] == 2  # this one, and the unused layer
+    assert "non-finite statistics): ['no_bias']" in caplog.text
+
+
+def test_inert_run_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    optimizer = build("eva", model, kv_scale="mean", damping=1e6)  # P = G/γ
+    for _ in range(2):
+        train(model, optimizer, batches(1) * 100)
+    assert caplog.text.count("this run is first-order") == 1
+    caplog.clear()
+    active = toy()
+    train(active, build("mkor", active), batches(1) * 100)
+    assert "first-order" not in caplog.text
+
+
+def test_import_needs_no_transformers() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'accelerate', 'datasets', 'deepspeed', 'matplotlib'): sys.modules[name] = None\n"
+        "import torch, hf_soo\n"
+        "model = torch.nn.Linear(3, 2)\n"
+        "optimizer = hf_soo.build_optimizer('mkor', model, lr=1e-2)\n"
+        "model(torch.ones(4, 3)).sum().backward(); optimizer.step(); print('stepped', optimizer.steps)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "stepped 1", done.stderr

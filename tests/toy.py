@@ -1,0 +1,115 @@
+"""A small model with every kind of layer that has broken an optimizer, and a plain loop over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hf_soo
+from hf_soo import PreconditionedOptimizer
+
+VOCABULARY, WIDTH = 16, 8
+Batch = tuple[Tensor, Tensor]
+
+
+class Toy(nn.Module):
+    """Embedding; a layer used twice; one without bias; an in-place activation; unused, frozen and tied layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.twice = nn.Linear(WIDTH, WIDTH)
+        self.no_bias = nn.Linear(WIDTH, 12, bias=False)
+        self.norm = nn.LayerNorm(12)
+        self.hidden = nn.Linear(12, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.frozen.requires_grad_(False)
+        self.unused = nn.Linear(WIDTH, 3)
+        self.decoder = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.decoder.weight = self.embedding.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
+        x = self.norm(torch.relu_(self.no_bias(x)))
+        x = torch.relu_(self.hidden(x))  # biased, 3-D: nn.Linear returns a view, which is changed in place
+        return self.decoder(x + self.frozen(x))
+
+
+def toy(dtype: torch.dtype = torch.float64, seed: int = 0) -> Toy:
+    torch.manual_seed(seed)
+    return Toy().to(dtype)
+
+
+def batches(steps: int, rows: int = 12, length: int = 5, seed: int = 1) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        tuple(torch.randint(VOCABULARY, (rows, length), generator=generator) for _ in range(2))  # type: ignore[misc]
+        for _ in range(steps)
+    ]
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, 1).double(), batch[1].flatten())
+
+
+def train(
+    model: nn.Module,
+    optimizer: PreconditionedOptimizer,
+    data: Iterable[Batch],
+    split: Callable[[Batch], list[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)],
+) -> list[float]:
+    """One step a batch; ``split`` makes weighted micro-batches of it."""
+    losses = []
+    for batch in data:
+        optimizer.zero_grad()
+        total = 0.0
+        for part, weight in split(batch):
+            loss = loss_of(model, part) * weight
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+def parts(sizes: list[int]) -> Callable[[Batch], list[tuple[Batch, float]]]:
+    """Micro-batches of these sizes, weighted so that their losses sum to the batch's."""
+
+    def split(batch: Batch) -> list[tuple[Batch, float]]:
+        total = sum(sizes)
+        pieces = zip(*(tensor.split(sizes) for tensor in batch), strict=True)
+        return [((x, y), size / total) for (x, y), size in zip(pieces, sizes, strict=True)]
+
+    return split
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+# Every name of the registry, and the forms of a method that run other code.
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    **{name: (name, {}) for name in hf_soo.available()},
+    "mkor-dense": ("mkor", {"representation": "dense"}),
+    "mkor-exact": ("mkor", {"representation": "dense", "update_rule": "exact"}),
+    "mkor-rank2": ("mkor", {"rank": 2}),
+    "mkor-sum": ("mkor", {"kv_scale": "sum"}),
+    "mkor+adamw": ("mkor", {"base": "adamw"}),
+    "mkor+muon": ("mkor", {"base": "muon"}),
+    "eva-sum": ("eva", {"kv_scale": "sum", "kl_clip": None}),
+    "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
+}
+LEARNING_RATE = {"adamw": 1e-2, "rmsprop": 1e-3, "eva": 1e-2, "eva_f": 1e-2, "eva-sum": 1e-3, "mkor+adamw": 1e-2}
+
+
+def build(case: str, model: nn.Module, **overrides: object) -> PreconditionedOptimizer:
+    name, settings = CASES[case]
+    lr = LEARNING_RATE.get(case, 2e-2)
+    return hf_soo.build_optimizer(name, model, **{"lr": lr, "weight_decay": 0.01, **settings, **overrides})  # type: ignore[arg-type]
