@@ -122,7 +122,7 @@ def test_unreachable_hub_name_is_a_one_line_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        ValueError, match="source 'no/such' is no local path, and does not load .*: Couldn't reach 'no/such'"
+        ValueError, match=r"source 'no/such' is no local path, and does not load .*: Couldn't reach 'no/such'"
     ):
         list(read_documents("no/such"))
 

@@ -13,7 +13,7 @@ import torch
 from oracle_training import AdamW, Eva, Mlp, Sgd
 from oracles import Array, assert_close_report
 from torch import Tensor, nn
-from twin_runs import assert_same_run, batches, run_library, twins
+from twin_runs import assert_same_run, batches, run_library, tensor, twins
 
 import hf_soo
 from hf_soo.engine import linalg
@@ -23,10 +23,6 @@ from hf_soo.engine.rescale import KLClip
 
 DAMPING = 0.03
 BIAS = pytest.mark.parametrize("bias", [True, False])
-
-
-def tensor(value: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(value))
 
 
 def split(G: Array, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +57,9 @@ def test_eva_is_the_dense_solve(rng: np.random.Generator, bias: bool) -> None:
     G, a, b = rng.normal(size=(3, 7, 5)), rng.normal(size=(3, 5)), rng.normal(size=(3, 7))
     P, _ = apply(G, bias, a, b)
     for i in range(3):
-        assert_close_report(P[i], oracles.eva_dense(G[i], a[i], b[i], DAMPING), 1e-10, f"layer {i}")  # 5e-15 in the spec
+        assert_close_report(
+            P[i], oracles.eva_dense(G[i], a[i], b[i], DAMPING), 1e-10, f"layer {i}"
+        )  # 5e-15 in the spec
         residual = np.outer(b[i], b[i]) @ P[i] @ np.outer(a[i], a[i]) + DAMPING * P[i] - G[i]
         assert np.abs(residual).max() < 1e-10
 
@@ -105,7 +103,9 @@ def test_one_row_makes_the_gradient_rank_one(rng: np.random.Generator) -> None:
         assert np.array_equal(G, np.outer(b, a))
         P, _ = apply(G[None], True, a[None], b[None])
         expected = G / (DAMPING + (G**2).sum())
-        assert_close_report(P[0], expected, 1e-9, "Eva of one row")  # G is nearly removed: cancellation, 7e-13 in the spec
+        assert_close_report(
+            P[0], expected, 1e-9, "Eva of one row"
+        )  # G is nearly removed: cancellation, 7e-13 in the spec
 
 
 @pytest.mark.parametrize("kv_scale", ["sum", "mean"])
@@ -132,7 +132,9 @@ def test_kl_clip_bounds_the_predicted_change(rng: np.random.Generator, kl_clip: 
     lr = 0.1
     G = [rng.normal(size=(2, 7, 5)), rng.normal(size=(1, 4, 6))]
     P = [g / DAMPING for g in G]
-    moved = [Moved(*(tensor((x * y).sum((1, 2))) for x, y in ((g, g), (p, p), (p, g)))) for g, p in zip(G, P, strict=True)]
+    moved = [
+        Moved(*(tensor((x * y).sum((1, 2))) for x, y in ((g, g), (p, p), (p, g)))) for g, p in zip(G, P, strict=True)
+    ]
     rates = [torch.full((len(g),), lr, dtype=torch.float64) for g in G]
     scales = KLClip(kl_clip).scales(moved, rates)
     pairs = [(g[i], p[i]) for g, p in zip(G, P, strict=True) for i in range(len(g))]

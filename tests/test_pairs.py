@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_every_sentence_is_used_and_unused_ones_are_put_back() -> None:
     pairs = list(pairs_of_document(documents, 1, PairConfig(15, 0.0), np.random.default_rng(0)))
     spans = [span for pair in pairs for span in ([pair.a] if pair.is_random else [pair.a, pair.b])]
     assert spans[0][0] == 0 and spans[-1][1] == 50
-    assert all(before[1] == after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     assert {pair.is_random for pair in pairs} == {True, False}
     assert all(pair.b_document != 1 for pair in pairs if pair.is_random)
     assert all(pair.b_document == 1 for pair in pairs if not pair.is_random)

@@ -117,8 +117,8 @@ def test_result_depends_on_the_seed_not_on_the_processes(
     ("changes", "longer"),
     [
         ({"dupe_factor": 3}, 2.5),
-        ({"short_seq_prob": 1.0}, 1.3),
-        ({"max_seq_length": 24}, 1.5),
+        ({"short_seq_prob": 1.0}, 1.2),
+        ({"max_seq_length": 24}, 1.2),
         ({"max_documents": 30}, 0),
     ],
 )
@@ -247,7 +247,7 @@ def test_interrupted_run_leaves_nothing(text: str, tmp_path: Path, monkeypatch: 
 
 def test_ctrl_c_stops_the_script_and_its_workers(text: str, tmp_path: Path) -> None:
     big = tmp_path / "big.txt"
-    big.write_text((Path(text).read_text() + "\n\n") * 400, encoding="utf-8")
+    big.write_text((Path(text).read_text() + "\n\n") * 100, encoding="utf-8")
     flags = ["--source", str(big), "--output", str(tmp_path / "out"), "--vocab_size", "300", "--num_proc", "2"]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags],
@@ -330,11 +330,12 @@ def test_real_wikipedia_with_the_bert_vocabulary(tmp_path: Path) -> None:
         file = stream.extractfile(member)
         assert file is not None
         (tmp_path / "wiki_00").write_bytes(file.read())
-    prepare(config(str(tmp_path / "wiki_00"), tmp_path / "out", vocab=str(vocab), vocab_size=None, max_seq_length=128))
+    settings = {"vocab": str(vocab), "vocab_size": None, "max_seq_length": 128, "short_seq_prob": 0.0}
+    prepare(config(str(tmp_path / "wiki_00"), tmp_path / "out", **settings))
     data = load_prepared(tmp_path / "out")
     counts = data["manifest"]["counts"]["train"]
     unknown = sum(ids.count(100) for ids in data["train"]["input_ids"]) / counts["tokens"]
     lengths = np.array([len(ids) for ids in data["train"]["input_ids"]])
     assert unknown < 0.005
     assert 0.5 < counts["random_next"] / counts["examples"] < 0.6
-    assert lengths.max() == 128 and 105 < lengths.mean() < 125
+    assert lengths.max() == 128 and 115 < lengths.mean() < 128

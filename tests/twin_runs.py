@@ -16,6 +16,15 @@ from hf_soo.engine.optimizer import PreconditionedOptimizer
 Batches = list[tuple[Array, Array]]
 
 
+def tensor(value: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(value))
+
+
+def dense(C: torch.Tensor) -> Array:
+    """I - CᵀC of a low-rank factor's rows in the library."""
+    return (torch.eye(C.shape[-1], dtype=C.dtype) - C.mT @ C).numpy()
+
+
 def twins(seed: int = 0, sizes: tuple[int, int, int] = (6, 5, 4), bias: bool = True) -> tuple[nn.Sequential, Mlp]:
     """A float64 torch network and its numpy copy."""
     torch.manual_seed(seed)

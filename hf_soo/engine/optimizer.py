@@ -145,7 +145,7 @@ class PreconditionedOptimizer(Optimizer):
         if not self.preconditioner.rescale.joint:
             return like
         of = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
-        return torch.tensor([float(of.get(id(layer.weight), 0.0)) for layer in group]).to(like)
+        return like.new_tensor([float(of.get(id(layer.weight), 0.0)) for layer in group])
 
     def _groups(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         """Layers to work on together."""

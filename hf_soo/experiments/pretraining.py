@@ -21,7 +21,7 @@ from hf_soo.experiments import machine
 from hf_soo.experiments.callbacks import RecordCallback
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, RunArguments
 from hf_soo.experiments.pretraining_inputs import PretrainingData, load_data, make_model, weights_hash
-from hf_soo.experiments.resume import is_finished, resume_from
+from hf_soo.experiments.resume import OutputFolder, is_finished
 from hf_soo.experiments.runs import RunRecord, reach, read_run, recording
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.integrations.trainer import SecondOrderTrainer
@@ -123,11 +123,12 @@ def train_one(job: Job, data: PretrainingData) -> RunRecord:
     args = job.training
     model = make_model(job.model, data, args.seed)
     record = describe(job, model, data)
-    checkpoint = resume_from(args, record, restart=job.run.restart)
+    output = OutputFolder(args, record, restart=job.run.restart)
+    checkpoint = output.checkpoint()
     if is_finished(checkpoint, args):
         return _finished(record, job)
     with recording(record, job.results_dir if args.process_index == 0 else None):
-        trainer = make_trainer(job, model, data, record)
+        trainer = make_trainer(job, model, data, [output, RecordCallback(record)])
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
             evaluated = [point["step"] for point in record.curve if point["eval_loss"] is not None]
@@ -140,14 +141,16 @@ def train_one(job: Job, data: PretrainingData) -> RunRecord:
     return record
 
 
-def make_trainer(job: Job, model: nn.Module, data: PretrainingData, record: RunRecord) -> PretrainingTrainer:
+def make_trainer(
+    job: Job, model: nn.Module, data: PretrainingData, callbacks: list[TrainerCallback]
+) -> PretrainingTrainer:
     """The Trainer of a run, its callbacks and both collators.
 
     Args:
         job: all settings.
         model: with its initial weights.
         data: what to train and evaluate on.
-        record: filled while it trains.
+        callbacks: besides the one that tells the collator the epoch.
     """
     training = _collator(job.data, data.ids, seed=job.training.seed)
     trainer = PretrainingTrainer(
@@ -156,7 +159,7 @@ def make_trainer(job: Job, model: nn.Module, data: PretrainingData, record: RunR
         data_collator=training,
         train_dataset=data.train,
         eval_dataset=data.eval,
-        callbacks=[EpochCallback(training), RecordCallback(record)],
+        callbacks=[EpochCallback(training), *callbacks],
     )
     trainer.eval_collator = _collator(job.data, data.ids, seed=EVAL_SEED)
     return trainer

@@ -25,6 +25,7 @@ METHOD_KEYS = frozenset(
         "optim_args",
         "base_optim_args",
         "max_grad_norm",
+        "weight_decay",
         "precondition_include",
         "precondition_exclude",
     }
@@ -63,9 +64,15 @@ def methods(records: Sequence[RunRecord]) -> list[Method]:
     _check_one_workload(records)
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(f"{record.optimizer}|{record.base}|{_settings(record)}", []).append(record)
+        groups.setdefault(_configuration(record), []).append(record)
     found = [Method(tuple(sorted(group, key=final_loss))) for group in groups.values()]
     return sorted(found, key=lambda method: final_loss(method.best))
+
+
+def _configuration(run: RunRecord) -> str:
+    """What two runs of one method share: everything but their learning rates."""
+    decay_and_clip = [run.config.get(key) for key in ("weight_decay", "max_grad_norm")]
+    return f"{run.optimizer}|{run.base}|{_settings(run)}|{decay_and_clip}"
 
 
 def final_loss(record: RunRecord) -> float:

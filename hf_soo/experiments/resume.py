@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from; never that of a run with other settings, silently."""
+"""Which checkpoint a run goes on from; never, silently, that of a run with other settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soo.experiments.pretraining_arguments import PretrainingArguments
 from hf_soo.experiments.runs import RunRecord, jsonable
@@ -22,46 +22,60 @@ SETTINGS_FILE = "run_settings.json"
 MAY_CHANGE = frozenset({"max_steps", "num_train_epochs"})
 
 
-def resume_from(args: PretrainingArguments, record: RunRecord, *, restart: bool) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last in `output_dir`, else none.
+class OutputFolder(TrainerCallback):
+    """The folder of a run's checkpoints: what to resume from, and whose they are."""
 
-    Args:
-        args: `output_dir` and `resume_from_checkpoint`.
-        record: of the run to come; its settings are kept in `output_dir` and compared at the next start.
-        restart: delete the checkpoints of `output_dir` and begin anew.
+    def __init__(self, args: PretrainingArguments, record: RunRecord, *, restart: bool) -> None:
+        """Look at the folder; change nothing yet.
 
-    Raises:
-        ValueError: `output_dir` holds checkpoints of a run with other settings.
-    """
-    folder = args.folder
-    if args.resume_from_checkpoint is not None:
-        return str(args.resume_from_checkpoint)
-    with args.main_process_first(desc="looking for a checkpoint"):
-        if restart and args.process_index == 0:
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-        last = last_whole_checkpoint(folder)
-        settings = jsonable({"optimizer": record.optimizer, "base": record.base, "seed": record.seed, **record.config})
+        Args:
+            args: `output_dir` and `resume_from_checkpoint`.
+            record: of the run to come.
+            restart: begin anew, whatever is there.
+        """
+        self.folder = args.folder
+        self.restart = restart
+        settings = {"optimizer": record.optimizer, "base": record.base, "seed": record.seed, **record.config}
+        self.settings: dict[str, Any] = json.loads(json.dumps(jsonable(settings)))  # as it will be read back
+        self._asked = args.resume_from_checkpoint
+
+    def checkpoint(self) -> str | None:
+        """The checkpoint to go on from: the one asked for, else the last whole one in the folder, else none.
+
+        Raises:
+            ValueError: the folder holds checkpoints of a run with other settings.
+        """
+        if self._asked is not None:
+            return str(self._asked)
+        last = None if self.restart else last_whole_checkpoint(self.folder)
         if last is not None:
-            _check_same(folder, settings)
+            self._check_same()
             logger.info("Resuming from %s; --restart begins anew", last)
-        elif args.process_index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-    return last
+        return last
 
+    def _check_same(self) -> None:
+        file = self.folder / SETTINGS_FILE
+        if not file.is_file():  # checkpoints of another script: the Trainer's own checks must do
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for key in sorted((set(before) | set(self.settings)) - MAY_CHANGE):
+            if before.get(key) != self.settings.get(key):
+                raise ValueError(
+                    f"{self.folder} holds checkpoints of a run with {key}={before.get(key)!r}, now "
+                    f"{self.settings.get(key)!r}; give --restart to delete them, or another --output_dir."
+                )
 
-def _check_same(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / SETTINGS_FILE
-    if not file.is_file():  # checkpoints of another script: the Trainer's own checks must do
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for key in sorted((set(before) | set(settings)) - MAY_CHANGE):
-        if before.get(key) != settings.get(key):
-            raise ValueError(
-                f"{folder} holds checkpoints of a run with {key}={before.get(key)!r}, now {settings.get(key)!r}; "
-                "give --restart to delete them and begin anew, or another --output_dir."
-            )
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Only now, with model and optimizer built, delete what a restart replaces, and say whose folder this is."""
+        if args.process_index != 0:
+            return
+        if self.restart:
+            for old in self.folder.glob("checkpoint-*"):
+                shutil.rmtree(old)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / SETTINGS_FILE, json.dumps(self.settings, indent=1) + "\n")
 
 
 def is_finished(checkpoint: str | None, args: PretrainingArguments) -> bool:

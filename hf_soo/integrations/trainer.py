@@ -197,7 +197,8 @@ class _Factory:
     """What Trainer's ``optimizer_cls_and_kwargs`` wants: a class whose instance is called with the model."""
 
     def __call__(self, model: nn.Module, name: str, **kwargs: Any) -> PreconditionedOptimizer:
-        if ignores_loss_kwargs(bare_model(model)):
+        says_so = hasattr(bare_model(model), "accepts_loss_kwargs")
+        if not says_so and ignores_loss_kwargs(bare_model(model)):
             logger.warning(
                 "%s ignores num_items_in_batch, but the stock Trainer believes otherwise: with gradient accumulation "
                 "or several processes its loss is too large. Set model.accepts_loss_kwargs = False before Trainer, or "

@@ -115,7 +115,7 @@ class Eva(Preconditioner):
             V, outcomes[side], sizes[side] = kronecker_vectors(statistics, side, self.config.kv_scale)
             if V is not None:
                 old, valid = state[_key(side)], outcomes[side] == Outcome.UPDATED.value
-                xi = torch.where(old["seen"], self.config.kv_new_weight, 1.0)[:, None].to(V)
+                xi = torch.where(old["seen"], V.new_tensor(self.config.kv_new_weight), V.new_ones(()))[:, None]
                 mixed = (1 - xi) * old["vector"] + xi * V.squeeze(-2)
                 new[_key(side)] = {
                     "vector": torch.where(valid[:, None], mixed, old["vector"]),

@@ -9,10 +9,12 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -144,11 +146,12 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], n
         yield from map(function, items)
         return
     # "spawn": forking a process that has threads (Arrow, torch, tokenizers) can deadlock.
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_start_process)
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_use_one_thread)
     pending: deque[Future[_Result]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            with _interrupts_ignored():  # processes start here, on demand
+                pending.append(pool.submit(function, item))
             if len(pending) >= 2 * num_proc:
                 yield pending.popleft().result()
         while pending:
@@ -161,7 +164,19 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], n
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_process() -> None:
-    """One thread a process, and Ctrl-C is the parent's business."""
+def _use_one_thread() -> None:
+    """Keep a worker to one core: the processes are the parallelism."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C does nothing here, nor in processes started here, ever: it is the parent that stops them."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

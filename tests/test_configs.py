@@ -1,0 +1,97 @@
+"""Every YAML under configs/ parses, builds its optimizer, and says what STYLE asks of a header."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig
+
+import hf_soo
+from hf_soo.experiments import arguments
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, RunArguments
+from hf_soo.integrations.arguments import parse_settings
+from hf_soo.tasks.bert import GatheredBertForPreTraining
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAINING = sorted(path for folder in ("smoke", "pretrain") for path in (ROOT / "configs" / folder).glob("*.yaml"))
+CLASSES = (ModelArguments, DataArguments, RunArguments, PretrainingArguments)
+# What siblings may differ in: the optimizer's own keys, and where its checkpoints lie.
+OPTIMIZER_KEYS = {
+    "optim", "optim_args", "base_optim", "base_optim_args", "learning_rate", "max_grad_norm", "precondition_exclude",
+    "weight_decay", "output_dir",
+}  # fmt: skip
+
+
+def ids(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_the_configs_that_the_readme_names_are_there() -> None:
+    wiki = [f"pretrain/bert_mini_wiki_{name}" for name in ("mkor", "mkor_muon", "lamb", "adamw", "eva_f", "muon")]
+    assert {*wiki, "smoke/mkor", "smoke/lamb"} <= {ids(path) for path in PRETRAINING}
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=ids)
+def test_parses_and_builds_its_optimizer(path: Path) -> None:
+    _, data, _, training = arguments.parse(CLASSES, ["--config", str(path), "--use_cpu", "true"])
+    assert (data.data_dir is None) != (data.corpus is None)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if hasattr(training, key) and isinstance(value, int | float | bool) and key != "save_strategy":
+            assert getattr(training, key) == value, key
+    torch.manual_seed(0)
+    model = GatheredBertForPreTraining(
+        BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
+    optimizer = hf_soo.build_optimizer(
+        training.optim,
+        model,
+        lr=training.learning_rate,
+        base=training.base_optim,
+        base_args=parse_settings("base_optim_args", training.base_optim_args),
+        weight_decay=training.weight_decay,
+        include=training.precondition_include,
+        exclude=training.precondition_exclude,
+        **parse_settings("optim_args", training.optim_args),
+    )
+    expected = {training.learning_rate, *(value for key, value in _rates(training) if key == "rest_lr")}
+    assert {group["lr"] for group in optimizer.param_groups} == expected
+
+
+def _rates(training: PretrainingArguments) -> list[tuple[str, Any]]:
+    both = (parse_settings(key, getattr(training, key)) for key in ("optim_args", "base_optim_args"))
+    return [item for settings in both for item in settings.items()]
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=ids)
+def test_lamb_clips_by_itself(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    lamb = "lamb" in (config["optim"], config.get("base_optim", "lamb" if config["optim"] == "mkor" else ""))
+    assert (config["max_grad_norm"] == 0.0) == lamb
+
+
+@pytest.mark.parametrize("folder", ["smoke", "pretrain"])
+def test_siblings_differ_in_optimizer_keys_alone(folder: str) -> None:
+    first, *others = (yaml.safe_load(path.read_text()) for path in PRETRAINING if path.parent.name == folder)
+    for other in others:
+        assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= OPTIMIZER_KEYS
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=ids)
+def test_header_says_paper_hardware_batch_command_and_expectation(path: Path) -> None:
+    header = re.match(r"(#.*\n)+", path.read_text())
+    assert header is not None
+    for word in (
+        "Paper table:",
+        "Hardware:",
+        "lobal batch",
+        "Command: accelerate launch",
+        "xpected",
+        "reproduced here:",
+    ):
+        assert word in header[0], word
+    assert f"configs/{ids(path)}.yaml" in header[0]
