@@ -27,6 +27,16 @@ COLUMNS = {
 }
 
 
+def heading(results: dict[str, Any]) -> str:
+    """What was measured, and the head of the table."""
+    reference = results["reference"]
+    return (
+        f"{results['preset']}: {results['parameters'] / 1e6:.1f}M parameters on {results['device']}; AdamW(foreach) "
+        f"{reference['adamw_foreach_seconds'] * 1e3:.1f} ms a step, fused {reference['adamw_fused_ratio']:.2f} of it\n"
+        f"| {'optimizer':<16} | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
+    )
+
+
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     cells = ("" if row[key] is None else f"{row[key]:.2f}" for key in COLUMNS.values())
@@ -42,8 +52,9 @@ def main() -> int:
     """Parse the flags, measure, print a row a method; 1 after an error, 130 after Ctrl-C."""
     from transformers import HfArgumentParser
 
-    from hf_soo.experiments.bench import BenchConfig, run
+    from hf_soo.experiments.bench import run
     from hf_soo.experiments.runs import jsonable
+    from hf_soo.experiments.workload import BenchConfig
     from hf_soo.tasks.wordpiece import write_atomically
 
     try:
@@ -51,12 +62,7 @@ def main() -> int:
 
         def report(results: dict[str, Any]) -> None:
             if len(results["rows"]) == 1:
-                reference = results["reference"]
-                print(
-                    f"{config.preset}: {results['parameters'] / 1e6:.1f}M parameters on {results['device']}; AdamW(foreach) "
-                    f"{reference['adamw_foreach_seconds'] * 1e3:.1f} ms, fused {reference['adamw_fused_ratio']:.2f} of it\n"
-                    f"| {'optimizer':<16} | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
-                )
+                print(heading(results))
             print(line(results["rows"][-1]), flush=True)
             if config.json:
                 Path(config.json).parent.mkdir(parents=True, exist_ok=True)

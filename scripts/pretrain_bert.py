@@ -5,12 +5,13 @@
     accelerate launch scripts/pretrain_bert.py --config configs/pretrain/bert_mini_wiki_mkor.yaml --learning_rate 0.01
 
 Every field of TrainingArguments is a flag and a YAML key. The run goes on from the last checkpoint in --output_dir
-unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with --compare_with, two, and a picture of both curves.
+unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with --compare_with, two and a picture of both curves.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 
@@ -50,16 +51,25 @@ def run(flags: list[str]) -> None:
     job = Job(*arguments.parse(classes, flags, description=(__doc__ or "").partition("\n")[0]))
     if job.run.compare_with is not None and find_spec("matplotlib") is None:
         raise ValueError("compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'.")
+    check_processes(job)
     records = pretrain(job)
     if job.training.process_index != 0:
         return
     print(report.table(records), end="")
-    for record in records:
-        print(f"wrote {job.results_dir / record.name}.json")
     if job.run.compare_with is not None:
         picture = job.training.folder / "comparison.png"
         report.picture(records, picture, title=f"BERT pretraining, {records[0].parameters / 1e6:.1f} M parameters")
         print(f"wrote {picture}")
+
+
+def check_processes(job: Job) -> None:
+    """Refuse processes that would each train alone: what torchrun starts without a GPU, unless the Trainer is told."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != job.training.world_size:
+        raise ValueError(
+            f"The launcher started {started} processes, the Trainer sees {job.training.world_size}; "
+            "without GPUs add --use_cpu true."
+        )
 
 
 if __name__ == "__main__":

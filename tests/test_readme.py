@@ -1,0 +1,55 @@
+"""The README's snippets run, and its commands name files and flags that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from tests.test_trainer import Examples, bert
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def test_there_are_snippets_and_commands() -> None:
+    assert len(SNIPPETS) == 4 and len(COMMANDS) == 4
+
+
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_snippet_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = bert()
+    before = model.bert.pooler.dense.weight.detach().clone()
+    names: dict[str, Any] = {"model": model, "train_dataset": Examples(), "loader": DataLoader(Examples(16), batch_size=4)}
+    exec("import hf_soo\n" + SNIPPETS[index].replace('report_to="none"', 'report_to="none", use_cpu=True'), names)
+    assert not before.equal(model.bert.pooler.dense.weight)
+    if "routing()" in SNIPPETS[index]:
+        assert "'bert.pooler.dense.weight': 'mkor -> Lamb'" in capsys.readouterr().out
+
+
+def test_commands_name_files_and_flags_that_exist() -> None:
+    for command in COMMANDS:
+        words = shlex.split(command)
+        for script in (word for word in words if word.startswith("scripts/")):
+            help_text = subprocess.run(
+                [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+            ).stdout
+            for flag in (word for word in words[words.index(script) :] if word.startswith("--")):
+                assert flag in help_text, (script, flag)
+        for config in (word for word in words if word.startswith("configs/")):
+            assert (ROOT / config).is_file(), config
+
+
+def test_the_second_command_is_what_ci_runs() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    extras = re.search(r'pip install -e "(\S+)" && (python -m pytest)', README)
+    assert extras and f'-e "{extras[1]}"' in ci and ci.rstrip().endswith(extras[2])
