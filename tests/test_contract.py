@@ -421,3 +421,12 @@ def test_import_needs_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "stepped 1", done.stderr
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_kernels_where_they_can_run(name: str) -> None:
+    def fused(device: str, **args: object) -> object:
+        return hf_soo.build_optimizer(name, nn.Linear(3, 2, device=device), lr=1e-2, **args).param_groups[0]["fused"]  # type: ignore[arg-type]
+
+    assert fused("cpu") is True
+    assert not fused("cpu", foreach=True) and not fused("cpu", fused=False) and not fused("meta")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from hf_soo.engine.checks import unknown_key
 from hf_soo.optimizers.lamb import Lamb
-from hf_soo.optimizers.muon import Muon
+from hf_soo.optimizers.muon import FUSED_DEVICES, Muon
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.
 
 HEADS = re.compile(r"(^|\.)(classifier|score|qa_outputs|seq_relationship|lm_head)$")
 """Task heads: their few output rows are no hidden matrix, so Muon leaves them to its AdamW."""
+
+
+OTHER_KERNELS = {"foreach", "capturable", "differentiable"}
+"""Arguments of torch's optimizers that choose another implementation than the fused one."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Base:
 BASES: dict[str, Base] = {
     "lamb": Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}),
     "adamw": Base("AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel", torch.optim.AdamW, {"fused": True}),
-    "sgd": Base("SGD with momentum 0.9", torch.optim.SGD, {"momentum": 0.9}),
+    "sgd": Base("SGD with momentum 0.9, torch's fused kernel", torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "rmsprop": Base("RMSProp", torch.optim.RMSprop, {}),
     "muon": Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}),
 }
@@ -106,8 +110,9 @@ def build_base(
         if key not in valid:
             raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", key, valid))
     settings = {**defaults, **args}
-    if any(key in args for key in ("foreach", "fused", "capturable", "differentiable")):
-        settings = dict(args) | {k: v for k, v in defaults.items() if k != "fused" and k not in args}
+    devices = {p.device.type for group in groups for p in group["params"]}
+    if "fused" not in args and (OTHER_KERNELS & args.keys() or not devices <= set(FUSED_DEVICES)):
+        settings.pop("fused", None)
     if issubclass(cls, Muon):
         settings["matrices"] = list(hidden)
     if issubclass(cls, Lamb) and all(group.get("weight_decay") == 0 for group in groups):
