@@ -163,7 +163,7 @@ def test_skipped_step_changes_nothing(case: str) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # powers of two scale fp32 without rounding
         optimizer.loss_scale = scaler.get_scale
         for step, batch in enumerate(data):
-            for poison in ([True, False] if bad and step in (1, 4) else [False]):
+            for poison in [True, False] if bad and step in (1, 4) else [False]:
                 optimizer.zero_grad()
                 loss = loss_of(model, batch).float()
                 scaler.scale(loss * float("inf") if poison else loss).backward()

@@ -29,7 +29,8 @@ def test_snippet_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     model = bert()
     before = model.bert.pooler.dense.weight.detach().clone()
-    names: dict[str, Any] = {"model": model, "train_dataset": Examples(), "loader": DataLoader(Examples(16), batch_size=4)}
+    loader = DataLoader(Examples(16), batch_size=4)
+    names: dict[str, Any] = {"model": model, "train_dataset": Examples(), "loader": loader}
     exec("import hf_soo\n" + SNIPPETS[index].replace('report_to="none"', 'report_to="none", use_cpu=True'), names)
     assert not before.equal(model.bert.pooler.dense.weight)
     if "routing()" in SNIPPETS[index]:

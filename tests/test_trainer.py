@@ -168,7 +168,8 @@ def test_health_is_logged(tmp_path: Path) -> None:
     trainer = run_trainer(str(tmp_path))
     for key in ("soo/cos_median", "soo/cos_min", "soo/fallback_layers", "soo/noise_layers"):
         assert len(logged(trainer, key)) == 6, key
-    assert all(0 < low <= mid < 1 for low, mid in zip(logged(trainer, "soo/cos_min"), logged(trainer, "soo/cos_median"), strict=True))
+    pairs = zip(logged(trainer, "soo/cos_min"), logged(trainer, "soo/cos_median"), strict=True)
+    assert all(0 < lowest <= median < 1 for lowest, median in pairs)
     assert logged(trainer, "soo/fallback_layers") == [0.0] * 6
 
 
@@ -265,7 +266,7 @@ def test_stock_trainer_with_the_factory(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_command_line_json_and_yaml(tmp_path: Path) -> None:
     parser = HfArgumentParser(SecondOrderTrainingArguments)  # type: ignore[arg-type]
-    flags = ["--output_dir", str(tmp_path), "--optim", "mkor", "--lr_scheduler_type", "poly_warmup", "--report_to", "none"]
+    flags = f"--output_dir {tmp_path} --optim mkor --lr_scheduler_type poly_warmup --report_to none".split()
     (args,) = parser.parse_args_into_dataclasses([*flags, "--precondition_exclude", "a", "b"])
     assert args.optim == "mkor" and args.lr_scheduler_type == "poly_warmup" and args.precondition_exclude == ["a", "b"]
     written = tmp_path / "args.json"
@@ -286,7 +287,7 @@ def test_transformers_own_optimizers_still_work(optim: str, tmp_path: Path) -> N
 
 
 BAD_ARGUMENTS = [
-    ({"optim": "mkro"}, "mkro"),
+    ({"optim": "mkro"}, "Did you mean .mkor.. Valid: mkor, eva"),
     ({"optim_args": "update_period"}, "'update_period' is no 'key=value'"),
     ({"optim_args": '{"update_period": '}, "no JSON object"),
     ({"optim": "adamw_torch", "base_optim": "lamb"}, "base_optim='lamb' has no effect"),
@@ -319,7 +320,8 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_text() -> None:
-    assert parse_settings("x", "a=1, b=1e-3,c=none,d=dense,e=true") == {"a": 1, "b": 1e-3, "c": None, "d": "dense", "e": True}
+    read = parse_settings("x", "a=1, b=1e-3,c=none,d=dense,e=true")
+    assert read == {"a": 1, "b": 1e-3, "c": None, "d": "dense", "e": True}
     assert parse_settings("x", '{"betas": [0.9, 0.99]}') == {"betas": [0.9, 0.99]}
     assert parse_settings("x", None) == {}
 
@@ -365,7 +367,9 @@ def test_a_window_cut_off_by_an_error_leaves_nothing(tmp_path: Path) -> None:
 
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
     clean = run_trainer(str(tmp_path / "clean"), **settings)
-    trainer = SecondOrderTrainer(model=bert(), args=arguments(str(tmp_path / "x"), **settings), train_dataset=Examples())
+    trainer = SecondOrderTrainer(
+        model=bert(), args=arguments(str(tmp_path / "x"), **settings), train_dataset=Examples()
+    )
     trainer.add_callback(FailOnce())
     with pytest.raises(MemoryError):
         trainer.train()

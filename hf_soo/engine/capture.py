@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from hf_soo.engine.layers import Layer, accumulation_dtype, group_sums
 
-
 NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
 """δ by the gradient's dtype: a sum of rows with |Σe|² <= δ² Σ|e|² is rounding noise.
 
@@ -57,7 +56,7 @@ class Buffers:
         rows: number of rows of each group, [groups].
         inputs: Σ input rows, [groups, d_in]; empty if not needed.
         outputs: Σ output gradients, [groups, d_out]; empty if not needed or given by ``bias.grad``.
-        noise: [2]: Σ over micro-batches of |Σe|², and of the level δ² Σ|e|² (``NOISE_LEVEL``) below which it is rounding noise.
+        noise: [2]: Σ over micro-batches of |Σe|², and of δ² Σ|e|² (``NOISE_LEVEL``), below which it is rounding noise.
     """
 
     rows: Tensor

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
+from hf_soo.engine.checks import unknown_key
 from hf_soo.registry import METHODS
 
 POLY_WARMUP = "poly_warmup"
@@ -56,8 +58,10 @@ class SecondOrderTrainingArguments(TrainingArguments):
         """Let TrainingArguments check its own fields, and keep our values of the two that it would refuse.
 
         Raises:
-            ValueError: settings cannot be read, or are given for one of transformers' own optimizers.
+            ValueError: the optimizer is unknown, settings cannot be read, or are given for one of transformers' own optimizers.
         """
+        if str(self.optim) not in METHODS and str(getattr(self.optim, "value", self.optim)) not in list(OptimizerNames):
+            raise ValueError(unknown_key("optimizer", str(self.optim), [*METHODS, *(o.value for o in OptimizerNames)]))
         ours = {
             name: str(getattr(self, name))
             for name, known in (("optim", METHODS), ("lr_scheduler_type", (POLY_WARMUP,)))
