@@ -66,13 +66,15 @@ def _list(options: argparse.Namespace) -> str:
 
 def _report(options: argparse.Namespace) -> str:
     from hf_soo.experiments import report
-    from hf_soo.tasks.wordpiece import write_atomically
+    from hf_soo.files import write_atomically
 
     records, text = report.report(options.folder)
     if options.table:
         write_atomically(Path(options.table), text)
     if options.readme:
         report.update_readme(options.readme, Path(options.folder).resolve().name, text)
+    if options.picture and not records:
+        raise ValueError(f"--picture: {options.folder} holds benchmarks, which have no curve; leave it out.")
     if options.picture:
         report.picture(records, options.picture, options.title)
     return text

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_soo
 from hf_soo.registry import METHODS
@@ -430,3 +431,27 @@ def test_fused_kernels_where_they_can_run(name: str) -> None:
 
     assert fused("cpu") is True
     assert not fused("cpu", foreach=True) and not fused("cpu", fused=False) and not fused("meta")
+
+
+class ReadsToHost(TorchDispatchMode):
+    """Counts values read from tensors: on a GPU each is a synchronisation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+def test_a_step_reads_nothing_from_the_device(case: str) -> None:
+    if case in ("rmsprop", "mkor+class"):
+        pytest.skip("torch's own RMSprop and unfused Adam read their step counts on a CPU")
+    model = toy(torch.float32)
+    optimizer = build(case, model)
+    train(model, optimizer, batches(1))
+    for _ in range(2):  # an update step
+        loss_of(model, batches(1)[0]).backward()
+        with ReadsToHost() as reads:
+            optimizer.step()
+        assert reads.count == 0

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_soo.experiments import bench_report
 from hf_soo.experiments.runs import RunRecord, reach, read_runs
-from hf_soo.tasks.wordpiece import write_atomically
+from hf_soo.files import write_atomically
 
 # The method the others' steps are counted against: the first of these that is there.
 BASELINES = ("lamb", "adamw", "sgd", "muon", "rmsprop")
@@ -266,13 +267,15 @@ def update_readme(readme: str | Path, name: str, text: str) -> None:
 
 
 def report(folder: str | Path) -> tuple[list[RunRecord], str]:
-    """The runs of a folder and their table.
+    """The runs of a folder and their table; for a folder of step benchmarks no runs, and their tables.
 
     Args:
-        folder: of run JSONs.
+        folder: of run JSONs, or of JSONs of ``scripts/bench_step.py``.
 
     Raises:
         ValueError: no runs there, or runs of different workloads.
     """
+    if benchmarks := bench_report.read_benchmarks(folder):
+        return [], "\n".join(map(bench_report.table, benchmarks))
     records = read_runs(folder)
     return records, table(records)

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_soo.experiments.pretraining_arguments import PretrainingArguments
 from hf_soo.experiments.runs import RunRecord, jsonable
+from hf_soo.files import write_atomically
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
-from hf_soo.tasks.wordpiece import write_atomically
 
 logger = logging.getLogger(__name__)
 

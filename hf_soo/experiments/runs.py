@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from hf_soo.experiments import machine
-from hf_soo.tasks.wordpiece import write_atomically
+from hf_soo.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

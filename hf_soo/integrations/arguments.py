@@ -58,7 +58,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
         """Let TrainingArguments check its own fields, and keep our values of the two that it would refuse.
 
         Raises:
-            ValueError: the optimizer is unknown, settings cannot be read, or are given for one of transformers' own optimizers.
+            ValueError: the optimizer is unknown, or settings cannot be read or are for one of transformers' own.
         """
         if str(self.optim) not in METHODS and str(getattr(self.optim, "value", self.optim)) not in list(OptimizerNames):
             raise ValueError(unknown_key("optimizer", str(self.optim), [*METHODS, *(o.value for o in OptimizerNames)]))

@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,10 +26,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
+from hf_soo.files import write_atomically
 from hf_soo.tasks.corpus import Corpus
 from hf_soo.tasks.pairs import PairBatch, PairConfig
 from hf_soo.tasks.sharding import ShardWorker, make_shards, map_in_order
-from hf_soo.tasks.wordpiece import SpecialIds, read_vocabulary, special_ids, train_wordpiece, write_atomically
+from hf_soo.tasks.wordpiece import SpecialIds, read_vocabulary, special_ids, train_wordpiece
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises:
         ValueError: The corpus, the vocabulary or the output folder cannot be used.
     """
+    began = time.monotonic()
     output = Path(config.output)
     _check_output(output, config.overwrite)
     corpus = Corpus(config.source, text_column=config.text_column, split=config.split, limit=config.max_documents)
@@ -127,7 +130,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 f"eval_documents={config.eval_documents} keeps {kept} documents; evaluation needs at least 2: "
                 "raise it, or set it to 0"
             )
-        manifest = _manifest(config, ids, vocab_file, counts)
+        manifest = _manifest(config, ids, vocab_file, counts) | {"seconds": round(time.monotonic() - began, 1)}
         write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 

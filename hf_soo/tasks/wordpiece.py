@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_soo.files import write_atomically
 
 Document = list[str]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -130,20 +131,6 @@ def read_vocabulary(vocab_file: str | Path) -> dict[str, int]:
         repeated = next(piece for i, piece in enumerate(pieces) if vocabulary[piece] != i)
         raise ValueError(f"vocabulary {str(path)!r} has {repeated!r} on two lines; each piece must be there once")
     return vocabulary
-
-
-def write_atomically(file: str | Path, text: str) -> None:
-    """Write a text file whole or not at all, and on the disk before it has its name."""
-    path = Path(file)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _uncased(tokenizer: Any) -> Any:

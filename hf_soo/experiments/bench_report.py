@@ -1,0 +1,65 @@
+"""Tables of the step benchmark, from the JSONs of ``scripts/bench_step.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "step": "step_ratio",
+    "min": "step_ratio_min",
+    "max": "step_ratio_max",
+    "plain": "plain_step_ratio",
+    "update": "update_step_ratio",
+    "capture": "capture_ratio",
+    "train step": "train_step_ratio",
+    "state B/param": "state_bytes_per_parameter",
+    "memory": "peak_memory_ratio",
+}
+
+
+def heading(results: dict[str, Any]) -> str:
+    """What was measured, and the head of the table.
+
+    Args:
+        results: a benchmark's JSON.
+    """
+    size, reference = f"{results['parameters'] / 1e6:.1f}M parameters", results["reference"]
+    fused, seconds = reference["adamw_fused_ratio"], reference["adamw_foreach_seconds"]
+    return (
+        f"{results['preset']}: {size} on {results['device']}; AdamW(foreach) {seconds * 1e3:.1f} ms a step, "
+        f"fused {fused:.2f} of it\n\n"
+        f"| {'optimizer':<16} | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table.
+
+    Args:
+        row: of a benchmark's JSON.
+    """
+    cells = ("" if row[key] is None else f"{row[key]:.2f}" for key in COLUMNS.values())
+    name = row["optimizer"] if row["base"] == row["optimizer"] else f"{row['optimizer']}+{row['base']}"
+    padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, COLUMNS, strict=True))
+    return f"| {name:<16} | {' | '.join(padded)} |"
+
+
+def table(results: dict[str, Any]) -> str:
+    """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round.
+
+    Args:
+        results: a benchmark's JSON.
+    """
+    return "\n".join([heading(results), *map(line, results["rows"])]) + "\n"
+
+
+def read_benchmarks(folder: str | Path) -> list[dict[str, Any]]:
+    """The benchmarks among a folder's JSONs, by file name.
+
+    Args:
+        folder: any folder.
+    """
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*.json"))]
+    return [document for document in documents if isinstance(document, dict) and "rows" in document]
