@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -289,6 +290,8 @@ def test_transformers_own_optimizers_still_work(optim: str, tmp_path: Path) -> N
 BAD_ARGUMENTS = [
     ({"optim": "mkro"}, "Did you mean .mkor.. Valid: mkor, eva"),
     ({"optim_args": "update_period"}, "'update_period' is no 'key=value'"),
+    ({"optim_args": "update_perid=3"}, "Did you mean 'update_period'"),
+    ({"optim_args": "update_period=0"}, "update_period=0"),
     ({"optim_args": '{"update_period": '}, "no JSON object"),
     ({"optim": "adamw_torch", "base_optim": "lamb"}, "base_optim='lamb' has no effect"),
     ({"optim": "adamw_torch", "precondition_exclude": ["x"]}, "has no effect"),
@@ -303,8 +306,6 @@ def test_bad_arguments(settings: dict[str, Any], message: str, tmp_path: Path) -
 
 def test_bad_settings_stop_before_training(tmp_path: Path) -> None:
     for settings, message in (
-        ({"optim_args": "update_perid=3"}, "Did you mean 'update_period'"),
-        ({"optim_args": "update_period=0"}, "update_period=0"),
         ({"precondition_include": ["nowhere"]}, "no layer selected"),
         ({"base_optim": "adafactor"}, "base='adafactor'"),
     ):
@@ -351,6 +352,19 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.
         run_trainer(str(tmp_path), resume=str(tmp_path / "checkpoint-2"), **keep)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         run_trainer(str(tmp_path / "empty"), resume=True)
+
+
+@pytest.mark.parametrize("writer", ["model", "optimizer"])
+def test_a_full_disk_is_one_clear_error(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        if writer == "model":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(Trainer, "save_model" if writer == "model" else "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match=r"step 2 .* could not be written"):
+        run_trainer(str(tmp_path), save_strategy="steps", save_steps=2)
+    assert last_whole_checkpoint(tmp_path) is None
 
 
 def test_a_window_cut_off_by_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -158,9 +158,9 @@ class Capture:
 
     def clear(self) -> None:
         """Drop what the current window has collected (a skipped step, an out-of-memory retry)."""
-        for buffers in self.buffers.values():
-            for tensor in buffers.tensors():
-                tensor.zero_()
+        tensors = [tensor for buffers in self.buffers.values() for tensor in buffers.tensors()]
+        if tensors:
+            torch._foreach_zero_(tensors)
 
     def remove(self) -> None:
         """Remove the hooks and free the buffers."""

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_soo.engine.checks import unknown_key
+from hf_soo.preconditioners.config import make_config
 from hf_soo.registry import METHODS
 
 POLY_WARMUP = "poly_warmup"
@@ -61,7 +62,8 @@ class SecondOrderTrainingArguments(TrainingArguments):
             ValueError: the optimizer is unknown, or settings cannot be read or are for one of transformers' own.
         """
         if str(self.optim) not in METHODS and str(getattr(self.optim, "value", self.optim)) not in list(OptimizerNames):
-            raise ValueError(unknown_key("optimizer", str(self.optim), [*METHODS, *(o.value for o in OptimizerNames)]))
+            known = dict.fromkeys([*METHODS, *(name.value for name in OptimizerNames)])
+            raise ValueError(unknown_key("optimizer", str(self.optim), list(known)))
         ours = {
             name: str(getattr(self, name))
             for name, known in (("optim", METHODS), ("lr_scheduler_type", (POLY_WARMUP,)))
@@ -78,7 +80,9 @@ class SecondOrderTrainingArguments(TrainingArguments):
     def _check_settings(self) -> None:
         parse_settings("base_optim_args", self.base_optim_args)
         if self.optim in METHODS:
-            parse_settings("optim_args", self.optim_args)
+            settings, config = parse_settings("optim_args", self.optim_args), METHODS[self.optim].config
+            if config is not None:  # a wrong setting shows here, not after an hour of preparing data
+                make_config(self.optim, config, settings)
             return
         for name in ("base_optim", "base_optim_args", "precondition_include", "precondition_exclude"):
             if getattr(self, name) is not None:

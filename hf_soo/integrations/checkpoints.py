@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,15 @@ def load_preconditioner(folder: str | os.PathLike[str]) -> dict[str, Any] | None
     except (RuntimeError, EOFError) as error:  # what torch.load raises for a truncated archive
         raise ValueError(f"{source} is damaged ({error}); resume from an earlier checkpoint.") from error
     return state
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether torch or safetensors failed to write a file; neither raises OSError for a full disk.
+
+    Args:
+        error: what saving a checkpoint raised.
+    """
+    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:

@@ -11,6 +11,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,7 +20,12 @@ from transformers import Trainer, TrainerCallback
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
-from hf_soo.integrations.checkpoints import last_whole_checkpoint, load_preconditioner, save_preconditioner
+from hf_soo.integrations.checkpoints import (
+    is_write_error,
+    last_whole_checkpoint,
+    load_preconditioner,
+    save_preconditioner,
+)
 from hf_soo.optimizers.schedules import poly_warmup
 from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer
 
@@ -154,6 +160,17 @@ class SecondOrderTrainerMixin(_Base):
                     f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no whole checkpoint; leave it out."
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            if not is_write_error(error):
+                raise
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} in {self.args.output_dir!r} could not be written "
+                f"({error}); free space or choose another output_dir, then resume from the last whole checkpoint."
+            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
