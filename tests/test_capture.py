@@ -143,6 +143,13 @@ def test_conv_patch_mean_is_the_unfolded_mean() -> None:
     assert_close_report(sums[0] / rows, patches.mean((0, 2)), 4e-16 * 1e4, "patch mean")  # spec 1e-12
 
 
+def test_input_given_by_keyword() -> None:
+    layer = nn.Linear(3, 2)
+    capture = watched(nn.Sequential(layer))
+    layer(input=torch.ones(5, 3)).sum().backward()
+    assert capture.buffers["0"].inputs.tolist() == [[5.0, 5.0, 5.0]]
+
+
 def test_groups_are_consecutive_rows() -> None:
     layer = as_layer("", nn.Linear(3, 2))
     assert layer is not None

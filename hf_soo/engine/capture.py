@@ -142,10 +142,12 @@ class Capture:
     def _hook(self, layer: Layer) -> torch.utils.hooks.RemovableHandle:
         groups = self.needs.groups
 
-        def commit_in_backward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def commit_in_backward(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
             if not (self.collecting and module.training and output.requires_grad):
                 return None
-            x = args[0].detach()
+            x = (*args, *kwargs.values())[0].detach()  # layer(x) or layer(input=x): there is one input
             if self.buffers[layer.name].rows.device != x.device:  # the model moved after construction
                 self.buffers[layer.name] = self._allocate(layer)
             buffers = self.buffers[layer.name]
@@ -154,7 +156,7 @@ class Capture:
             committed: Tensor = _Commit.apply(output, inputs, counts, layer.channel_dim, *buffers.tensors())  # type: ignore[no-untyped-call]
             return committed
 
-        return layer.module.register_forward_hook(commit_in_backward)
+        return layer.module.register_forward_hook(commit_in_backward, with_kwargs=True)
 
     def clear(self) -> None:
         """Drop what the current window has collected (a skipped step, an out-of-memory retry)."""
