@@ -7,11 +7,12 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -318,6 +319,25 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
     trainer.args._n_gpu = 2
     with pytest.raises(NotImplementedError, match="torchrun"):
         trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+@pytest.mark.parametrize("name", ["mkor", "lamb"])
+def test_sharded_gradients_are_refused(kind: DistributedType, name: str) -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=kind, scaler=None)
+    optimizer = hf_soo.build_optimizer(name, nn.Linear(3, 2), lr=0.01, weight_decay=0.01)
+    with pytest.raises(NotImplementedError, match=f"{name} under {kind.value.upper()}"):
+        bind(accelerator, optimizer)
+
+
+def test_fp16_tells_the_optimizer_its_loss_scale() -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.NO, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**5)
+    )
+    accelerator.scaler.scale(torch.ones(()))  # the scale starts with the first use
+    optimizer = hf_soo.build_optimizer("mkor", nn.Linear(3, 2), lr=0.01, weight_decay=0.01)
+    bind(accelerator, optimizer)
+    assert optimizer.loss_scale() == 32.0
 
 
 def test_settings_text() -> None:
