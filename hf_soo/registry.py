@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -123,11 +124,17 @@ def assemble(
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or no layer selected.
+        NotImplementedError: the parameters are sharded.
     """
     if name not in METHODS:
         raise ValueError(unknown_key("optimizer", name, list(METHODS)))
     method = METHODS[name]
     require_range("lr", lr, 0, float("inf"))
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise NotImplementedError(
+            f"{name} over sharded parameters (DTensor: FSDP2, tensor parallelism) is not supported in this version; "
+            "use DistributedDataParallel."
+        )
     if not any(group["params"] for group in groups):
         raise ValueError("the model has no trainable parameter; unfreeze some, or check requires_grad.")
     args = dict(base_args or {})

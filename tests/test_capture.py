@@ -256,3 +256,34 @@ def test_conv1d_is_a_transposed_linear() -> None:
             module(x).tanh().square().sum().backward()
             optimizer.step()
     assert_close_report(conv.weight.T, linear.weight, 1e-12, "weights")
+
+
+def test_decoders_of_inner_models_and_attention_are_left() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.lm_head = nn.Linear(4, 4), nn.Linear(4, 9)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.attention = Inner(), nn.MultiheadAttention(4, 2)
+
+    selection = select_layers(Outer())
+    assert [layer.name for layer in selection.layers] == ["inner.body"]
+    assert selection.left["inner.lm_head"] == "vocabulary decoder"
+    assert "without calling" in selection.left["attention.out_proj"]
+
+
+def test_a_layer_that_returns_a_tuple_is_not_hooked_into() -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+            return super().forward(input), None
+
+    layer = Pair(3, 2)
+    capture = watched(nn.Sequential(layer))
+    layer(torch.ones(5, 3))[0].sum().backward()
+    assert capture.buffers["0"].rows.item() == 0

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -275,7 +276,8 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
         "kv_scale": ("sum", {}),
     },
 }
-OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("mean", {"damping": 3.0})}
+OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
+OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
 FIELDS = [(n, f.name) for n, m in METHODS.items() if m.config for f in dataclasses.fields(m.config)]
 
 
@@ -455,3 +457,104 @@ def test_a_step_reads_nothing_from_the_device(case: str) -> None:
         with ReadsToHost() as reads:
             optimizer.step()
         assert reads.count == 0
+
+
+def test_optimizers_are_not_copied_and_models_are() -> None:
+    model = toy()
+    optimizer = build("mkor", model)
+    for copier in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="save state_dict"):
+            copier(optimizer)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        loss_of(copied, batches(1)[0]).backward()  # its hooks are there and do nothing
+        assert all(not t.any() for b in optimizer.capture.buffers.values() for t in b.tensors())
+        train(copied, build("mkor", copied), batches(2))
+
+
+def test_a_vector_too_small_to_scale_is_not_used() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = hf_soo.build_optimizer("mkor", model, lr=1e-2, base="sgd", weight_decay=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.full((5, 4), 1e-24)).sum().backward()
+        optimizer.step()
+    assert model.weight.isfinite().all()
+    assert all(t.isfinite().all() for f in optimizer.states[""].values() for t in f.values())
+
+
+def test_fewer_rows_than_groups() -> None:
+    """rank=4 with two rows: two groups are empty and add nothing."""
+    few, many = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    many.load_state_dict(few.state_dict())
+    for model, rank in ((few, 4), (many, 2)):
+        optimizer = hf_soo.build_optimizer(
+            "mkor", model, lr=1e-2, base="sgd", rank=rank, weight_decay=0.0, kv_target=float(rank)
+        )
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 4, dtype=torch.float64, generator=generator)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.diagnostics()[""]["input_side"] == "updated"
+    # the target undoes the weight 1/rank, so the two groups that have a row each act alike
+    assert_close_report(few.weight, many.weight, 1e-12, "weights")
+
+
+def test_training_in_eval_mode_is_warned_of_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy().eval()
+    train(model, build("mkor", model), batches(1))
+    assert "no rows" in caplog.text and "hidden" in caplog.text
+    assert "no statistics" in build_and_step(model)["hidden.weight"]
+
+
+def build_and_step(model: nn.Module) -> dict[str, str]:
+    optimizer = build("mkor", model)
+    train(model, optimizer, batches(1))
+    return optimizer.routing()
+
+
+def test_a_penalty_with_create_graph() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    optimizer = hf_soo.build_optimizer("mkor", model, lr=1e-2, weight_decay=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        out = model(x).sum()
+        (slope,) = torch.autograd.grad(out, x, create_graph=True)
+        (out + slope.square().sum()).backward()
+        optimizer.step()
+    assert not any(t.requires_grad for b in optimizer.capture.buffers.values() for t in b.tensors())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_conv_in_either_memory_format(layout: torch.memory_format) -> None:
+    def run(layout: torch.memory_format) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).double().to(memory_format=layout)
+        optimizer = hf_soo.build_optimizer("mkor", model, lr=1e-2, base="sgd", weight_decay=0.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=layout)).square().sum().backward()
+            before = model.weight.grad.clone()
+            optimizer.step()
+            cosine = torch.cosine_similarity(before.flatten(), model.weight.grad.flatten(), dim=0)
+            assert cosine < 0.99, "the weight's gradient was not replaced"
+        return model.weight.detach()
+
+    assert_close_report(run(layout), run(torch.contiguous_format), 1e-12, "weights")
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_conv_of_one_image_without_batch(rank: int) -> None:
+    def run(batched: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).double()
+        optimizer = hf_soo.build_optimizer("mkor", model, lr=1e-2, base="sgd", weight_decay=0.0, rank=rank)
+        for _ in range(2):
+            optimizer.zero_grad()
+            image = torch.randn(3, 6, 6, dtype=torch.float64)
+            model(image[None] if batched else image).square().sum().backward()
+            optimizer.step()
+        return model.weight.detach()
+
+    assert_close_report(run(False), run(True), 1e-12, "weights")

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -385,6 +386,45 @@ def test_a_full_disk_is_one_clear_error(writer: str, tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match=r"step 2 .* could not be written"):
         run_trainer(str(tmp_path), save_strategy="steps", save_steps=2)
     assert last_whole_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_without_optimizer_starts_fresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_trainer(str(tmp_path), save_strategy="steps", save_steps=3, save_only_model=True)
+    resumed = run_trainer(str(tmp_path), resume=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 6 and resumed.second_order.steps == 3  # type: ignore[union-attr]
+    assert "starts fresh" in caplog.text
+
+
+def test_arguments_beside_another_librarys() -> None:
+    """The other library's class first: its defaults win, ours add the fields."""
+
+    @dataclass
+    class Config(TrainingArguments):
+        learning_rate: float = 2e-5
+
+        def __post_init__(self) -> None:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @dataclass
+    class Both(Config, SecondOrderTrainingArguments):
+        pass
+
+    both = Both(output_dir="out", optim="mkor", base_optim="adamw", report_to="none")
+    assert both.optim == "mkor" and both.learning_rate == 2e-5 and both.base_optim == "adamw"
+
+
+def test_no_decay_names_are_trainers_for_other_models(tmp_path: Path) -> None:
+    from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMaskedLM
+
+    config = RobertaPreLayerNormConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = RobertaPreLayerNormForMaskedLM(config)
+    trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+    optimizer = hf_soo.build_optimizer("lamb", model, lr=0.01, weight_decay=0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == set(trainer.get_decay_parameter_names(model)) & set(names.values())
 
 
 def test_a_window_cut_off_by_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -103,10 +103,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mkor-sum": ("mkor", {"kv_scale": "sum"}),
     "mkor+adamw": ("mkor", {"base": "adamw"}),
     "mkor+muon": ("mkor", {"base": "muon"}),
-    "eva-sum": ("eva", {"kv_scale": "sum", "kl_clip": None}),
+    "eva-unit": ("eva", {"kv_scale": "unit"}),
+    "eva-unclipped": ("eva", {"kl_clip": None}),
     "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
 }
-LEARNING_RATE = {"adamw": 1e-2, "rmsprop": 1e-3, "eva": 1e-2, "eva_f": 1e-2, "eva-sum": 1e-3, "mkor+adamw": 1e-2}
+LEARNING_RATE = {
+    "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
+    "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
+}  # fmt: skip
 
 
 def build(case: str, model: nn.Module, **overrides: object) -> PreconditionedOptimizer:

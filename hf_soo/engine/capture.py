@@ -89,7 +89,8 @@ class _Commit(torch.autograd.Function):
         if input_buffer.numel():
             input_buffer.add_(inputs)
         if output_buffer.numel() or noise_buffer.numel():
-            _commit_outputs(grad.movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
+            # detached: under create_graph the buffers would join the graph of the second backward pass
+            _commit_outputs(grad.detach().movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
         return grad, None, None, None, None, None, None, None
 
 
@@ -140,23 +141,29 @@ class Capture:
         )
 
     def _hook(self, layer: Layer) -> torch.utils.hooks.RemovableHandle:
-        groups = self.needs.groups
+        return layer.module.register_forward_hook(_CommitHook(self, layer), with_kwargs=True)
 
-        def commit_in_backward(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor | None:
-            if not (self.collecting and module.training and output.requires_grad):
-                return None
-            x = (*args, *kwargs.values())[0].detach()  # layer(x) or layer(input=x): there is one input
-            if self.buffers[layer.name].rows.device != x.device:  # the model moved after construction
+    def to_weights(self, layers: Sequence[Layer]) -> None:
+        """Start the buffers of layers anew whose weights were moved to another device after construction."""
+        for layer in layers:
+            if self.buffers[layer.name].rows.device != layer.weight.device:
                 self.buffers[layer.name] = self._allocate(layer)
-            buffers = self.buffers[layer.name]
-            inputs, rows = layer.input_sums(x, groups)
-            counts = group_sizes(rows, groups, buffers.rows)
-            committed: Tensor = _Commit.apply(output, inputs, counts, layer.channel_dim, *buffers.tensors())  # type: ignore[no-untyped-call]
-            return committed
 
-        return layer.module.register_forward_hook(commit_in_backward, with_kwargs=True)
+    def commit_in_backward(self, layer: Layer, x: Tensor, output: Tensor) -> Tensor:
+        """The output, with a node behind it that commits the sums of ``x`` and of its gradient.
+
+        Args:
+            layer: the layer that ran.
+            x: its input.
+            output: its output.
+        """
+        if self.buffers[layer.name].rows.device != x.device:
+            self.to_weights([layer])
+        buffers = self.buffers[layer.name]
+        inputs, rows = layer.input_sums(x, self.needs.groups)
+        counts = group_sizes(rows, self.needs.groups, buffers.rows)
+        committed: Tensor = _Commit.apply(output, inputs, counts, layer.channel_dim, *buffers.tensors())  # type: ignore[no-untyped-call]
+        return committed
 
     def clear(self) -> None:
         """Drop what the current window has collected (a skipped step, an out-of-memory retry)."""
@@ -169,6 +176,25 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles, self.buffers = [], {}
+
+
+class _CommitHook:
+    """The forward hook of one layer. A copied or unpickled model takes a hook along that does nothing."""
+
+    def __init__(self, capture: Capture | None = None, layer: Layer | None = None) -> None:
+        self.capture, self.layer = capture, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        capture, layer = self.capture, self.layer
+        if capture is None or layer is None or not (capture.collecting and module.training):
+            return None
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        x = (*args, *kwargs.values())[0].detach()  # layer(x) or layer(input=x): there is one input
+        return capture.commit_in_backward(layer, x, output)
+
+    def __reduce__(self) -> tuple[type[_CommitHook], tuple[()]]:
+        return _CommitHook, ()
 
 
 def group_sizes(rows: int, groups: int, like: Tensor) -> Tensor:

@@ -51,12 +51,14 @@ class Diagnostics:
         self._lowest_cosine = lowest if self._lowest_cosine is None else torch.minimum(self._lowest_cosine, lowest)
 
     def check(self, step: int, method: str) -> None:
-        """Every CHECK_PERIOD steps: warn, once each, of an inert run and of layers that get no statistics.
+        """After step 1 and each CHECK_PERIOD: warn, once, of an inert run and of layers without statistics.
 
         Args:
             step: optimizer steps done.
             method: the optimizer's name, for the message.
         """
+        if step == 1:  # a model in eval mode, a layer that is never called: say so before hours are spent
+            self._warn_of_layers(method)
         if step % CHECK_PERIOD or self._lowest_cosine is None:
             return
         lowest = self._lowest_cosine.item()
@@ -80,6 +82,10 @@ class Diagnostics:
                 lost.setdefault(max(bad).text, []).append(name)
         for reason, names in lost.items():
             logger.warning("%s keeps the old factors of %d layers (%s): %s", method, len(names), reason, names)
+
+    def without_rows(self) -> set[str]:
+        """The layers that got no input at the last update."""
+        return {name for name, outcomes in self._outcomes().items() if Outcome.NO_ROWS in outcomes}
 
     def _outcomes(self) -> dict[str, list[Outcome]]:
         return {

@@ -49,9 +49,11 @@ class PlainGradients:
     def write(self, layers: Sequence[Layer], grad: Grad) -> None:
         """Store the gradients in the layers, in the dtype the layers use."""
         for i, layer in enumerate(layers):
-            _store(layer.as_matrix(_grad(layer.weight)), grad.weight[i])
+            weight = _grad(layer.weight)
+            if layer.as_matrix(weight).data_ptr() != grad.weight[i].data_ptr():  # else it was changed in place
+                weight.copy_(layer.from_matrix(grad.weight[i], weight))
             if layer.bias is not None and grad.bias is not None:
-                _store(_grad(layer.bias), grad.bias[i])
+                _grad(layer.bias).copy_(grad.bias[i])
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -66,8 +68,3 @@ def _grad(parameter: Tensor) -> Tensor:
 
 def _computed(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor.dtype))
-
-
-def _store(target: Tensor, value: Tensor) -> None:
-    if target.data_ptr() != value.data_ptr():
-        target.copy_(value)

@@ -50,6 +50,10 @@ class Layer(ABC):
         """A weight-shaped tensor as [d_out, d_in]; a view where strides allow."""
         return weight
 
+    def from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of ``as_matrix``: [d_out, d_in] in the shape of ``weight``."""
+        return matrix
+
     @abstractmethod
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
         """Sums of input rows in ``groups`` consecutive parts, and the number of rows.
@@ -89,11 +93,15 @@ class Conv1DLayer(LinearLayer):
         """The transpose."""
         return weight.mT
 
+    def from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The transpose."""
+        return matrix.mT
+
 
 class Conv2dLayer(Layer):
     """nn.Conv2d with groups=1: one row per output position, the im2col patch [d_in = channels x kh x kw]."""
 
-    channel_dim = 1
+    channel_dim = -3  # also of an image without a batch dimension
     module: nn.Conv2d
 
     @property
@@ -103,8 +111,12 @@ class Conv2dLayer(Layer):
         return conv.out_channels, conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """[out_channels, in_channels x kh x kw]."""
+        """[out_channels, in_channels x kh x kw]; a copy if the weight is channels_last."""
         return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """[out_channels, in_channels, kh, kw]."""
+        return matrix.reshape(weight.shape)
 
     def _padding(self) -> tuple[int, ...]:
         """The padding in numbers (left, right, top, bottom); "same" pads more on the right, as nn.Conv2d does."""
@@ -118,12 +130,19 @@ class Conv2dLayer(Layer):
         return tuple(sides)
 
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
-        """See ``Layer.input_sums``; x is [batch, channels, height, width]."""
+        """See ``Layer.input_sums``; x is [batch, channels, height, width], or one image."""
+        images = x if x.ndim == 4 else x.unsqueeze(0)
+        if groups > 1:
+            rows = self._patches(images).mT.flatten(0, 1)
+            return group_sums(rows, groups), rows.shape[0]
         # Unfold is linear: the sum of the patches of a batch is the patches of its sum, so one image is unfolded.
-        conv, dtype = self.module, accumulation_dtype(x.dtype)
-        images = torch.stack([part.sum(0, dtype=dtype) for part in x.tensor_split(groups)])
-        patches = F.unfold(F.pad(images, self._padding()), conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-        return patches.sum(-1), x.shape[0] * patches.shape[-1]
+        patches = self._patches(images.sum(0, keepdim=True, dtype=accumulation_dtype(x.dtype)))
+        return patches.sum(-1), images.shape[0] * patches.shape[-1]
+
+    def _patches(self, images: Tensor) -> Tensor:
+        conv = self.module
+        padded = F.pad(images, self._padding())
+        return F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -186,7 +205,7 @@ def select_layers(
     """
     included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
     owners = _weight_owners(model)
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    decoders = _decoders(model)
     layers: list[Layer] = []
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -195,7 +214,7 @@ def select_layers(
             left[name] = "embedding"
         if layer is None:
             continue
-        reason = _reason_to_leave(layer, owners, output_embeddings)
+        reason = _reason_to_leave(layer, owners, decoders)
         if reason is None and include is not None and not any(p.search(name) for p in included):
             reason = "no include pattern matches"
         if reason is None:
@@ -238,14 +257,22 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], output_embeddings: nn.Module | None) -> str | None:
+def _decoders(model: nn.Module) -> set[nn.Module]:
+    """The vocabulary decoders of the model and of models inside it, with what wraps them (PEFT) and is inside."""
+    found = (getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules())
+    return {part for decoder in found if isinstance(decoder, nn.Module) for part in decoder.modules()}
+
+
+def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[nn.Module]) -> str | None:
     """Why no Kronecker factor can describe this layer's gradient, or None."""
     module, weight = layer.module, layer.weight
     others = [name for name in owners.get(id(weight), []) if name != layer.name]
     if others:
         return f"weight tied to {others[0]}"
-    if module is output_embeddings:
+    if module in decoders:
         return VOCABULARY_DECODER
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads this weight without calling the layer"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return f"quantised weight ({getattr(weight, 'dtype', type(weight).__name__)})"
     if not weight.requires_grad:

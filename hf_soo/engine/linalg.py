@@ -71,6 +71,7 @@ def lowrank_update(C: Tensor, head: Tensor, V: Tensor, factor_decay: float, vali
     replaced = (age < r)[..., None]
     rows = torch.take_along_dim(fresh, age.clamp(max=r - 1)[..., None], dim=-2)
     updated = torch.where(replaced, rows, factor_decay**0.5 * C)
+    valid = valid & fresh.isfinite().all(-1).all(-1)
     return torch.where(valid[..., None, None], updated, C), torch.where(valid, (head + r) % history, head)
 
 

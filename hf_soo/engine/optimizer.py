@@ -35,7 +35,7 @@ class PreconditionedOptimizer(Optimizer):
         layers: the layers it moves.
         steps: optimizer steps done.
         loss_scale: a function to the factor on the loss in the backward pass (fp16 GradScaler); read on update steps.
-        batched: work on layers of one shape together (on a GPU) or one by one (on a CPU, in place and in cache).
+        batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -72,7 +72,7 @@ class PreconditionedOptimizer(Optimizer):
         self.comm = Communicator()
         self.diagnostic = Diagnostics()
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        self.batched = any(layer.weight.device.type != "cpu" for layer in self.layers)
+        self.batched: bool | None = None
         self.carries_state = True
         self.steps = 0
         self._schedule_capture()
@@ -149,7 +149,8 @@ class PreconditionedOptimizer(Optimizer):
 
     def _groups(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         """Layers to work on together."""
-        if not self.batched:
+        on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
+        if self.batched is False or (self.batched is None and on_cpu):
             yield from ([layer] for layer in layers)
             return
         by_shape: dict[Any, list[Layer]] = defaultdict(list)
@@ -172,6 +173,14 @@ class PreconditionedOptimizer(Optimizer):
 
     # ---- windows ---------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied: the copy would have no layers to hook.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a PreconditionedOptimizer cannot be copied or pickled; save state_dict() and build another.")
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what the window has collected (a step may have been skipped)."""
         super().zero_grad(set_to_none)
@@ -193,10 +202,12 @@ class PreconditionedOptimizer(Optimizer):
         """Per parameter of the base: which rule moves it, and why a layer is left to the base."""
         base = type(self.base).__name__
         rules: dict[int, str] = {}
+        idle = self.diagnostic.without_rows()
         for layer in self.layers:
+            note = " (no statistics: it got no input at the last update)" if layer.name in idle else ""
             for parameter in (layer.weight, layer.bias):
                 if parameter is not None:
-                    rules[id(parameter)] = f"{self.name} -> {base}"
+                    rules[id(parameter)] = f"{self.name} -> {base}{note}"
         table = {}
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -54,8 +54,9 @@ class KLClip:
         self.kl_clip = kl_clip
 
     def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
-        """The same ν for every layer; 1 if the sum is 0."""
-        total = torch.stack([(lr.square() * m.inner).sum() for m, lr in zip(moved, learning_rates, strict=True)]).sum()
+        """The same ν for every layer; 1 if the sum is 0. A layer whose ⟨P, G⟩ is not finite does not count."""
+        terms = [lr.square() * m.inner for m, lr in zip(moved, learning_rates, strict=True)]
+        total = torch.stack([torch.where(term.isfinite(), term, 0.0).sum() for term in terms]).sum()
         nu = (self.kl_clip / total).sqrt()
         nu = torch.where(nu.isfinite() & (total > 0), nu, 1.0).clamp(max=1.0)
         return [nu.expand_as(m.inner) for m in moved]

@@ -51,6 +51,7 @@ def collect(
     Returns:
         A function from layers of one shape to their statistics.
     """
+    capture.to_weights(layers)
     comm.sum_([tensor for layer in layers for tensor in capture.buffers[layer.name].tensors() if tensor.numel()])
     # Captured output gradients are of each rank's own mean loss, times the loss scale; bias.grad is free of both.
     unit = 1.0 / (comm.world_size * loss_scale()) if capture.needs.outputs else 1.0
@@ -72,7 +73,7 @@ def collect(
 
 
 def _input_means(group: Sequence[Layer], sums: Tensor, rows: Tensor) -> Tensor:
-    means = sums / rows[..., None]
+    means = sums / rows.clamp(min=1)[..., None]  # a group without rows is a zero vector
     if group[0].bias is None:
         return means
     return torch.cat([means, torch.ones_like(means[..., :1])], dim=-1)
@@ -82,11 +83,11 @@ def _output_mean(layer: Layer, capture: Capture, gradients: PlainGradients, unit
     """Mean output gradient of each group of rows, [groups, d_out]; zeros where the layer has no gradient."""
     buffers = capture.buffers[layer.name]
     if buffers.outputs.numel():
-        return buffers.outputs * unit / buffers.rows[:, None]
+        return buffers.outputs * unit / buffers.rows.clamp(min=1)[:, None]
     if not gradients.has(layer) or layer.bias is None or layer.bias.grad is None:
         return torch.zeros(1, layer.shape[0], dtype=buffers.rows.dtype, device=buffers.rows.device)
     bias_grad = layer.bias.grad
-    return bias_grad.to(accumulation_dtype(bias_grad.dtype))[None] / buffers.rows[:, None]
+    return bias_grad.to(accumulation_dtype(bias_grad.dtype))[None] / buffers.rows.clamp(min=1)[:, None]
 
 
 def _is_noise(noise: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ def load_preconditioner(folder: str | os.PathLike[str]) -> dict[str, Any] | None
     return state
 
 
+def has_optimizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint holds any optimizer's state (``save_only_model`` writes none).
+
+    Args:
+        folder: a checkpoint folder.
+    """
+    return any(Path(folder).glob("optimizer*"))
+
+
 def is_write_error(error: Exception) -> bool:
     """Whether torch or safetensors failed to write a file; neither raises OSError for a full disk.
 

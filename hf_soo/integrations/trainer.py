@@ -21,6 +21,7 @@ from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
 from hf_soo.integrations.checkpoints import (
+    has_optimizer,
     is_write_error,
     last_whole_checkpoint,
     load_preconditioner,
@@ -63,7 +64,8 @@ class SecondOrderTrainerMixin(_Base):
             **kwargs: Trainer's.
         """
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is None and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
+        own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        if not own_loss and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
             # Trainer takes **kwargs in forward for a promise to divide the loss by num_items_in_batch. BERT's heads
             # break it, and the loss would be (accumulation steps x processes) times too large.
             self.model_accepts_loss_kwargs = False
@@ -88,6 +90,7 @@ class SecondOrderTrainerMixin(_Base):
         if ours and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.optimizer = self._build(bare_model(model or self.model))  # type: ignore[arg-type]
         optimizer: Optimizer = super().create_optimizer(model)
+        bind(self.accelerator, optimizer)
         return optimizer
 
     def _build(self, model: nn.Module) -> PreconditionedOptimizer:
@@ -115,7 +118,6 @@ class SecondOrderTrainerMixin(_Base):
             settings=parse_settings("optim_args", args.optim_args),
         )
         optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
-        bind(self.accelerator, optimizer)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -174,13 +176,17 @@ class SecondOrderTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.second_order is not None and self.args.should_save:
+        if self.second_order is not None and not self.second_order.carries_state and self.args.should_save:
             save_preconditioner(output_dir, self.second_order.second_order_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Our file first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
-        if self.second_order is not None and checkpoint is not None:
-            self.second_order.load_second_order_state(load_preconditioner(checkpoint))
+        if self.second_order is not None and checkpoint is not None and not self.second_order.carries_state:
+            saved = load_preconditioner(checkpoint)
+            if saved is None and not has_optimizer(checkpoint):  # save_only_model
+                logger.warning("%s holds no optimizer state; %s starts fresh", checkpoint, self.second_order.name)
+            else:
+                self.second_order.load_second_order_state(saved)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -256,11 +262,15 @@ def ignores_loss_kwargs(model: nn.Module) -> bool:
         model = model.get_base_model()  # type: ignore[operator]
     if hasattr(model, "accepts_loss_kwargs"):
         return not model.accepts_loss_kwargs
-    forward = inspect.unwrap(type(model).forward)
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
         return False
-    try:
-        source = inspect.getsource(forward)
-    except OSError:  # no source at hand (interactive, frozen): believe Trainer
-        return False
-    return "num_items_in_batch" not in source and "loss_function" not in source
+    for forward in (inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)):
+        try:
+            source = inspect.getsource(forward)
+        except OSError:  # no source at hand (interactive, frozen): believe Trainer
+            return False
+        if "num_items_in_batch" in source or "loss_function" in source:
+            return False
+        if "super().forward" not in source:
+            return True
+    return False

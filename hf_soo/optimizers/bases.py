@@ -67,7 +67,9 @@ def decay_groups(model: nn.Module, weight_decay: float | None) -> Groups:
     Returns:
         The groups that are not empty.
     """
-    norms = {f"{name}.{p}" for name, m in model.named_modules() if _is_norm(m) for p, _ in m.named_parameters()}
+    norms = {
+        f"{name}.{p}" for name, m in model.named_modules() if _is_norm(m) for p, _ in m.named_parameters(recurse=False)
+    }
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

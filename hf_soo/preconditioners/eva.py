@@ -16,9 +16,10 @@ paper here           the released code
 ===== ============== =======================================
 
 Deviation: the released code takes b = mean output gradient of the first 16 rows, with which |a|²|b|² is far below γ on
-a transformer and P = G/γ; `kv_scale="mean"` (with all rows) keeps that, "sum" is b = bias.grad, and the default "unit"
-sets |v|² = d for both vectors. Deviation: the running average is taken once for each optimizer step, not for each
-micro-batch. Eva-f follows the abstract (it vectorises FOOF); the body of that paper was not at hand.
+a transformer and P = G/γ; `kv_scale="mean"` (with all rows) keeps that, and the default "sum" is b = bias.grad. "unit"
+sets |v|² = d: then γ damps nothing, and without a norm match such as MKOR's that costs learning-rate range.
+Deviation: the running average is taken once for each optimizer step, not for each micro-batch. Eva-f follows the
+abstract (it vectorises FOOF); the body of that paper was not at hand.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class EvaConfig(Periodic):
     kl_clip: float | None = 1e-3
     update_period: int = 1
     warmup_updates: int = 0
-    kv_scale: KVScale = "unit"
+    kv_scale: KVScale = "sum"
 
     def __post_init__(self) -> None:
         """Check the fields.

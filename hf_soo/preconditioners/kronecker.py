@@ -45,16 +45,17 @@ def kronecker_vectors(
     if clip is not None:
         v = v.clamp(-clip, clip)
     if scale == "unit":
-        v = v * ((v.shape[-1] * target) ** 0.5 / torch.linalg.vector_norm(v, dim=-1, keepdim=True))
-    outcome = _outcomes(means, statistics, noise_matters=scale == "unit" and side is Side.OUTPUT)
+        length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        v = v * ((v.shape[-1] * target) ** 0.5 / torch.where(length > 0, length, 1.0))
+    outcome = _outcomes(v, statistics, noise_matters=scale == "unit" and side is Side.OUTPUT)
     return v / means.shape[-2] ** 0.5, outcome, size
 
 
-def _outcomes(means: Tensor, statistics: Statistics, noise_matters: bool) -> Tensor:
-    zero = (means == 0).all(-1).any(-1)
+def _outcomes(v: Tensor, statistics: Statistics, noise_matters: bool) -> Tensor:
+    zero = (v == 0).all(-1).all(-1)
     noise = zero if statistics.noise is None or not noise_matters else zero | statistics.noise
     outcome = torch.where(noise, Outcome.NOISE.value, Outcome.UPDATED.value)
-    outcome = torch.where(means.isfinite().all(-1).all(-1), outcome, Outcome.NOT_FINITE.value)
+    outcome = torch.where(v.isfinite().all(-1).all(-1), outcome, Outcome.NOT_FINITE.value)
     return torch.where(statistics.rows > 0, outcome, Outcome.NO_ROWS.value)
 
 
