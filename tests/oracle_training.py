@@ -125,7 +125,7 @@ class Eva:
     def transform(self, layers: list[tuple[Array, Array]], lr: float) -> list[Array]:
         cfg = self.config
         if self.t < cfg.get("warmup_updates", 0) or self.t % cfg.get("update_period", 1) == 0:
-            new = [kronecker_vectors(a, e, math.inf, cfg.get("kv_scale", "unit")) for a, e in layers]
+            new = [kronecker_vectors(a, e, math.inf, cfg.get("kv_scale", "sum")) for a, e in layers]
             xi = cfg["kv_new_weight"]  # the share of the new vector, where MKOR's factor_decay is the old one's
             old = self.running or new  # the first vector is copied
             self.running = [

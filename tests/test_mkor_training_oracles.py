@@ -223,7 +223,7 @@ def test_zero_vectors_leave_the_base_alone_to_the_bit(kv_scale: str, representat
     nets[1].load_state_dict(nets[0].state_dict())
     steps = [
         hf_soo.build_optimizer("mkor", nets[0], lr=0.1, base="sgd", kv_scale=kv_scale, representation=representation),
-        torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9),
+        torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, fused=True),  # the kernel that "sgd" uses
     ]
     for _ in range(4):
         for net, optimizer in zip(nets, steps, strict=True):
@@ -258,7 +258,7 @@ def test_without_sides_the_base_steps_alone_to_the_bit() -> None:
     data, lrs = batches(5), [0.1, 0.08, 0.06, 0.04, 0.02]
     runs = [
         run_library(one, hf_soo.build_optimizer("mkor", one, lr=0.1, base="sgd", sides="none"), data, lrs),
-        run_library(two, torch.optim.SGD(two.parameters(), lr=0.1, momentum=0.9), data, lrs),
+        run_library(two, torch.optim.SGD(two.parameters(), lr=0.1, momentum=0.9, fused=True), data, lrs),
     ]
     for p, q in zip(runs[0][-1], runs[1][-1], strict=True):
         assert torch.equal(p, q)

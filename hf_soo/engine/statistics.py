@@ -76,7 +76,7 @@ def _input_means(group: Sequence[Layer], sums: Tensor, rows: Tensor) -> Tensor:
     means = sums / rows.clamp(min=1)[..., None]  # a group without rows is a zero vector
     if group[0].bias is None:
         return means
-    return torch.cat([means, torch.ones_like(means[..., :1])], dim=-1)
+    return torch.cat([means, (rows > 0).to(means)[..., None]], dim=-1)
 
 
 def _output_mean(layer: Layer, capture: Capture, gradients: PlainGradients, unit: float) -> Tensor:
