@@ -109,7 +109,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
-    "eva": 1e-2, "eva_f": 3e-3, "eva-unit": 1e-2, "eva-unclipped": 3e-4,
+    "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
 
 

@@ -112,9 +112,10 @@ def build_base(
         if key not in valid:
             raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", key, valid))
     settings = {**defaults, **args}
-    devices = {p.device.type for group in groups for p in group["params"]}
-    if "fused" not in args and (OTHER_KERNELS & args.keys() or not devices <= set(FUSED_DEVICES)):
+    if "fused" not in args and (OTHER_KERNELS & args.keys() or not _fused_is_right(cls, groups)):
         settings.pop("fused", None)
+    if args.get("fused") and not _fused_is_right(cls, groups):
+        raise ValueError(f"fused=True is not right for {cls.__name__} with these parameters; leave it out.")
     if issubclass(cls, Muon):
         settings["matrices"] = list(hidden)
     if issubclass(cls, Lamb) and all(group.get("weight_decay") == 0 for group in groups):
@@ -124,6 +125,17 @@ def build_base(
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
     return optimizer
+
+
+def _fused_is_right(cls: type[Optimizer], groups: Groups) -> bool:
+    """Whether torch's fused kernel gives the right step.
+
+    Its SGD with momentum for half precision on a CPU does not (torch 2.13: from 16 elements on, where it vectorises).
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    if issubclass(cls, torch.optim.SGD) and any(p.device.type == "cpu" and p.dtype.itemsize < 4 for p in parameters):
+        return False
+    return all(p.device.type in FUSED_DEVICES for p in parameters)
 
 
 def resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping[str, Any]]:
