@@ -176,13 +176,18 @@ def test_health_is_logged(tmp_path: Path) -> None:
     assert logged(trainer, "soo/fallback_layers") == [0.0] * 6
 
 
+def assert_decays_as_trainer(optimizer: torch.optim.Optimizer, trainer: Trainer) -> None:
+    """The parameters with weight decay are those that Trainer would choose for its model."""
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == set(trainer.get_decay_parameter_names(trainer.model)) & set(names.values())
+
+
 def test_groups_and_routing_are_trainers(tmp_path: Path) -> None:
     trainer = run_trainer(str(tmp_path), max_steps=2, precondition_exclude=[r"pooler"])
     optimizer = trainer.second_order
     assert optimizer is not None
-    names = {id(p): n for n, p in trainer.model.named_parameters()}
-    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == set(trainer.get_decay_parameter_names(trainer.model)) & set(names.values())
+    assert_decays_as_trainer(optimizer, trainer)
     routing = optimizer.routing()
     assert routing["bert.pooler.dense.weight"] == "Lamb: exclude='pooler'"
     assert routing["bert.embeddings.word_embeddings.weight"] == "Lamb: embedding"
@@ -194,9 +199,7 @@ def test_plain_groups_are_trainers(tmp_path: Path) -> None:
     model = bert()
     trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     optimizer = hf_soo.build_optimizer("mkor", model, lr=0.01, weight_decay=0.01)
-    names = {id(p): n for n, p in model.named_parameters()}
-    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == set(trainer.get_decay_parameter_names(model)) & set(names.values())
+    assert_decays_as_trainer(optimizer, trainer)
 
 
 def test_poly_warmup_is_the_schedule(tmp_path: Path) -> None:
@@ -422,9 +425,7 @@ def test_no_decay_names_are_trainers_for_other_models(tmp_path: Path) -> None:
     model = RobertaPreLayerNormForMaskedLM(config)
     trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     optimizer = hf_soo.build_optimizer("lamb", model, lr=0.01, weight_decay=0.1)
-    names = {id(p): n for n, p in model.named_parameters()}
-    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == set(trainer.get_decay_parameter_names(model)) & set(names.values())
+    assert_decays_as_trainer(optimizer, trainer)
 
 
 def test_a_window_cut_off_by_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCABULARY_DECODER = "vocabulary decoder"
-
 
 @dataclass(eq=False)
 class Layer(ABC):
@@ -270,7 +268,7 @@ def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[n
     if others:
         return f"weight tied to {others[0]}"
     if module in decoders:
-        return VOCABULARY_DECODER
+        return "vocabulary decoder"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():

@@ -134,18 +134,16 @@ class PreconditionedOptimizer(Optimizer):
 
     def _rescale(self, batch: list[list[Layer]], grads: list[Grad], moved: list[Moved]) -> None:
         rule = self.preconditioner.rescale
-        rates = [self._learning_rates(group, m.before) for group, m in zip(batch, moved, strict=True)]
-        scales = rule.scales(moved, rates)
+        scales = rule.scales(moved, self._learning_rates(batch, moved) if rule.joint else [])
         if scales is not None:
             for grad, scale in zip(grads, scales, strict=True):
                 grad.scale_(scale)
 
-    def _learning_rates(self, group: list[Layer], like: Tensor) -> Tensor:
-        """The scheduled learning rate of each layer's weight, [L]."""
-        if not self.preconditioner.rescale.joint:
-            return like
-        of = {id(p): g["lr"] for g in self.param_groups for p in g["params"]}
-        return like.new_tensor([float(of.get(id(layer.weight), 0.0)) for layer in group])
+    def _learning_rates(self, batch: list[list[Layer]], moved: list[Moved]) -> list[Tensor]:
+        """The scheduled learning rate of each layer's weight, [L] for each group."""
+        of = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
+        rates = ([of.get(id(layer.weight), 0.0) for layer in group] for group in batch)
+        return [m.inner.new_tensor(rate) for m, rate in zip(moved, rates, strict=True)]
 
     def _groups(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         """Layers to work on together."""
@@ -172,14 +170,6 @@ class PreconditionedOptimizer(Optimizer):
         }
 
     # ---- windows ---------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied: the copy would have no layers to hook.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("a PreconditionedOptimizer cannot be copied or pickled; save state_dict() and build another.")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what the window has collected (a step may have been skipped)."""
@@ -277,6 +267,14 @@ class PreconditionedOptimizer(Optimizer):
         self.steps = int(saved["steps"])
         self._schedule_capture()
         self.capture.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied: the copy would have no layers to hook.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a PreconditionedOptimizer cannot be copied or pickled; save state_dict() and build another.")
 
     def _share_with_base(self) -> None:
         """Loading replaces the base's containers; ours must be the same objects again."""

@@ -17,7 +17,7 @@ class Rescale(Protocol):
     joint: bool  # True if the scales of all layers depend on each other
 
     def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor] | None:
-        """Scale factors [L] for each batch of layers, or None to leave P alone."""
+        """Scale factors [L] for each batch of layers, or None to leave P alone; rates are given if ``joint``."""
 
 
 class NoRescale:
