@@ -369,11 +369,27 @@ def test_another_optimizers_checkpoint_is_refused() -> None:
             optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("spoiled", ["ours", "base"])
+def test_a_refused_state_changes_nothing(spoiled: str) -> None:
+    model = toy()
+    source, target = build("mkor", model), build("mkor", model)
+    train(model, source, batches(3))
+    saved = source.state_dict()
+    if spoiled == "ours":
+        saved["second_order"] = saved["second_order"] | {"optimizer": "eva"}
+    else:
+        saved["param_groups"] = saved["param_groups"][:1]
+    with pytest.raises(ValueError):
+        target.load_state_dict(saved)
+    assert target.steps == 0 and not target.state
+    assert all(not f["columns"].any() for state in target.states.values() for f in state.values())
+
+
 def test_changed_settings_on_resume_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = toy()
     with caplog.at_level(logging.WARNING):
         build("mkor", model, update_period=5).load_state_dict(build("mkor", model).state_dict())
-    assert "update_period" in caplog.text
+    assert caplog.text.count("changed settings") == 1 and "update_period" in caplog.text
 
 
 @pytest.mark.parametrize("case", ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f"])

@@ -52,11 +52,11 @@ def check_saved(saved: dict[str, Any] | None, name: str, base: str, config: dict
     return saved
 
 
-def restore_layers(states: dict[str, LayerState], saved: LayerState) -> None:
-    """Copy saved tensors into the states, in the states' dtype and on their device.
+def check_layers(states: dict[str, LayerState], saved: LayerState) -> None:
+    """Check that saved tensors fit the states of this run.
 
     Args:
-        states: the states of this run, changed in place only if everything fits.
+        states: the states of this run.
         saved: what ``layer_tensors`` gave.
 
     Raises:
@@ -75,7 +75,16 @@ def restore_layers(states: dict[str, LayerState], saved: LayerState) -> None:
                 f"the checkpoint's state of layer {name!r} is {_signature(saved[name])}, this run needs "
                 f"{_signature(tensors)}; resume with the settings the checkpoint was written with."
             )
-    for name, tensors in own.items():
+
+
+def restore_layers(states: dict[str, LayerState], saved: LayerState) -> None:
+    """Copy saved tensors that ``check_layers`` passed into the states, in place.
+
+    Args:
+        states: the states of this run.
+        saved: what ``layer_tensors`` gave.
+    """
+    for name, tensors in layer_tensors(states).items():
         for key, tensor in tensors.items():
             tensor.copy_(saved[name][key])
 

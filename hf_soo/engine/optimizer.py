@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hf_soo.engine import statistics
 from hf_soo.engine.capture import Capture
-from hf_soo.engine.checkpoint import check_saved, layer_tensors, restore_layers
+from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors, restore_layers
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.gradients import Grad, PlainGradients, stack
@@ -238,10 +238,12 @@ class PreconditionedOptimizer(Optimizer):
             ValueError: it is another optimizer's, or the layers differ.
         """
         rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
-        if self.carries_state:
-            self.load_second_order_state(state_dict.get(STATE_KEY))
+        # What is not ours is refused before anything changes.
+        saved = self._checked(state_dict.get(STATE_KEY)) if self.carries_state else None
         self.base.load_state_dict(rest)
         self._share_with_base()
+        if saved is not None:
+            self._restore(saved)
 
     def second_order_state(self) -> dict[str, Any]:
         """Name, settings, step count and factors, keyed by module name; loadable with ``weights_only=True``."""
@@ -262,7 +264,14 @@ class PreconditionedOptimizer(Optimizer):
         Raises:
             ValueError: it is another optimizer's, or the layers differ.
         """
+        self._restore(self._checked(saved))
+
+    def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         saved = check_saved(saved, self.name, type(self.base).__name__, self.config)
+        check_layers(self.states, saved["layers"])
+        return saved
+
+    def _restore(self, saved: dict[str, Any]) -> None:
         restore_layers(self.states, saved["layers"])
         self.steps = int(saved["steps"])
         self._schedule_capture()
