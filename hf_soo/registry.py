@@ -13,9 +13,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_soo.engine.checks import require_range, unknown_key
-from hf_soo.engine.layers import Selection, select_layers
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Identity, Preconditioner
+from hf_soo.engine.selection import Selection, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
@@ -31,12 +31,14 @@ class Method:
         base: the default base optimizer.
         config: the preconditioner's settings, or None for a base optimizer alone.
         preconditioner: config -> preconditioner.
+        select: which layers, or parameters, of a model it moves.
     """
 
     title: str
     base: str
     config: type[Any] | None = None
     preconditioner: Callable[[Any], Preconditioner] = lambda config: Identity()
+    select: Callable[..., Selection] = select_layers
 
 
 METHODS: dict[str, Method] = {
@@ -144,8 +146,8 @@ def assemble(
         selection, preconditioner, config = Selection([], {}), method.preconditioner(None), {}
     else:
         made = make_config(name, method.config, settings)
-        selection, preconditioner = select_layers(model, include, exclude), method.preconditioner(made)
-        config = dataclasses.asdict(made)
+        preconditioner, config = method.preconditioner(made), dataclasses.asdict(made)
+        selection = method.select(model, include, exclude, preconditioner.refusal)
     inner = build_base(base or method.base, groups, lr, args, hidden_weights(model))
     return PreconditionedOptimizer(
         inner, preconditioner, selection, name=name, config=config, parameter_names=dict(model.named_parameters())

@@ -9,16 +9,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import hf_soo
-from hf_soo.engine.capture import Capture, Needs
-from hf_soo.engine.layers import as_layer, select_layers
+from hf_soo.engine.capture import Capture
+from hf_soo.engine.selection import as_layer, select_layers
+from hf_soo.engine.sums import SumRecorder
 from tests.oracles import assert_close_report
 
-ALL = Needs(inputs=True, outputs=True, groups=1, noise=True)
+ALL = SumRecorder(inputs=True, outputs=True, groups=1, noise=True)
 
 
-def watched(module: nn.Module, needs: Needs = ALL) -> Capture:
+def watched(module: nn.Module, recorder: SumRecorder = ALL) -> Capture:
     layers = [layer for name, m in module.named_modules() if (layer := as_layer(name, m)) is not None]
-    capture = Capture(layers, needs)
+    capture = Capture(layers, recorder)
     capture.collecting = True
     return capture
 
@@ -64,7 +65,7 @@ def test_one_commit_for_each_micro_batch(kind: str, compiled: bool, autocast: bo
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = step(x).float().square().mean()
             loss.backward()
-        return {name: [t.clone() for t in b.tensors()] for name, b in capture.buffers.items()}
+        return {name: [t.clone() for t in b] for name, b in capture.buffers.items()}
 
     expected, actual = run("none", False), run(kind, compiled)
     for name in expected:
@@ -79,7 +80,7 @@ def test_compiles_to_one_graph() -> None:
     model = Stack("none")
     capture = watched(model)
     torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(2, 3, 6)).sum().backward()
-    assert capture.buffers["blocks.0.first"].rows.item() == 6
+    assert capture.buffers["blocks.0.first"][0].item() == 6
 
 
 CASES = {
@@ -99,11 +100,11 @@ def test_output_sums_are_the_bias_gradient(case: str) -> None:
     module, shape = CASES[case]
     module = module.double().requires_grad_()
     module.zero_grad()
-    capture = watched(module, Needs(inputs=True, outputs=True, groups=2))
+    capture = watched(module, SumRecorder(inputs=True, outputs=True, groups=2))
     for _ in range(4):
         module(torch.randn(shape, dtype=torch.float64)).square().mean().backward()
     buffers = capture.buffers[""]
-    assert_close_report(buffers.outputs.sum(0), module.bias.grad, 1e-12, case)  # the same numbers in another order
+    assert_close_report(buffers[2].sum(0), module.bias.grad, 1e-12, case)  # the same numbers in another order
     capture.remove()
 
 
@@ -122,11 +123,11 @@ def test_input_sums_and_gradient_matrix(case: str) -> None:
             pytest.skip("'same' gives one position only for a 1 x 1 image")
     else:
         x = torch.randn([1] * (len(shape) - 1) + [shape[-1]], dtype=torch.float64)
-    capture = watched(module, Needs(inputs=True, outputs=True))
+    capture = watched(module, SumRecorder(inputs=True, outputs=True))
     module(x).square().sum().backward()
     layer = as_layer("", module)
-    assert layer is not None and capture.buffers[""].rows.item() == 1
-    b, a = module.bias.grad, capture.buffers[""].inputs[0]
+    assert layer is not None and capture.buffers[""][0].item() == 1
+    b, a = module.bias.grad, capture.buffers[""][1][0]
     assert_close_report(torch.outer(b, a), layer.as_matrix(module.weight.grad), 1e-12, case)
     capture.remove()
 
@@ -147,7 +148,7 @@ def test_input_given_by_keyword() -> None:
     layer = nn.Linear(3, 2)
     capture = watched(nn.Sequential(layer))
     layer(input=torch.ones(5, 3)).sum().backward()
-    assert capture.buffers["0"].inputs.tolist() == [[5.0, 5.0, 5.0]]
+    assert capture.buffers["0"][1].tolist() == [[5.0, 5.0, 5.0]]
 
 
 def test_groups_are_consecutive_rows() -> None:
@@ -157,9 +158,9 @@ def test_groups_are_consecutive_rows() -> None:
     sums, rows = layer.input_sums(x, 2)
     assert rows == 5
     assert torch.equal(sums, torch.stack([x[:3].sum(0), x[3:].sum(0)]))
-    capture = watched(nn.Sequential(layer.module), Needs(inputs=True, groups=2))
+    capture = watched(nn.Sequential(layer.module), SumRecorder(inputs=True, groups=2))
     layer.module(x).sum().backward()
-    assert capture.buffers["0"].rows.tolist() == [3.0, 2.0]
+    assert capture.buffers["0"][0].tolist() == [3.0, 2.0]
 
 
 def test_nothing_is_collected_in_evaluation_or_when_not_asked() -> None:
@@ -172,7 +173,7 @@ def test_nothing_is_collected_in_evaluation_or_when_not_asked() -> None:
         model(torch.randn(4, 6))
     capture.collecting = False
     model(torch.randn(4, 6)).sum().backward()
-    assert all(not t.any() for b in capture.buffers.values() for t in b.tensors())
+    assert all(not t.any() for b in capture.buffers.values() for t in b)
 
 
 def test_noise_is_told_from_data() -> None:
@@ -185,7 +186,7 @@ def test_noise_is_told_from_data() -> None:
             if cancels:
                 e = e - e.mean(0)
             layer(torch.randn(512, 4).to(dtype)).backward(e.to(dtype))
-            total, level = capture.buffers["0"].noise.tolist()
+            total, level = capture.buffers["0"][3].tolist()
             assert (total <= level) is cancels, (dtype, cancels, total, level)
 
 
@@ -286,4 +287,4 @@ def test_a_layer_that_returns_a_tuple_is_not_hooked_into() -> None:
     layer = Pair(3, 2)
     capture = watched(nn.Sequential(layer))
     layer(torch.ones(5, 3))[0].sum().backward()
-    assert capture.buffers["0"].rows.item() == 0
+    assert capture.buffers["0"][0].item() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -52,28 +53,28 @@ def check_saved(saved: dict[str, Any] | None, name: str, base: str, config: dict
     return saved
 
 
-def check_layers(states: dict[str, LayerState], saved: LayerState) -> None:
+def check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) -> None:
     """Check that saved tensors fit the states of this run.
 
     Args:
-        states: the states of this run.
+        fresh: (layer name, a whole state) of this run; looked at one by one.
         saved: what ``layer_tensors`` gave.
 
     Raises:
         ValueError: a layer is missing or unknown, or a tensor has another name, shape or dtype.
     """
-    own = layer_tensors(states)
+    own = {name: _signature(layer_tensors({name: state})[name]) for name, state in fresh}
     missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if missing or unknown:
         raise ValueError(
             f"the checkpoint's layers differ from the model's: missing {missing[:3]} ({len(missing)}), unknown "
             f"{unknown[:3]} ({len(unknown)}); use the same model, include and exclude patterns."
         )
-    for name, tensors in own.items():
-        if _signature(tensors) != _signature(saved[name]):
+    for name, wanted in own.items():
+        if wanted != _signature(saved[name]):
             raise ValueError(
-                f"the checkpoint's state of layer {name!r} is {_signature(saved[name])}, this run needs "
-                f"{_signature(tensors)}; resume with the settings the checkpoint was written with."
+                f"the checkpoint's state of layer {name!r} is {_signature(saved[name])}, this run needs {wanted}; "
+                "resume with the settings the checkpoint was written with."
             )
 
 
@@ -81,7 +82,7 @@ def restore_layers(states: dict[str, LayerState], saved: LayerState) -> None:
     """Copy saved tensors that ``check_layers`` passed into the states, in place.
 
     Args:
-        states: the states of this run.
+        states: the states of this run, or the part that this rank keeps.
         saved: what ``layer_tensors`` gave.
     """
     for name, tensors in layer_tensors(states).items():

@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 CHECK_PERIOD = 100
 """Steps between the checks that read a few numbers from the device."""
 
+LOST = (Outcome.NO_ROWS, Outcome.NOT_FINITE, Outcome.FAILED)
+"""Outcomes that leave a layer with older factors than the others."""
+
+NORMS = {"input": "a_norm2", "output": "b_norm2", "gradient": "g_norm2"}
+"""What the squared norm of a side's statistics is called."""
+
 INERT_COSINE = 0.9999
 """A direction closer to the gradient than this has not been changed."""
 
@@ -24,10 +30,16 @@ INERT_COSINE = 0.9999
 class Diagnostics:
     """Records of the last step and the last update, and the warnings drawn from them."""
 
-    def __init__(self) -> None:
-        """Start with nothing recorded."""
+    def __init__(self, sides: tuple[str, ...]) -> None:
+        """Start with nothing recorded.
+
+        Args:
+            sides: what the method tells apart, ``Preconditioner.side_names``.
+        """
+        self._sides = sides
         self._moved: list[tuple[list[str], Moved]] = []
         self._updated: list[tuple[list[str], Updated]] = []
+        self._refreshed: list[tuple[list[str], Tensor]] = []
         self._lowest_cosine: Tensor | None = None
         self._warned_inert = False
         self._warned_layers: set[str] = set()
@@ -36,6 +48,10 @@ class Diagnostics:
         """Forget the last update."""
         self._updated = []
 
+    def begin_refresh(self) -> None:
+        """Forget the last refresh."""
+        self._refreshed = []
+
     def begin_transform(self) -> None:
         """Forget the last step."""
         self._moved = []
@@ -43,6 +59,10 @@ class Diagnostics:
     def record_update(self, names: list[str], updated: Updated) -> None:
         """Keep what an update of the named layers saw."""
         self._updated.append((names, updated))
+
+    def record_refresh(self, names: list[str], outcomes: Tensor) -> None:
+        """Keep what became of the inverses of the named layers, [L, sides]."""
+        self._refreshed.append((names, outcomes))
 
     def record_transform(self, names: list[str], moved: Moved) -> None:
         """Keep what a transform of the named layers did."""
@@ -76,7 +96,7 @@ class Diagnostics:
         """Name the layers whose statistics could not be used at the last update, each once."""
         lost: dict[str, list[str]] = {}
         for name, outcomes in self._outcomes().items():
-            bad = {o for o in outcomes if o in (Outcome.NO_ROWS, Outcome.NOT_FINITE)}
+            bad = {outcome for outcome in outcomes if outcome in LOST}
             if bad and name not in self._warned_layers:
                 self._warned_layers.add(name)
                 lost.setdefault(max(bad).text, []).append(name)
@@ -88,11 +108,14 @@ class Diagnostics:
         return {name for name, outcomes in self._outcomes().items() if Outcome.NO_ROWS in outcomes}
 
     def _outcomes(self) -> dict[str, list[Outcome]]:
-        return {
-            name: [Outcome(code) for code in codes]
-            for names, updated in self._updated
-            for name, codes in zip(names, updated.outcomes.tolist(), strict=True)
-        }
+        """Per layer and side: what became of it at the last refresh if that failed, else at the last update."""
+        table: dict[str, list[Outcome]] = {}
+        records = [(names, updated.outcomes) for names, updated in self._updated] + self._refreshed
+        for names, outcomes in records:
+            for name, codes in zip(names, outcomes.tolist(), strict=True):
+                before = table.get(name, [Outcome.UPDATED] * len(codes))
+                table[name] = [Outcome(new) if new else old for new, old in zip(codes, before, strict=True)]
+        return table
 
     def rows(self) -> dict[str, dict[str, float | str]]:
         """Per layer: cos(G, P) of the last step; |a|², |b|² and what became of each side at the last update.
@@ -106,10 +129,11 @@ class Diagnostics:
                 table[name] = {"cos": cosine, "fallback": float(not ok)}
         outcomes = self._outcomes()
         for names, updated in self._updated:
-            for name, (a, b) in zip(names, updated.norms.tolist(), strict=True):
+            for name, norms in zip(names, updated.norms.tolist(), strict=True):
                 row = table.setdefault(name, {})
-                row |= {"a_norm2": a, "b_norm2": b}
-                row |= dict(zip(("input_side", "output_side"), (o.text for o in outcomes[name]), strict=True))
+                row |= dict(zip((NORMS[side] for side in self._sides), norms, strict=True))
+                texts = (outcome.text for outcome in outcomes[name])
+                row |= dict(zip((f"{side}_side" for side in self._sides), texts, strict=True))
         return table
 
     def health(self, layers: Sequence[str]) -> dict[str, float]:
@@ -126,10 +150,9 @@ class Diagnostics:
         cosines = [float(row["cos"]) for row in rows.values() if "cos" in row]
         if not cosines:
             return {}
-        lost = (Outcome.NO_ROWS, Outcome.NOT_FINITE)
         outcomes = self._outcomes()
         fallback = {name for name in layers if "cos" not in rows.get(name, {}) or rows[name]["fallback"]}
-        fallback |= {name for name, codes in outcomes.items() if any(code in lost for code in codes)}
+        fallback |= {name for name, codes in outcomes.items() if any(code in LOST for code in codes)}
         return {
             "cos_median": statistics.median(cosines),
             "cos_min": min(cosines),

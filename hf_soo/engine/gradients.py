@@ -16,16 +16,20 @@ class Grad:
     """Gradients of layers of one shape, stacked.
 
     Args:
-        weight: [L, d_out, d_in].
+        weight: [L, d_out, d_in], or [L, *shape] of single parameters.
         bias: [L, d_out], or None where the layers train none.
     """
 
     weight: Tensor
     bias: Tensor | None
 
+    def parts(self, index: int) -> list[Tensor]:
+        """The tensors of one layer."""
+        return [self.weight[index]] if self.bias is None else [self.weight[index], self.bias[index]]
+
     def scale_(self, factor: Tensor) -> None:
         """Multiply each layer's weight and bias gradient by its entry of ``factor`` [L], in place."""
-        self.weight.mul_(factor[:, None, None])
+        self.weight.mul_(factor.view(-1, *[1] * (self.weight.ndim - 1)))
         if self.bias is not None:
             self.bias.mul_(factor[:, None])
 

@@ -1,4 +1,4 @@
-"""Layers seen as matrices: which modules a second-order method moves, and how their rows are counted.
+"""What a method moves: layers seen as matrices with rows that flow through them, or single parameters.
 
 A layer is ``y = W x (+ c)`` applied to N rows (samples, tokens, or samples x positions). Its gradient is one matrix
 ``[dL/dW | dL/dc]`` of shape [d_out, d_in (+ 1)]: a trainable bias is the last column, and its input is the constant 1.
@@ -6,9 +6,7 @@ A layer is ``y = W x (+ c)`` applied to N rows (samples, tokens, or samples x po
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +16,7 @@ from torch.nn import functional as F
 
 @dataclass(eq=False)
 class Layer(ABC):
-    """One module whose weight is a matrix, known by its name in the model.
+    """Something with a gradient that a method moves, known by its name in the model.
 
     The module is held, never its parameters: FSDP and others replace parameter objects after construction.
     """
@@ -26,12 +24,10 @@ class Layer(ABC):
     name: str
     module: nn.Module
 
-    channel_dim = -1  # the dimension of the output that holds d_out
-
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(d_out, d_in), the bias not counted."""
+    def shape(self) -> tuple[int, ...]:
+        """(d_out, d_in) of a matrix, the bias not counted; the shape of a single parameter."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -45,14 +41,49 @@ class Layer(ABC):
         return bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A weight-shaped tensor as [d_out, d_in]; a view where strides allow."""
+        """A weight-shaped tensor as ``shape``; a view where strides allow."""
         return weight
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """The inverse of ``as_matrix``: [d_out, d_in] in the shape of ``weight``."""
+        """The inverse of ``as_matrix``: ``shape`` in the shape of ``weight``."""
         return matrix
 
+
+@dataclass(eq=False)
+class ParameterLayer(Layer):
+    """One parameter of any shape, for methods that learn from the gradient alone; ``name`` is the parameter's."""
+
+    attribute: str = "weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's."""
+        return tuple(self.weight.shape)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as the module holds it now."""
+        return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> None:
+        """None: a bias is a parameter of its own."""
+        return None
+
+
+class RowLayer(Layer):
+    """A layer through which rows flow."""
+
+    channel_dim = -1  # the dimension of the output that holds d_out
+
     @abstractmethod
+    def input_rows(self, x: Tensor) -> Tensor:
+        """The input as rows [N, S, d_in], N examples with S positions each; a view where strides allow.
+
+        Args:
+            x: what the module got, with any leading dimensions; the first is the example.
+        """
+
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
         """Sums of input rows in ``groups`` consecutive parts, and the number of rows.
 
@@ -61,11 +92,13 @@ class Layer(ABC):
             groups: the number of parts.
 
         Returns:
-            [groups, d_in] in the accumulation dtype, and N.
+            [groups, d_in] in the accumulation dtype, and the number of rows.
         """
+        rows = self.input_rows(x).flatten(0, 1)
+        return group_sums(rows, groups), rows.shape[0]
 
 
-class LinearLayer(Layer):
+class LinearLayer(RowLayer):
     """nn.Linear and subclasses: weight [d_out, d_in]."""
 
     @property
@@ -73,10 +106,9 @@ class LinearLayer(Layer):
         """(out_features, in_features)."""
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
-    def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
-        """See ``Layer.input_sums``; x is [..., d_in]."""
-        rows = x.reshape(-1, x.shape[-1])
-        return group_sums(rows, groups), rows.shape[0]
+    def input_rows(self, x: Tensor) -> Tensor:
+        """See ``RowLayer.input_rows``; x is [..., d_in], and [N, d_in] has one position an example."""
+        return x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
 
 
 class Conv1DLayer(LinearLayer):
@@ -96,7 +128,7 @@ class Conv1DLayer(LinearLayer):
         return matrix.mT
 
 
-class Conv2dLayer(Layer):
+class Conv2dLayer(RowLayer):
     """nn.Conv2d with groups=1: one row per output position, the im2col patch [d_in = channels x kh x kw]."""
 
     channel_dim = -3  # also of an image without a batch dimension
@@ -128,14 +160,17 @@ class Conv2dLayer(Layer):
         return tuple(sides)
 
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
-        """See ``Layer.input_sums``; x is [batch, channels, height, width], or one image."""
-        images = x if x.ndim == 4 else x.unsqueeze(0)
+        """See ``RowLayer.input_sums``; x is [batch, channels, height, width], or one image."""
         if groups > 1:
-            rows = self._patches(images).mT.flatten(0, 1)
-            return group_sums(rows, groups), rows.shape[0]
+            return super().input_sums(x, groups)
+        images = x if x.ndim == 4 else x.unsqueeze(0)
         # Unfold is linear: the sum of the patches of a batch is the patches of its sum, so one image is unfolded.
         patches = self._patches(images.sum(0, keepdim=True, dtype=accumulation_dtype(x.dtype)))
         return patches.sum(-1), images.shape[0] * patches.shape[-1]
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """See ``RowLayer.input_rows``: the im2col patches, one position for each place of the kernel."""
+        return self._patches(x if x.ndim == 4 else x.unsqueeze(0)).mT
 
     def _patches(self, images: Tensor) -> Tensor:
         conv = self.module
@@ -154,129 +189,3 @@ def group_sums(rows: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return rows.sum(0, keepdim=True, dtype=dtype)
     return torch.stack([part.sum(0, dtype=dtype) for part in rows.tensor_split(groups)])
-
-
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    """Whether the module is transformers' Conv1D, found by name so that transformers need not be installed."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def as_layer(name: str, module: nn.Module) -> Layer | None:
-    """The module as a Layer, or None if its weight is no matrix that a Kronecker factor describes."""
-    if isinstance(module, nn.Linear):
-        return LinearLayer(name, module)
-    if isinstance(module, nn.Conv2d):
-        return Conv2dLayer(name, module)
-    if _is_transformers_conv1d(module):
-        return Conv1DLayer(name, module)
-    return None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which layers a method moves, and why each other matrix-like layer is left to the base.
-
-    Args:
-        layers: the layers to precondition, in the model's order.
-        left: module name -> the reason why it is left to the base optimizer.
-    """
-
-    layers: list[Layer]
-    left: dict[str, str]
-
-
-def select_layers(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
-) -> Selection:
-    """Choose the layers of a model that a method with Kronecker statistics moves.
-
-    Args:
-        model: the bare model (not wrapped in DistributedDataParallel).
-        include: regular expressions; if given, only modules whose name matches one (``re.search``) are taken.
-        exclude: regular expressions; modules whose name matches one are left to the base.
-
-    Returns:
-        The chosen layers and the reasons for the others.
-
-    Raises:
-        ValueError: a pattern is no regular expression, or no layer is left.
-    """
-    included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
-    owners = _weight_owners(model)
-    decoders = _decoders(model)
-    layers: list[Layer] = []
-    left: dict[str, str] = {}
-    for name, module in model.named_modules():
-        layer = as_layer(name, module)
-        if isinstance(module, nn.Embedding):
-            left[name] = "embedding"
-        if layer is None:
-            continue
-        reason = _reason_to_leave(layer, owners, decoders)
-        if reason is None and include is not None and not any(p.search(name) for p in included):
-            reason = "no include pattern matches"
-        if reason is None:
-            reason = next((f"exclude={p.pattern!r}" for p in excluded if p.search(name)), None)
-        if reason is None:
-            layers.append(layer)
-        else:
-            left[name] = reason
-    if not layers:
-        raise ValueError(
-            f"no layer selected: include={include!r}, exclude={exclude!r} leave none of {len(left)} Linear, Conv1D or "
-            f"Conv2d layers ({dict(list(left.items())[:3])}); widen the patterns or use --optim adamw."
-        )
-    return Selection(layers, left)
-
-
-def compile_patterns(what: str, patterns: Sequence[str] | None) -> list[re.Pattern[str]]:
-    """The patterns compiled.
-
-    Raises:
-        ValueError: one of them is no regular expression, or a lone string was given instead of a list.
-    """
-    if isinstance(patterns, str):
-        raise ValueError(f"{what}={patterns!r} is a string; give a list of regular expressions: [{patterns!r}].")
-    compiled = []
-    for pattern in patterns or ():
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise ValueError(f"{what}={pattern!r} is no regular expression ({error}); escape dots as \\.") from error
-    return compiled
-
-
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Parameter id -> names of the modules that hold it: more than one means that it is tied."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    return owners
-
-
-def _decoders(model: nn.Module) -> set[nn.Module]:
-    """The vocabulary decoders of the model and of models inside it, with what wraps them (PEFT) and is inside."""
-    found = (getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules())
-    return {part for decoder in found if isinstance(decoder, nn.Module) for part in decoder.modules()}
-
-
-def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[nn.Module]) -> str | None:
-    """Why no Kronecker factor can describe this layer's gradient, or None."""
-    module, weight = layer.module, layer.weight
-    others = [name for name in owners.get(id(weight), []) if name != layer.name]
-    if others:
-        return f"weight tied to {others[0]}"
-    if module in decoders:
-        return "vocabulary decoder"
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "nn.MultiheadAttention reads this weight without calling the layer"
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        return f"quantised weight ({getattr(weight, 'dtype', type(weight).__name__)})"
-    if not weight.requires_grad:
-        return "frozen weight"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        return f"grouped convolution (groups={module.groups})"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"padding_mode={module.padding_mode!r}"
-    return None

@@ -26,20 +26,29 @@ class Moved:
     after: Tensor
     inner: Tensor
 
+    @classmethod
+    def nothing(cls, like: Tensor) -> Moved:
+        """Zeros for the layers of ``like`` [L, ...]: somebody else moves them."""
+        return cls(*like.new_zeros(3, like.shape[0]).unbind())
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three."""
+        return self.before, self.after, self.inner
+
     def cosine(self) -> Tensor:
         """cos(G, P); 1 where a norm is 0, since nothing was turned there."""
         norms = self.before.sqrt() * self.after.sqrt()
         return torch.where(norms > 0, self.inner / norms, 1.0).clamp(max=1.0)
 
 
-def squared_norm(*tensors: Tensor | None, dims: int = 2) -> Tensor:
-    """Sum of squares over the last ``dims`` dimensions of the first tensor and the last ``dims - 1`` of the others."""
-    first, *rest = tensors
-    assert first is not None
-    total: Tensor = torch.linalg.vector_norm(first, dim=tuple(range(-dims, 0))).square()
-    for tensor in rest:
+def squared_norm(*tensors: Tensor | None) -> Tensor:
+    """Sum of squares over all but the first dimension of all tensors, [L]."""
+    total: Tensor | float = 0.0
+    for tensor in tensors:
         if tensor is not None:
-            total = total + torch.linalg.vector_norm(tensor, dim=tuple(range(1 - dims, 0))).square()
+            each = tensor if tensor.ndim == 1 else torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
+            total = each.square() + total
+    assert isinstance(total, Tensor)
     return total
 
 

@@ -1,24 +1,30 @@
-"""The step loop: collect, sync, update, transform, base step. It knows a method by its abstract class alone."""
+"""The step loop: collect, sync, update, refresh, transform, base step. It knows a method by its abstract class."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_soo.engine import statistics
-from hf_soo.engine.capture import Capture
+from hf_soo.engine import fisher
+from hf_soo.engine.capture import Capture, Window
 from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors, restore_layers
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
-from hf_soo.engine.gradients import Grad, PlainGradients, stack
-from hf_soo.engine.layers import Layer, Selection
+from hf_soo.engine.gradients import Grad, PlainGradients
+from hf_soo.engine.grouping import groups_of, stacked, unstack_
+from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved
+from hf_soo.engine.placement import Placement, held, place
 from hf_soo.engine.preconditioner import LayerState, Preconditioner
+from hf_soo.engine.routing import routing
+from hf_soo.engine.selection import Selection
+
+logger = logging.getLogger(__name__)
 
 STATE_KEY = "second_order"
 
@@ -27,13 +33,15 @@ class PreconditionedOptimizer(Optimizer):
     """A base optimizer that steps on preconditioned gradients.
 
     ``param_groups`` and ``state`` are the base's own objects, so schedulers, GradScaler and Trainer see an ordinary
-    optimizer. The factors live apart, keyed by module name, and are never cast.
+    optimizer. The factors live apart, keyed by the name of the module (or parameter), and are never cast.
 
     Attributes:
         base: the optimizer that takes the step.
         preconditioner: the method.
         layers: the layers it moves.
+        states: layer name -> its factors, as far as this rank keeps them.
         steps: optimizer steps done.
+        switched: whether the method has handed over to its base for good (MKOR-H).
         loss_scale: a function to the factor on the loss in the backward pass (fp16 GradScaler); read on update steps.
         batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
@@ -64,18 +72,29 @@ class PreconditionedOptimizer(Optimizer):
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
-        self.layers, self._left = selection.layers, selection.left
+        self.layers, self._left = selection.layers, dict(selection.left)
         self._parameter_names = {id(p): n for n, p in parameter_names.items()}
-        self.states: dict[str, LayerState] = {layer.name: preconditioner.init(layer) for layer in self.layers}
-        self.capture = Capture(self.layers, preconditioner.needs)
         self.gradients = PlainGradients()
         self.comm = Communicator()
-        self.diagnostic = Diagnostics()
+        self.diagnostic = Diagnostics(preconditioner.side_names)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.batched: bool | None = None
         self.carries_state = True
+        self.switched = False
         self.steps = 0
-        self._schedule_capture()
+        self._loss: Tensor | None = None
+        self._place()
+        self.capture = Capture(self.layers, preconditioner.recorder)
+        self._schedule()
+
+    def _place(self) -> None:
+        """Decide which rank keeps what, and start the states."""
+        self.placement: Placement = place(self.layers, self.preconditioner, self.comm)
+        names = self.preconditioner.shared
+        self.states: dict[str, LayerState] = {
+            layer.name: held(self.placement, layer.name, self.preconditioner.init(layer), names)
+            for layer in self.layers
+        }
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -93,44 +112,115 @@ class PreconditionedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if loss is not None:
+                self.report_loss(loss)
         if self.layers:
+            self._follow_world()
             with torch.autocast(self.layers[0].weight.device.type, enabled=False):
-                if self.capture.collecting:
+                if self._updating:
                     self._update_factors()
+                if self.preconditioner.refreshes_at(self.steps):
+                    self._refresh_inverses()
                 self._transform_gradients()
         self.base.step()
+        if self.layers and self.preconditioner.watches_loss:
+            self._observe_loss()
         self.steps += 1
         self.diagnostic.check(self.steps, self.name)
-        self._schedule_capture()
+        self._schedule()
         return loss
 
-    def _schedule_capture(self) -> None:
-        self.capture.collecting = bool(self.capture.buffers) and self.preconditioner.updates_at(self.steps)
+    def _schedule(self) -> None:
+        """Whether the next step updates factors, and so what the forward passes before it collect."""
+        hooks = self.preconditioner.recorder.hooks
+        self._updating = self.preconditioner.updates_at(self.steps) and (bool(self.capture.buffers) or not hooks)
+        self.capture.collecting = self._updating and hooks
+
+    def _follow_world(self) -> None:
+        """Place the factors anew if the process group was started after construction.
+
+        Raises:
+            RuntimeError: that happened after the first step.
+        """
+        if self.placement.world in (None, self.comm.world_size):
+            return
+        if self.steps:
+            raise RuntimeError(
+                f"{self.name} was built and has stepped at world size {self.placement.world}, but it is "
+                f"{self.comm.world_size} now; start the process group before the optimizer is built."
+            )
+        self._place()
 
     def _update_factors(self) -> None:
-        of = statistics.collect(self.capture, self.layers, self.gradients, self.comm, self.loss_scale)
+        self.capture.to_weights(self.layers)
+        # Captured output gradients are of each rank's own mean loss, times the loss scale; .grad is free of both.
+        unit = 1.0 / (self.comm.world_size * self.loss_scale()) if self.capture.buffers else 1.0
+        window = Window(self.layers, self.capture.buffers, self.gradients, self.placement, unit)
+        recorder = self.preconditioner.recorder
+        of = recorder.collect(window)
         self.diagnostic.begin_update()
-        for group in self._groups(self.layers):
-            state, updated = self.preconditioner.update(self._stacked(group), of(group))
-            for i, layer in enumerate(group):
-                _assign(self.states[layer.name], state, i)
+        owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
+        for group in groups_of(recorder.ready(owned, self.gradients), self.batched):
+            states = [self.states[layer.name] for layer in group]
+            new, updated = self.preconditioner.update(stacked(states, group), of(group))
+            unstack_(states, new)
             self.diagnostic.record_update([layer.name for layer in group], updated)
         self.capture.clear()
 
+    def _refresh_inverses(self) -> None:
+        """New inverses of the layers that this rank owns; then every rank gets those it works with."""
+        self.diagnostic.begin_refresh()
+        owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
+        for group in groups_of(owned, self.batched):
+            states = [self.states[layer.name] for layer in group]
+            new, outcomes = self.preconditioner.refresh(stacked(states, group))
+            unstack_(states, new)
+            self.diagnostic.record_refresh([layer.name for layer in group], outcomes)
+        shared = self.preconditioner.shared
+        if shared is not None:
+            self.placement.share_inverses(
+                {
+                    name: [t for factor in state.values() for key, t in factor.items() if key in shared]
+                    for name, state in self.states.items()
+                }
+            )
+
     def _transform_gradients(self) -> None:
-        """G -> P for every layer that has a gradient, then the rescale; jointly if the rule couples the layers."""
+        """G -> P for every layer that has a gradient, then the rescale; jointly if something couples the layers."""
         self.diagnostic.begin_transform()
-        groups = list(self._groups([layer for layer in self.layers if self.gradients.has(layer)]))
-        for batch in [groups] if self.preconditioner.rescale.joint else [[group] for group in groups]:
+        layers = [layer for layer in self.layers if self.gradients.has(layer)]
+        works = {layer.name: self.placement.works(layer.name) for layer in layers}
+        groups = [
+            *groups_of([layer for layer in layers if works[layer.name]], self.batched),
+            *groups_of([layer for layer in layers if not works[layer.name]], self.batched),
+        ]
+        coupled = self.preconditioner.rescale.joint or self.placement.world is not None
+        for batch in [groups] if coupled and groups else [[group] for group in groups]:
             grads = [self.gradients.read(group) for group in batch]
             moved = [
-                self.preconditioner.transform(self._stacked(group), grad)
+                self._transform(group, grad) if works[group[0].name] else Moved.nothing(grad.weight)
                 for group, grad in zip(batch, grads, strict=True)
             ]
+            self._share_directions(batch, grads, moved)
             self._rescale(batch, grads, moved)
             for group, grad, record in zip(batch, grads, moved, strict=True):
                 self.gradients.write(group, grad)
                 self.diagnostic.record_transform([layer.name for layer in group], record)
+
+    def _transform(self, group: list[Layer], grad: Grad) -> Moved:
+        states = [self.states[layer.name] for layer in group]
+        return self.preconditioner.transform(stacked(states, group, self.preconditioner.shared), grad)
+
+    def _share_directions(self, batch: list[list[Layer]], grads: list[Grad], moved: list[Moved]) -> None:
+        """P, and what was measured on it, from the ranks that made it to those that did not."""
+        if self.placement.world is None:
+            return
+        of = {
+            layer.name: [*grad.parts(i), *(norms[i : i + 1] for norms in record.tensors())]
+            for group, grad, record in zip(batch, grads, moved, strict=True)
+            for i, layer in enumerate(group)
+        }
+        self.placement.share_directions({layer.name: of[layer.name] for layer in self.layers if layer.name in of})
 
     def _rescale(self, batch: list[list[Layer]], grads: list[Grad], moved: list[Moved]) -> None:
         rule = self.preconditioner.rescale
@@ -145,30 +235,6 @@ class PreconditionedOptimizer(Optimizer):
         rates = ([of.get(id(layer.weight), 0.0) for layer in group] for group in batch)
         return [m.inner.new_tensor(rate) for m, rate in zip(moved, rates, strict=True)]
 
-    def _groups(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-        """Layers to work on together."""
-        on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
-        if self.batched is False or (self.batched is None and on_cpu):
-            yield from ([layer] for layer in layers)
-            return
-        by_shape: dict[Any, list[Layer]] = defaultdict(list)
-        for layer in layers:
-            by_shape[(layer.shape, layer.bias is None, layer.weight.dtype, layer.weight.device)].append(layer)
-        yield from by_shape.values()
-
-    def _stacked(self, group: Sequence[Layer]) -> LayerState:
-        states = [self.states[layer.name] for layer in group]
-        device = group[0].weight.device
-        for state in states:
-            for factor in state.values():
-                for key, tensor in factor.items():
-                    if tensor.device != device:  # the model moved after construction
-                        factor[key] = tensor.to(device)
-        return {
-            side: {key: stack([state[side][key] for state in states]) for key in factor}
-            for side, factor in states[0].items()
-        }
-
     # ---- windows ---------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -178,41 +244,90 @@ class PreconditionedOptimizer(Optimizer):
 
     def begin_window(self) -> None:
         """Drop partial statistics: a step was skipped, or a batch is tried again."""
+        self._loss = None
         if self.capture.collecting:
             self.capture.clear()
 
     def remove_hooks(self) -> None:
         """Remove all hooks from the model; the optimizer goes on with the factors it has."""
         self.capture.remove()
-        self._schedule_capture()
+        self._schedule()
+
+    @property
+    def wants_sampled_loss(self) -> bool:
+        """Whether this window needs ``backward_sampled`` (``fisher="mc"``, in windows that collect statistics)."""
+        return self.capture.collecting and self.capture.sampled is not None
+
+    def backward_sampled(self, loss: Tensor) -> None:
+        """Collect the output factors from a loss whose labels were drawn from the model, before the real backward.
+
+        Args:
+            loss: such as ``fisher.sampled_cross_entropy(logits, labels)``, averaged and weighted as the real loss is.
+
+        Raises:
+            RuntimeError: this window does not want one (see ``wants_sampled_loss``).
+        """
+        if not self.wants_sampled_loss:
+            raise RuntimeError("this window wants no sampled loss; ask optimizer.wants_sampled_loss first.")
+        fisher.backward_sampled(self.capture, loss * self.loss_scale())
+
+    def report_loss(self, loss: Tensor | float) -> None:
+        """Tell the training loss, once for each micro-batch, before ``step``: what you call ``backward`` on.
+
+        Methods that do not look at the loss (all but MKOR-H) ignore it. SecondOrderTrainer does this itself.
+
+        Args:
+            loss: this rank's, weighted as in the backward pass; the micro-batches of a window are summed.
+        """
+        if self.layers and self.preconditioner.watches_loss:
+            device = self.layers[0].weight.device
+            value = torch.as_tensor(loss).detach().to(device, torch.float64)
+            self._loss = value if self._loss is None else self._loss + value
+
+    def _observe_loss(self) -> None:
+        """Show the method the loss of the global batch, and switch it off if it says so.
+
+        Raises:
+            RuntimeError: nobody reported a loss.
+        """
+        if self._loss is None:
+            raise RuntimeError(
+                f"{self.name} decides by the training loss: call optimizer.report_loss(loss) before each step, or use "
+                "SecondOrderTrainer."
+            )
+        loss, self._loss = self._loss / self.comm.world_size, None
+        self.comm.sum_([loss])
+        if self.preconditioner.observe(loss, self.steps):
+            logger.info("%s hands over to %s after step %d", self.name, type(self.base).__name__, self.steps)
+            self._switch_off()
+
+    def _switch_off(self) -> None:
+        """From now on the base alone: hooks and factors go."""
+        self._left |= {layer.name: f"{self.name} has switched to its base" for layer in self.layers}
+        self.capture.remove()
+        self.layers, self.states, self.switched = [], {}, True
 
     # ---- what it does, in words and numbers --------------------------------------------------------------------------
 
     def routing(self) -> dict[str, str]:
         """Per parameter of the base: which rule moves it, and why a layer is left to the base."""
-        base = type(self.base).__name__
-        rules: dict[int, str] = {}
-        idle = self.diagnostic.without_rows()
-        for layer in self.layers:
-            note = " (no statistics: it got no input at the last update)" if layer.name in idle else ""
-            for parameter in (layer.weight, layer.bias):
-                if parameter is not None:
-                    rules[id(parameter)] = f"{self.name} -> {base}{note}"
-        table = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                name = self._parameter_names.get(id(parameter), "(unnamed)")
-                reason = self._left.get(name.rpartition(".")[0])
-                rule = f"{base} ({group['algorithm']})" if "algorithm" in group else base
-                table[name] = rules.get(id(parameter), rule if reason is None else f"{rule}: {reason}")
-        return table
+        return routing(
+            self.param_groups, self._parameter_names, self.layers, self._left, self.diagnostic.without_rows(),
+            method=self.name, base=type(self.base).__name__,
+        )  # fmt: skip
 
     def diagnostics(self) -> dict[str, dict[str, float | str]]:
-        """Per layer: cos(G, P) of the last step; |a|², |b|², |F - I| of both sides; what became of each side."""
+        """Per layer: cos(G, P) of the last step; |a|², |b|², |F - I| of each side; what became of each side.
+
+        Where ranks share the work (K-FAC), the last two are of the layers that this rank preconditions.
+        """
         table = self.diagnostic.rows()
+        names = [f"{side}_distance" for side in self.preconditioner.side_names]
         for layer in self.layers:
-            distances = self.preconditioner.distances(self._stacked([layer]))[0].tolist()
-            table.setdefault(layer.name, {}).update(zip(("input_distance", "output_distance"), distances, strict=True))
+            if self.placement.works(layer.name):
+                state = stacked([self.states[layer.name]], [layer], self.preconditioner.shared)
+                distances = self.preconditioner.distances(state)[0].tolist()
+                table.setdefault(layer.name, {}).update(zip(names, distances, strict=True))
         return table
 
     def health(self) -> dict[str, float]:
@@ -246,14 +361,30 @@ class PreconditionedOptimizer(Optimizer):
             self._restore(saved)
 
     def second_order_state(self) -> dict[str, Any]:
-        """Name, settings, step count and factors, keyed by module name; loadable with ``weights_only=True``."""
+        """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
+
+        Where ranks share the work (K-FAC under several processes) every rank must call it: they exchange factors.
+        """
         return {
             "optimizer": self.name,
             "base": type(self.base).__name__,
             "config": dict(self.config),
             "steps": self.steps,
-            "layers": layer_tensors(self.states),
+            "switched": self.switched,
+            "own": self.preconditioner.own_state(),
+            "layers": layer_tensors({layer.name: self._whole_state(layer) for layer in self.layers}),
         }
+
+    def _whole_state(self, layer: Layer) -> LayerState:
+        """A layer's state with what other ranks keep."""
+        if self.placement.world is None:
+            return self.states[layer.name]
+        whole = self.preconditioner.init(layer)
+        for side, factor in self.states[layer.name].items() if self.placement.owns(layer.name) else ():
+            for key, tensor in factor.items():
+                whole[side][key].copy_(tensor)
+        self.placement.from_owner(layer.name, [tensor for factor in whole.values() for tensor in factor.values()])
+        return whole
 
     def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
         """Continue from ``second_order_state()``.
@@ -268,13 +399,21 @@ class PreconditionedOptimizer(Optimizer):
 
     def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         saved = check_saved(saved, self.name, type(self.base).__name__, self.config)
-        check_layers(self.states, saved["layers"])
+        if self.switched and not saved["switched"]:
+            raise ValueError(
+                f"this {self.name} has switched to its base, the checkpoint's has not; build a new optimizer to resume."
+            )
+        if not saved["switched"]:
+            check_layers(((layer.name, self.preconditioner.init(layer)) for layer in self.layers), saved["layers"])
         return saved
 
     def _restore(self, saved: dict[str, Any]) -> None:
+        if saved["switched"]:
+            self._switch_off()
         restore_layers(self.states, saved["layers"])
+        self.preconditioner.load_own_state(saved["own"])
         self.steps = int(saved["steps"])
-        self._schedule_capture()
+        self._schedule()
         self.capture.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,9 +437,3 @@ class PreconditionedOptimizer(Optimizer):
             super().add_param_group(param_group)
         else:
             base.add_param_group(param_group)
-
-
-def _assign(target: LayerState, stacked: LayerState, index: int) -> None:
-    for side, factor in stacked.items():
-        for key, tensor in factor.items():
-            target[side][key].copy_(tensor[index])

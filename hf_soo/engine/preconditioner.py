@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
-from hf_soo.engine.capture import Needs
+from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.rescale import NoRescale, Rescale
-from hf_soo.engine.statistics import Statistics
 
 Factor = dict[str, Tensor]
 """The tensors of one side (or axis) of one layer, by name."""
@@ -29,18 +30,29 @@ class Side(IntEnum):
     OUTPUT = 1
 
 
+BOTH_SIDES = ("input", "output")
+ONE_SIDE = ("gradient",)
+
+
 class Outcome(IntEnum):
-    """What became of one side's statistics in an update."""
+    """What became of one side's statistics in an update, or of its inverse in a refresh."""
 
     UPDATED = 0
     NO_ROWS = 1
     NOT_FINITE = 2
     NOISE = 3
+    FAILED = 4
 
     @property
     def text(self) -> str:
         """In words, for a warning."""
-        return {0: "updated", 1: "no rows", 2: "non-finite statistics", 3: "zero or rounding noise"}[self.value]
+        return (
+            "updated",
+            "no rows",
+            "non-finite statistics",
+            "zero or rounding noise",
+            "factor did not decompose",
+        )[self.value]
 
 
 @dataclass(slots=True)
@@ -48,8 +60,8 @@ class Updated:
     """What an update saw, for the diagnostics.
 
     Args:
-        outcomes: an ``Outcome`` for each layer and ``Side``, int64 [L, 2].
-        norms: |a|² and |b|² of the statistics as they came, [L, 2].
+        outcomes: an ``Outcome`` for each layer and side, int64 [L, sides].
+        norms: |a|² and |b|² (or |g|²) of the statistics as they came, [L, sides].
     """
 
     outcomes: Tensor
@@ -59,16 +71,42 @@ class Updated:
 class Preconditioner(ABC):
     """A gradient transform G -> P with state for each layer.
 
-    ``needs`` and ``rescale`` are fixed at construction. All tensors of ``update`` and ``transform`` have a leading
-    dimension L over layers of one shape.
+    The class attributes are fixed at construction. All tensors of ``update``, ``refresh`` and ``transform`` have a
+    leading dimension L over layers of one shape; state that they change in place is kept.
+
+    Attributes:
+        recorder: what it learns from.
+        rescale: how long P may be.
+        side_names: what diagnostics tell apart.
+        shared: names of the tensors that ``transform`` needs; None: all. The others stay at a layer's owner.
+        watches_loss: whether it wants ``observe`` to be called.
     """
 
-    needs: Needs = Needs()
+    recorder: Recorder = GradientRecorder()
     rescale: Rescale = NoRescale()
+    side_names: tuple[str, ...] = BOTH_SIDES
+    shared: frozenset[str] | None = None
+    watches_loss: bool = False
 
     @abstractmethod
     def updates_at(self, step: int) -> bool:
         """Whether the factors are updated in optimizer step ``step``, counted from 0."""
+
+    def refreshes_at(self, step: int) -> bool:
+        """Whether the inverses are computed anew in step ``step``, after the update."""
+        return False
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Why it cannot move a layer, or None."""
+        return None
+
+    def workers(self, world: int) -> int | None:
+        """How many of ``world`` ranks precondition a layer; None: all, and all keep its factors."""
+        return None
+
+    def cost(self, layer: Layer) -> float:
+        """What inverting a layer's factors costs, in any unit; for the placement."""
+        return float(sum(d**3 for d in layer.shape))
 
     @abstractmethod
     def init(self, layer: Layer) -> LayerState:
@@ -78,13 +116,38 @@ class Preconditioner(ABC):
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """The state after a window's statistics; a side whose statistics cannot be used stays as it was."""
 
+    def refresh(self, state: LayerState) -> tuple[LayerState, Tensor]:
+        """The state with new inverses, and an ``Outcome`` for each layer and side, [L, sides]."""
+        raise NotImplementedError(f"{type(self).__name__} refreshes nothing.")
+
     @abstractmethod
     def transform(self, state: LayerState, grad: Grad) -> Moved:
         """Replace G by P in place. Where P is not finite G stays, and ``Moved.after`` is not finite."""
 
     @abstractmethod
     def distances(self, state: LayerState) -> Tensor:
-        """|F - I|_F of the input and the output side's inverse factor, [L, 2]; 0 where a side is not used."""
+        """|F - I|_F of each side's inverse factor, [L, sides]; 0 where a side is not used."""
+
+    def observe(self, loss: Tensor, step: int) -> bool:
+        """Take the training loss of a step, the mean over the global batch.
+
+        Args:
+            loss: a 0-d tensor, the same on every rank.
+            step: the step that it belongs to.
+
+        Returns:
+            Whether the method is done: from the next step on the base goes on alone.
+        """
+        return False
+
+    def own_state(self) -> dict[str, Tensor]:
+        """State that belongs to no layer, by name."""
+        return {}
+
+    def load_own_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from ``own_state()``, whose tensors are filled in place; the argument is left as it is."""
+        for name, tensor in self.own_state().items():
+            tensor.copy_(saved[name])
 
 
 class Identity(Preconditioner):
@@ -109,3 +172,8 @@ class Identity(Preconditioner):
     def distances(self, state: LayerState) -> Tensor:
         """Not called: it has no layers."""
         raise RuntimeError("an optimizer without a preconditioner has no factors.")
+
+
+def keep_where(valid: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the layers where ``valid`` [L], ``old`` elsewhere; both [L, ...]."""
+    return torch.where(valid.view(-1, *[1] * (new.ndim - 1)), new, old)

@@ -165,7 +165,7 @@ def measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
 
 def state_bytes(optimizer: PreconditionedOptimizer) -> int:
     """Bytes of the base's state, the preconditioner's factors and the capture's buffers."""
-    buffers = [tensor for each in optimizer.capture.buffers.values() for tensor in each.tensors()]
+    buffers = [tensor for each in optimizer.capture.buffers.values() for tensor in each]
     return sum(t.numel() * t.element_size() for t in [*tensors_in([optimizer.state, optimizer.states]), *buffers])
 
 

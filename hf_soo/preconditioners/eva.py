@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine import linalg
-from hf_soo.engine.capture import Needs
+from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, Preconditioner, Side, Updated
 from hf_soo.engine.rescale import KLClip, NoRescale, Rescale
-from hf_soo.engine.statistics import Statistics
+from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, kronecker_vectors, updated
 
@@ -89,7 +89,7 @@ class Eva(Preconditioner):
         """
         self.config = config
         outputs = Side.OUTPUT in self.sides
-        self.needs = Needs(inputs=True, outputs=outputs, noise=outputs and config.kv_scale == "unit")
+        self.recorder = SumRecorder(inputs=True, outputs=outputs, noise=outputs and config.kv_scale == "unit")
         self.rescale: Rescale = NoRescale() if config.kl_clip is None else KLClip(config.kl_clip)
 
     def updates_at(self, step: int) -> bool:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_soo.engine.capture import Statistics
 from hf_soo.engine.preconditioner import Outcome, Side, Updated
-from hf_soo.engine.statistics import Statistics
 
 KVScale = Literal["unit", "sum", "mean"]
 KV_SCALES = ("unit", "sum", "mean")

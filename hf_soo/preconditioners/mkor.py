@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine import linalg
-from hf_soo.engine.capture import Needs
+from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, Preconditioner, Side, Updated
 from hf_soo.engine.rescale import MatchNorm
-from hf_soo.engine.statistics import Statistics
+from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, kronecker_vectors, updated
 
@@ -223,7 +223,7 @@ class MKOR(Preconditioner):
             if config.sides in kinds
         ]
         outputs = Side.OUTPUT in self.sides
-        self.needs = Needs(
+        self.recorder = SumRecorder(
             inputs=Side.INPUT in self.sides,
             outputs=outputs,
             groups=config.rank,

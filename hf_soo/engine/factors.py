@@ -1,0 +1,159 @@
+"""Second moments of the rows that flow into and out of a layer: the Kronecker factors of K-FAC and FOOF.
+
+With rows a (1 appended for a bias) and output gradients g = dL/dy of the mean loss over R terms,
+
+    expand   A = (1/M) Σ a aᵀ over all M rows           B = R Σ g gᵀ
+    reduce   A = (1/N) Σ ā āᵀ, ā = mean of an example   B = R Σ ĝ ĝᵀ, ĝ = Σ g of an example
+
+so that neither the batch size nor how the loss is averaged changes what a damping means. A row whose g is exactly zero
+(padding, a position without a label above the last attention) is no part of the gradient; ``row_filter`` leaves it out
+of A as well. It needs the input in the backward pass, where nn.Linear keeps it anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine.capture import Buffers, Phase, Statistics, Window
+from hf_soo.engine.gradients import PlainGradients, stack
+from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
+
+
+@dataclass(frozen=True)
+class FactorRecorder:
+    """Second moments of input and output-gradient rows.
+
+    A layer's buffers, all in the accumulation dtype:
+
+    0. the rows of A, and the rows with g ≠ 0, [2];
+    1. Σ a aᵀ, [d_in (+ 1), d_in (+ 1)];
+    2. Σ g gᵀ, [d_out, d_out], empty if not asked for.
+
+    Args:
+        outputs: keep B too.
+        reduce: the "reduce" setting, else "expand".
+        row_filter: "grad" (rows with g ≠ 0) or "all".
+        loss_terms: R; None takes the rows with g ≠ 0 of the last layer that has any.
+        published: the released kfac-pytorch's B, Σ g gᵀ / rows.
+        phase: for a sampled loss, whose pass adds to B alone, as the real one then adds to A alone; else None.
+    """
+
+    outputs: bool
+    reduce: bool
+    row_filter: Literal["grad", "all"]
+    loss_terms: int | None
+    published: bool
+    phase: Phase | None = None
+    hooks = True
+
+    def allocate(self, layer: Layer) -> Buffers:
+        """See ``Recorder``."""
+        d_out, d_in = layer.shape
+        m, n, weight = d_in + (layer.bias is not None), d_out if self.outputs else 0, layer.weight
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
+
+        return [zeros(2), zeros(m, m), zeros(n, n)]
+
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
+        """See ``Recorder``."""
+        rows = layer.input_rows(x).to(output.dtype)  # under autocast the layer saves such a copy itself
+        return cast(Tensor, _CommitFactors.apply(output, rows, layer.channel_dim, self, *buffers))  # type: ignore[no-untyped-call]
+
+    def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
+        """All: a layer without rows is told so."""
+        return list(layers)
+
+    def collect(self, window: Window) -> Callable[[Sequence[Layer]], Statistics]:
+        """Sum the counts over all ranks and the factors at each layer's owner, and hand out A and B.
+
+        ``inputs`` is A [L, d_in (+ 1), d_in (+ 1)], ``outputs`` B [L, d_out, d_out], or None.
+
+        Raises:
+            RuntimeError: a sampled loss was wanted and none came.
+        """
+        if self.phase is not None and self.phase.passes == 0:
+            raise RuntimeError(
+                "fisher='mc' got no sampled loss in this window: call optimizer.backward_sampled(loss) before the real "
+                "backward where optimizer.wants_sampled_loss, or use SecondOrderTrainer."
+            )
+        placement, buffers = window.placement, window.buffers
+        placement.sum_([buffers[layer.name][0] for layer in window.layers])
+        placement.sum_at_owner_({layer.name: buffers[layer.name][1:] for layer in window.layers})
+        counts = stack([buffers[layer.name][0] for layer in window.layers])
+        terms = self._terms(counts[:, 1])
+
+        def of(group: Sequence[Layer]) -> Statistics:
+            rows, live = stack([buffers[layer.name][0] for layer in group]).unbind(-1)
+            A = stack([buffers[layer.name][1] for layer in group]) / rows.clamp(min=1)[:, None, None]
+            if not self.outputs:
+                return Statistics(rows=rows, inputs=A)
+            scale = window.unit**2 * (1 / rows.clamp(min=1) if self.published else terms.expand_as(rows))
+            B = stack([buffers[layer.name][2] for layer in group]) * scale[:, None, None]
+            return Statistics(rows=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B)
+
+        return of
+
+    def _terms(self, live: Tensor) -> Tensor:
+        """R: as given, or the rows with g ≠ 0 of the last layer that has any."""
+        if self.loss_terms is not None:
+            return live.new_tensor(float(self.loss_terms))
+        order = torch.arange(1, len(live) + 1, device=live.device)
+        return live[(order * (live > 0)).argmax()]
+
+
+class _CommitFactors(torch.autograd.Function):
+    """The identity on the layer's output; its backward adds a micro-batch's second moments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, rows: Tensor, channel_dim: int, recorder: FactorRecorder, *buffers: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.channel_dim, ctx.recorder, ctx.buffers = channel_dim, recorder, buffers
+        return output.detach()  # see _CommitSums
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        (x,) = ctx.saved_tensors
+        counts, A, B = ctx.buffers
+        recorder: FactorRecorder = ctx.recorder
+        which = "both" if recorder.phase is None else recorder.phase.which
+        g = grad.detach().movedim(ctx.channel_dim, -1).reshape(*x.shape[:2], -1)
+        live = (g != 0).any(-1)
+        if which != "outputs":
+            _commit_inputs(x, live, recorder, counts, A)
+        if which != "inputs" and B.numel():
+            g = g.to(B.dtype)
+            rows = g.sum(1) if recorder.reduce else g.flatten(0, 1)
+            B.addmm_(rows.mT, rows)
+        return grad, None, None, None, None, None, None
+
+
+def _commit_inputs(x: Tensor, live: Tensor, recorder: FactorRecorder, counts: Tensor, A: Tensor) -> None:
+    """Add the rows of x [N, S, d_in] that count to A, the bias's column of ones included."""
+    keep = (live if recorder.row_filter == "grad" else torch.ones_like(live)).to(A.dtype)
+    if recorder.reduce:
+        positions = keep.sum(1)
+        weight = (positions > 0).to(A.dtype)
+        rows = (x.to(A.dtype) * keep[..., None]).sum(1) / positions.clamp(min=1)[:, None]
+    else:
+        weight = keep.flatten()
+        rows = x.to(A.dtype).flatten(0, 1)
+        if recorder.row_filter == "grad":
+            rows = rows * weight[:, None]
+    d = rows.shape[-1]
+    A[:d, :d].addmm_(rows.mT, rows)
+    if A.shape[0] > d:
+        total = rows.sum(0)
+        A[d, :d].add_(total)
+        A[:d, d].add_(total)
+        A[d, d].add_(weight.sum())
+    counts.add_(torch.stack([weight.sum(), live.sum().to(A.dtype)]))

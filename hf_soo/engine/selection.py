@@ -1,0 +1,224 @@
+"""Which layers, or parameters, of a model a method moves, and why each other one is left to the base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_soo.engine.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D, found by name so that transformers need not be installed."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def as_layer(name: str, module: nn.Module) -> Layer | None:
+    """The module as a Layer, or None if its weight is no matrix that a Kronecker factor describes."""
+    if isinstance(module, nn.Linear):
+        return LinearLayer(name, module)
+    if isinstance(module, nn.Conv2d):
+        return Conv2dLayer(name, module)
+    if _is_transformers_conv1d(module):
+        return Conv1DLayer(name, module)
+    return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers a method moves, and why each other matrix-like layer is left to the base.
+
+    Args:
+        layers: the layers to precondition, in the model's order.
+        left: name of a module, or of a parameter, -> the reason why it is left to the base optimizer.
+    """
+
+    layers: list[Layer]
+    left: dict[str, str]
+
+
+Refusal = Callable[[Layer], str | None]
+"""Why a method cannot move a layer, or None."""
+
+
+def refuse_nothing(layer: Layer) -> None:
+    """For methods that can move every layer."""
+
+
+def select_layers(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    refusal: Refusal = refuse_nothing,
+) -> Selection:
+    """Choose the layers of a model that a method with Kronecker statistics moves.
+
+    Args:
+        model: the bare model (not wrapped in DistributedDataParallel).
+        include: regular expressions; if given, only modules whose name matches one (``re.search``) are taken.
+        exclude: regular expressions; modules whose name matches one are left to the base.
+        refusal: why the method cannot move a layer.
+
+    Returns:
+        The chosen layers and the reasons for the others.
+
+    Raises:
+        ValueError: a pattern is no regular expression, or no layer is left.
+    """
+    owners, decoders = _weight_owners(model), _decoders(model)
+
+    def candidates() -> Iterator[tuple[Layer, str, str | None]]:
+        for name, module in model.named_modules():
+            layer = as_layer(name, module)
+            if layer is not None:
+                yield layer, name, _reason_to_leave(layer, owners, decoders)
+
+    selection = _select(candidates(), include, exclude, refusal, "Linear, Conv1D or Conv2d layers")
+    embeddings = {name: "embedding" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return Selection(selection.layers, selection.left | embeddings)
+
+
+def select_parameters(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    refusal: Refusal = refuse_nothing,
+    everything: bool = False,
+) -> Selection:
+    """Choose the parameters of a model that a method without statistics moves, each on its own.
+
+    Args:
+        model: the bare model.
+        include: regular expressions on names of modules, as in ``select_layers``.
+        exclude: regular expressions on names of modules, as in ``select_layers``.
+        refusal: why the method cannot move a parameter.
+        everything: embeddings, tied weights and vocabulary decoders too.
+
+    Returns:
+        The chosen parameters and the reasons for the others.
+
+    Raises:
+        ValueError: a pattern is no regular expression, or no parameter is left.
+    """
+    decoders = _decoders(model)
+    modules = dict(model.named_modules())
+
+    def candidates() -> Iterator[tuple[Layer, str, str | None]]:
+        for full_name, parameter in model.named_parameters():
+            name, _, attribute = full_name.rpartition(".")
+            reason = None if parameter.requires_grad else "frozen"
+            if not everything and isinstance(modules[name], nn.Embedding):  # a tied decoder has the embedding's name
+                reason = reason or "embedding"
+            if not everything and modules[name] in decoders:
+                reason = reason or "vocabulary decoder"
+            yield ParameterLayer(full_name, modules[name], attribute), name, reason
+
+    return _select(candidates(), include, exclude, refusal, "parameters")
+
+
+def select_all_parameters(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    refusal: Refusal = refuse_nothing,
+) -> Selection:
+    """``select_parameters`` with embeddings, tied weights and decoders.
+
+    Args:
+        model: see ``select_parameters``.
+        include: see ``select_parameters``.
+        exclude: see ``select_parameters``.
+        refusal: see ``select_parameters``.
+
+    Returns:
+        See ``select_parameters``.
+
+    Raises:
+        ValueError: see ``select_parameters``.
+    """
+    return select_parameters(model, include, exclude, refusal, everything=True)
+
+
+def _select(
+    candidates: Iterator[tuple[Layer, str, str | None]],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    refusal: Refusal,
+    kind: str,
+) -> Selection:
+    """Sort (layer, name that the patterns see, reason to leave it) into a Selection."""
+    included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
+    layers: list[Layer] = []
+    left: dict[str, str] = {}
+    for layer, name, reason in candidates:
+        reason = reason or refusal(layer)
+        if reason is None and include is not None and not any(p.search(name) for p in included):
+            reason = "no include pattern matches"
+        if reason is None:
+            reason = next((f"exclude={p.pattern!r}" for p in excluded if p.search(name)), None)
+        if reason is None:
+            layers.append(layer)
+        else:
+            left[layer.name] = reason
+    if not layers:
+        raise ValueError(
+            f"no layer selected: include={include!r}, exclude={exclude!r} leave none of {len(left)} {kind} "
+            f"({dict(list(left.items())[:3])}); widen the patterns or use --optim adamw."
+        )
+    return Selection(layers, left)
+
+
+def compile_patterns(what: str, patterns: Sequence[str] | None) -> list[re.Pattern[str]]:
+    """The patterns compiled.
+
+    Raises:
+        ValueError: one of them is no regular expression, or a lone string was given instead of a list.
+    """
+    if isinstance(patterns, str):
+        raise ValueError(f"{what}={patterns!r} is a string; give a list of regular expressions: [{patterns!r}].")
+    compiled = []
+    for pattern in patterns or ():
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f"{what}={pattern!r} is no regular expression ({error}); escape dots as \\.") from error
+    return compiled
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter id -> names of the modules that hold it: more than one means that it is tied."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _decoders(model: nn.Module) -> set[nn.Module]:
+    """The vocabulary decoders of the model and of models inside it, with what wraps them (PEFT) and is inside."""
+    found = (getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules())
+    return {part for decoder in found if isinstance(decoder, nn.Module) for part in decoder.modules()}
+
+
+def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[nn.Module]) -> str | None:
+    """Why no Kronecker factor can describe this layer's gradient, or None."""
+    module, weight = layer.module, layer.weight
+    others = [name for name in owners.get(id(weight), []) if name != layer.name]
+    if others:
+        return f"weight tied to {others[0]}"
+    if module in decoders:
+        return "vocabulary decoder"
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads this weight without calling the layer"
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return f"quantised weight ({getattr(weight, 'dtype', type(weight).__name__)})"
+    if not weight.requires_grad:
+        return "frozen weight"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"grouped convolution (groups={module.groups})"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}"
+    return None

@@ -1,0 +1,165 @@
+"""Sums of the rows that flow into and out of a layer: what rank-1 methods learn from.
+
+The forward pass reduces the input to sums over its rows, so nothing of size [N, d] is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine.capture import Buffers, Statistics, Window
+from hf_soo.engine.gradients import PlainGradients, stack
+from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
+
+NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
+"""δ by the gradient's dtype: a sum of rows with |Σe|² <= δ² Σ|e|² is rounding noise.
+
+Where Σe is zero analytically (attention's key projection), |Σe|²/Σ|e|² was measured at 1e-4 in bf16 and 2e-12 in fp32
+(20 times the unit roundoff u: the rows are differences themselves), and at 0.03 and more in every other layer of BERT.
+So δ = 16u for the half precisions. fp32 rows may come from TF32 products, with 11 bits: 2⁻⁹ covers them too.
+"""
+
+
+@dataclass(frozen=True)
+class SumRecorder:
+    """Sums of input and output-gradient rows.
+
+    A layer's buffers, all in the accumulation dtype:
+
+    0. rows of each group, [groups];
+    1. Σ input rows, [groups, d_in], empty if not asked for;
+    2. Σ output gradients, [groups, d_out], empty if not asked for or given by ``bias.grad``;
+    3. Σ over micro-batches of |Σe|² and of δ² Σ|e|² (``NOISE_LEVEL``), [2], empty if not asked for.
+
+    Args:
+        inputs: sum the input rows.
+        outputs: sum the output-gradient rows (taken from ``bias.grad`` where that is the same).
+        groups: each sum is split into this many consecutive groups of rows.
+        noise: tell a sum of output gradients that is rounding noise from one that is data.
+    """
+
+    inputs: bool = False
+    outputs: bool = False
+    groups: int = 1
+    noise: bool = False
+    phase = None
+
+    @property
+    def hooks(self) -> bool:
+        """Whether anything is asked for."""
+        return self.inputs or self.outputs
+
+    def allocate(self, layer: Layer) -> Buffers:
+        """See ``Recorder``."""
+        d_out, d_in = layer.shape
+        weight, groups = layer.weight, self.groups
+        from_bias = layer.bias is not None and groups == 1
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
+
+        return [
+            zeros(groups),
+            zeros(groups, d_in if self.inputs else 0),
+            zeros(groups, d_out if self.outputs and not from_bias else 0),
+            zeros(2 if self.noise else 0),
+        ]
+
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
+        """See ``Recorder``."""
+        inputs, rows = layer.input_sums(x, self.groups)
+        counts = group_sizes(rows, self.groups, buffers[0])
+        return cast(Tensor, _CommitSums.apply(output, inputs, counts, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
+
+    def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
+        """All: a layer without rows is told so."""
+        return list(layers)
+
+    def collect(self, window: Window) -> Callable[[Sequence[Layer]], Statistics]:
+        """Sum the buffers over ranks in one flat all-reduce, and hand out means group by group.
+
+        ``inputs`` is [L, groups, d_in (+ 1)] with the constant 1 of the bias last, ``outputs`` [L, groups, d_out].
+        """
+        window.placement.sum_([tensor for layer in window.layers for tensor in window.buffers[layer.name]])
+
+        def of(group: Sequence[Layer]) -> Statistics:
+            buffers = [window.buffers[layer.name] for layer in group]
+            rows = stack([b[0] for b in buffers])
+            return Statistics(
+                rows=rows.sum(-1),
+                inputs=_input_means(group, stack([b[1] for b in buffers]), rows) if self.inputs else None,
+                outputs=stack([_output_mean(layer, window) for layer in group]) if self.outputs else None,
+                noise=_is_noise(stack([b[3] for b in buffers])) if self.noise else None,
+            )
+
+        return of
+
+
+class _CommitSums(torch.autograd.Function):
+    """The identity on the layer's output; its backward commits the sums of this micro-batch."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor, channel_dim: int, *buffers: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, rows)
+        ctx.channel_dim = channel_dim
+        ctx.buffers = buffers
+        # detach, not view_as: an output that is a view of a custom function could not be modified in place (relu_).
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        inputs, rows = ctx.saved_tensors
+        row_buffer, input_buffer, output_buffer, noise_buffer = ctx.buffers
+        row_buffer.add_(rows)
+        if input_buffer.numel():
+            input_buffer.add_(inputs)
+        if output_buffer.numel() or noise_buffer.numel():
+            # detached: under create_graph the buffers would join the graph of the second backward pass
+            _commit_outputs(grad.detach().movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
+        return grad, None, None, None, None, None, None, None
+
+
+def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
+    """Add the sums of output gradients [..., d_out] to the buffers."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    if outputs.numel():
+        outputs.add_(group_sums(rows, outputs.shape[0]))
+    if noise.numel():
+        dtype = noise.dtype
+        total = rows.sum(0, dtype=dtype).square().sum()
+        energy = torch.linalg.vector_norm(rows, dtype=dtype).square()
+        noise.add_(torch.stack([total, NOISE_LEVEL[grad.dtype] ** 2 * energy]))
+
+
+def group_sizes(rows: int, groups: int, like: Tensor) -> Tensor:
+    """How many of ``rows`` rows each of ``groups`` parts holds, as ``torch.tensor_split`` does it: [groups]."""
+    part = torch.arange(groups, device=like.device)
+    return rows // groups + (part < rows % groups).to(like.dtype)
+
+
+def _input_means(group: Sequence[Layer], sums: Tensor, rows: Tensor) -> Tensor:
+    means = sums / rows.clamp(min=1)[..., None]  # a group without rows is a zero vector
+    if group[0].bias is None:
+        return means
+    return torch.cat([means, (rows > 0).to(means)[..., None]], dim=-1)
+
+
+def _output_mean(layer: Layer, window: Window) -> Tensor:
+    """Mean output gradient of each group of rows, [groups, d_out]; zeros where the layer has no gradient."""
+    rows, _, outputs, _ = window.buffers[layer.name]
+    if outputs.numel():
+        return outputs * window.unit / rows.clamp(min=1)[:, None]
+    if not window.gradients.has(layer) or layer.bias is None or layer.bias.grad is None:
+        return torch.zeros(1, layer.shape[0], dtype=rows.dtype, device=rows.device)
+    bias_grad = layer.bias.grad
+    return bias_grad.to(accumulation_dtype(bias_grad.dtype))[None] / rows.clamp(min=1)[:, None]
+
+
+def _is_noise(noise: Tensor) -> Tensor:
+    return noise[..., 0] <= noise[..., 1]
