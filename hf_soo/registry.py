@@ -19,6 +19,7 @@ from hf_soo.engine.selection import Selection, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
+from hf_soo.preconditioners.kfac import FOOF, KAISA, KFAC, FOOFConfig, KAISAConfig, KFACConfig, KFACReduce
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 
 
@@ -45,6 +46,10 @@ METHODS: dict[str, Method] = {
     "mkor": Method("MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)", "lamb", MKORConfig, MKOR),
     "eva": Method("Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaConfig, Eva),
     "eva_f": Method("Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", "sgd", EvaConfig, EvaF),
+    "kfac_expand": Method("K-FAC, expand (Martens, Grosse, 2015; Eschenhagen et al., 2023)", "sgd", KFACConfig, KFAC),
+    "kfac_reduce": Method("K-FAC, reduce (Eschenhagen et al., NeurIPS 2023)", "sgd", KFACConfig, KFACReduce),
+    "kaisa": Method("KAISA: K-FAC over a grid of ranks (Pauloski et al., SC 2021)", "lamb", KAISAConfig, KAISA),
+    "foof": Method("FOOF, the input factor alone (Benzing, ICML 2022)", "sgd", FOOFConfig, FOOF),
     **{name: Method(base.title, name) for name, base in BASES.items()},
 }
 

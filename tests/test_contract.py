@@ -276,6 +276,33 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
         "kv_scale": ("sum", {}),
     },
 }
+FACTORS: dict[str, tuple[object, dict[str, object]]] = {
+    "damping": (3.0, {}),
+    "damping_mode": ("absolute", {}),
+    "inverse": ("eigen", {}),
+    "factor_decay": (0.5, {}),
+    "update_period": (5, {}),
+    "inverse_period": (20, {}),
+    "warmup_updates": (2, {}),
+    "rescale": ("global", {"kl_clip": 1e-3}),
+    "kl_clip": (1e-6, {"rescale": "kl_clip"}),
+    "row_filter": ("all", {}),
+    "max_dim": (9, {}),
+    "grad_workers": (1, {}),
+    "factor_start": ("identity", {}),
+}
+OTHER_VALUES["foof"] = FACTORS
+OTHER_VALUES["kfac_expand"] = OTHER_VALUES["kfac_reduce"] = FACTORS | {
+    "fisher": ("mc", {}),
+    "loss_terms": (7, {"damping_mode": "absolute"}),
+    "factor_scale": ("published", {"damping_mode": "absolute"}),
+}
+OTHER_VALUES["kaisa"] = OTHER_VALUES["kfac_expand"] | {
+    "damping_mode": ("relative", {}),
+    "inverse": ("cholesky", {}),
+    "update_period": (2, {"inverse_period": 10}),
+    "warmup_updates": (7, {}),
+}
 OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
 OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
 FIELDS = [(n, f.name) for n, m in METHODS.items() if m.config for f in dataclasses.fields(m.config)]

@@ -72,6 +72,7 @@ def train(
         total = 0.0
         for part, weight in split(batch):
             loss = loss_of(model, part) * weight
+            optimizer.report_loss(loss)
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -105,10 +106,15 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mkor+muon": ("mkor", {"base": "muon"}),
     "eva-unit": ("eva", {"kv_scale": "unit"}),
     "eva-unclipped": ("eva", {"kl_clip": None}),
+    "kfac-eigen": ("kfac_expand", {"inverse": "eigen"}),
+    "kfac-absolute": ("kfac_expand", {"damping_mode": "absolute", "damping": 3e-3, "rescale": "norm"}),
+    "kfac-published": ("kfac_expand", {"factor_scale": "published", "factor_start": "identity"}),
+    "foof-eigen": ("foof", {"inverse": "eigen", "rescale": "global"}),
     "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
+    "kfac_expand": 1e-1, "kfac_reduce": 1e-1, "kfac-eigen": 1e-1, "foof": 1e-1,
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
 

@@ -219,12 +219,58 @@ def dense_product(G: Tensor, bias: Tensor | None, left: Tensor | None, right: Te
     joint = G if bias is None else torch.cat([G, bias[..., None]], dim=-1)
     P = joint if left is None else left @ joint
     P = P if right is None else P @ right
-    before, after, inner = squared_norm(joint), squared_norm(P), (P * joint).sum((-2, -1))
-    P = torch.where(after.isfinite()[..., None, None], P, joint)
+    return replace(G, bias, joint, P)
+
+
+# ---- K-FAC ----------------------------------------------------------------------------------------------------------
+
+
+def eigen_product(
+    G: Tensor,
+    bias: Tensor | None,
+    left: tuple[Tensor, Tensor] | None,
+    right: tuple[Tensor, Tensor],
+    damping: Tensor,
+) -> Moved:
+    """In place: [G | bias] ← Q_b [(Q_bᵀ [G | bias] Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; not finite: as ``dense_product``.
+
+    Args:
+        G: weight gradients, [L, n, m].
+        bias: bias gradients, [L, n], or None.
+        left: eigenvectors Q_b [L, n, n] and values l_b [L, n], or None for B = I.
+        right: Q_a and l_a, with m + 1 for m where there is a bias.
+        damping: λ, [L].
+
+    Returns:
+        Squared norms and inner product of the joint gradient; ``after`` is not finite where G was kept.
+    """
+    joint = G if bias is None else torch.cat([G, bias[..., None]], dim=-1)
+    Q_a, l_a = right
+    T = joint @ Q_a if left is None else left[0].mT @ joint @ Q_a
+    curvature = l_a[:, None, :] if left is None else left[1][:, :, None] * l_a[:, None, :]
+    T = T / (curvature + damping[:, None, None])
+    P = T @ Q_a.mT if left is None else left[0] @ T @ Q_a.mT
+    return replace(G, bias, joint, P)
+
+
+def replace(G: Tensor, bias: Tensor | None, joint: Tensor, P: Tensor) -> Moved:
+    """Write P [L, n, m (+ 1)] into [G | bias] where it is finite.
+
+    Args:
+        G: weight gradients, [L, n, m].
+        bias: bias gradients, [L, n], or None.
+        joint: what [G | bias] is now.
+        P: what it becomes.
+
+    Returns:
+        Squared norms and inner product; ``after`` is not finite where G was kept.
+    """
+    moved = Moved(squared_norm(joint), squared_norm(P), (P * joint).sum((-2, -1)))
+    P = torch.where(moved.after.isfinite()[..., None, None], P, joint)
     G.copy_(P[..., : G.shape[-1]])
     if bias is not None:
         bias.copy_(P[..., -1])
-    return Moved(before, after, inner)
+    return moved
 
 
 # ---- Eva family -----------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.linalg import Moved
+
+RescaleName = Literal["kl_clip", "norm", "global", "none"]
 
 
 class Rescale(Protocol):
@@ -60,3 +63,45 @@ class KLClip:
         nu = (self.kl_clip / total).sqrt()
         nu = torch.where(nu.isfinite() & (total > 0), nu, 1.0).clamp(max=1.0)
         return [nu.expand_as(m.inner) for m in moved]
+
+
+class GlobalNorm:
+    """√(Σ|G|² / Σ|P|²), one factor for all layers (the released Eva and K-FAC code with κ = 0)."""
+
+    joint = True
+
+    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
+        """The same factor for every layer; a layer whose P is not finite does not count."""
+        finite = [m.after.isfinite() for m in moved]
+        before, after = (
+            torch.stack([torch.where(ok, norm, 0.0).sum() for ok, norm in zip(finite, norms, strict=True)]).sum()
+            for norms in ([m.before for m in moved], [m.after for m in moved])
+        )
+        ratio = (before / after).sqrt()
+        ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        return [torch.where(ok, ratio, 1.0) for ok in finite]
+
+
+def make_rescale(rescale: RescaleName, kl_clip: float | None, default_clip: float = 1e-3) -> Rescale:
+    """The rule for the length of P that a method's settings name.
+
+    Args:
+        rescale: "kl_clip", "norm", "global" or "none".
+        kl_clip: κ, or None for no clip.
+        default_clip: the method's default κ, which may stand beside another rule.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: a value is not allowed, or ``kl_clip`` is set beside another rule.
+    """
+    require_in("rescale", rescale, ("kl_clip", "norm", "global", "none"))
+    if kl_clip is not None:
+        require_range("kl_clip", kl_clip, 0, float("inf"), open_low=True)
+    if rescale == "kl_clip":
+        return NoRescale() if kl_clip is None else KLClip(kl_clip)
+    if kl_clip != default_clip:
+        raise ValueError(f"kl_clip={kl_clip} has no effect with rescale={rescale!r}; leave it out.")
+    rules: dict[str, Rescale] = {"norm": MatchNorm(), "global": GlobalNorm(), "none": NoRescale()}
+    return rules[rescale]

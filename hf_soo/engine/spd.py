@@ -1,0 +1,81 @@
+"""Inverses and eigenvectors of symmetric positive semi-definite matrices that may not decompose at the first try."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RETRIES = 3
+"""Attempts with ten times more damping each, before the arithmetic is changed."""
+
+
+def damped_inverse(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """(M + λI)⁻¹ by Cholesky. What does not decompose is tried again with 10λ, 100λ, 1000λ, in float64, and by eigh.
+
+    Reads one flag from the device.
+
+    Args:
+        M: symmetric, [L, d, d].
+        damping: λ > 0, [L].
+
+    Returns:
+        The inverses, and whether each succeeded, bool [L]; where not, the inverse is meaningless.
+    """
+    inverse, info = _by_cholesky(M, damping)
+    ok = info == 0
+    if not ok.all():
+        for i in (~ok).nonzero().flatten().tolist():
+            retried = _retry(M[i], damping[i])
+            if retried is not None:
+                inverse[i], ok[i] = retried, True
+    return inverse, ok
+
+
+def _by_cholesky(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    damped = M.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+    L, info = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_inverse(L), info
+
+
+def _retry(M: Tensor, damping: Tensor) -> Tensor | None:
+    """One matrix [d, d] that did not decompose; None if nothing helps."""
+    if not M.isfinite().all():
+        return None
+    attempts = [(M, damping * 10.0**power) for power in range(1, RETRIES + 1)] + [(M.double(), damping.double())]
+    for matrix, more in attempts:
+        inverse, info = _by_cholesky(matrix, more)
+        if info == 0 and inverse.isfinite().all():
+            return inverse.to(M.dtype)
+    decomposed = eigen(M.double().cpu()[None])
+    if not decomposed[2].all():
+        return None
+    values, vectors = decomposed[0][0], decomposed[1][0]
+    inverse = (vectors / (values.clamp(min=0) + damping.double().cpu())) @ vectors.mT
+    return inverse.to(M)
+
+
+def eigen(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; a matrix on which eigh fails is tried again in float64 on the CPU.
+
+    Args:
+        M: symmetric, [L, d, d].
+
+    Returns:
+        Values [L, d], ascending; vectors [L, d, d] in columns; whether each succeeded, bool [L].
+    """
+    try:
+        values, vectors = torch.linalg.eigh(M)
+        return values, vectors, values.isfinite().all(-1)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        parts = [_eigen_in_double(matrix) for matrix in M]
+        values, vectors, ok = (torch.stack(list(each)) for each in zip(*parts, strict=True))
+        return values, vectors, ok
+
+
+def _eigen_in_double(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double().cpu())
+        return values.to(matrix), vectors.to(matrix), torch.tensor(True, device=matrix.device)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # counted by the caller
+        return matrix.new_zeros(len(matrix)), torch.zeros_like(matrix), torch.tensor(False, device=matrix.device)
