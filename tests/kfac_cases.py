@@ -32,9 +32,9 @@ class Net(nn.Module):
             x = layer(x if i == 0 or self.linear else torch.tanh(x))
         return {"token": lambda: x, "mean": lambda: x.mean(1), "sum": lambda: x.sum(1)}[self.task]()
 
-    def terms(self, examples: int) -> int:
+    def terms(self, x: Tensor) -> int:
         """R of a loss that is a mean over tokens, or over examples."""
-        return examples * T if self.task == "token" else examples
+        return len(x) * x.shape[1] if self.task == "token" else len(x)
 
 
 def inputs(examples: int = N) -> Tensor:
@@ -59,7 +59,7 @@ def every_label_loss(net: Net, x: Tensor) -> Tensor:
         p = net(x).softmax(-1)
     log_p = net(x.repeat(CLASSES, 1, 1)).log_softmax(-1).unflatten(0, (CLASSES, len(x)))
     own = torch.stack([log_p[c, ..., c] for c in range(CLASSES)], dim=-1)
-    return -(p.sqrt() * own).sum() / net.terms(len(x))
+    return -(p.sqrt() * own).sum() / net.terms(x)
 
 
 def orthogonal_residuals(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def orthogonal_residuals(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def half_squares(net: Net, x: Tensor, t: Tensor) -> Tensor:
     """Mean over the terms of |f - t|² / 2."""
-    return (net(x) - t).square().sum() / (2 * net.terms(len(x)))
+    return (net(x) - t).square().sum() / (2 * net.terms(x))
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
@@ -87,14 +87,17 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
 def rows_of(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Per linear layer the rows that go in, 1 last where there is a bias, and the loss's gradient by what comes out.
 
-    The module's own gradients are left as they were.
+    The module's own gradients are left as they were. A zero is added to each output, and its gradient taken, so that
+    the output may be changed in place.
     """
     ins: dict[str, Tensor] = {}
-    outs: dict[str, Tensor] = {}
+    zeros: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            ins[name], outs[name] = with_ones(args[0].detach(), layer.bias is not None), output
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            ins[name] = with_ones(args[0].detach().clone(), layer.bias is not None)
+            zeros[name] = torch.zeros_like(output, requires_grad=True)
+            return output + zeros[name]
 
         return hook
 
@@ -102,8 +105,8 @@ def rows_of(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[Te
     scalar = loss()
     for handle in handles:
         handle.remove()
-    grads = torch.autograd.grad(scalar, list(outs.values()), retain_graph=True)
-    return {name: (ins[name], grad) for name, grad in zip(outs, grads, strict=True)}
+    grads = torch.autograd.grad(scalar, list(zeros.values()))
+    return {name: (ins[name], grad) for name, grad in zip(zeros, grads, strict=True)}
 
 
 def with_ones(rows: Tensor, bias: bool = True) -> Tensor:
