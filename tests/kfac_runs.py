@@ -74,5 +74,5 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def rows_seen(optimizer: PreconditionedOptimizer) -> dict[str, int]:
-    """Rows in the current window's buffers."""
-    return {name: int(buffers.rows.sum()) for name, buffers in optimizer.capture.buffers.items()}
+    """Rows of A in the current window, by layer; the first buffer of a layer holds its counts."""
+    return {name: int(buffers[0][0]) for name, buffers in optimizer.capture.buffers.items()}
