@@ -74,8 +74,10 @@ def test_one_batch_equals_its_micro_batches(case: str, sizes: list[int]) -> None
     one, many = toy(), toy()
     train(one, build(case, one), batches(5))
     train(many, build(case, many), batches(5), parts(sizes))
-    # fp64 sums in another order: 1e-10; torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9).
-    assert_close_report(weights(many), weights(one), 2e-3 if uses_muon(case) else 1e-10, f"{case} weights")
+    # fp64 sums in another order: 1e-10; torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9);
+    # KAISA's absolute damping is 1e-5 of the curvature here, so its inverses amplify rounding ten times more.
+    tolerance = 2e-3 if uses_muon(case) else 1e-9 if case == "kaisa" else 1e-10
+    assert_close_report(weights(many), weights(one), tolerance, f"{case} weights")
 
 
 @every_case
@@ -276,19 +278,19 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
         "kv_scale": ("sum", {}),
     },
 }
+FACTORIZING = ("kfac_expand", "kfac_reduce", "kaisa", "foof")
 FACTORS: dict[str, tuple[object, dict[str, object]]] = {
     "damping": (3.0, {}),
     "damping_mode": ("absolute", {}),
     "inverse": ("eigen", {}),
     "factor_decay": (0.5, {}),
-    "update_period": (5, {}),
+    "update_period": (5, {"inverse_period": 10}),
     "inverse_period": (20, {}),
     "warmup_updates": (2, {}),
     "rescale": ("global", {"kl_clip": 1e-3}),
     "kl_clip": (1e-6, {"rescale": "kl_clip"}),
     "row_filter": ("all", {}),
     "max_dim": (9, {}),
-    "grad_workers": (1, {}),
     "factor_start": ("identity", {}),
 }
 OTHER_VALUES["foof"] = FACTORS
@@ -305,17 +307,30 @@ OTHER_VALUES["kaisa"] = OTHER_VALUES["kfac_expand"] | {
 }
 OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
 OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
+WITHOUT_EFFECT = {
+    # name, field -> why it must not change the run
+    **{(name, "grad_workers"): "it moves work between ranks: tests/test_placement.py" for name in FACTORIZING},
+    ("foof", "inverse"): "with one side the split and the exact damping are one: only rounding differs",
+}
 FIELDS = [(n, f.name) for n, m in METHODS.items() if m.config for f in dataclasses.fields(m.config)]
 
 
 def final_weights(name: str, settings: dict[str, object]) -> torch.Tensor:
-    model = toy()
-    train(model, hf_soo.build_optimizer(name, model, lr=1e-2, **settings), batches(25))  # type: ignore[arg-type]
+    model, data = toy(), batches(25)
+    for _, labels in data:
+        labels[:, -1] = -100  # rows without a gradient
+    torch.manual_seed(0)  # for labels drawn from the model
+    train(model, hf_soo.build_optimizer(name, model, lr=1e-2, **settings), data)  # type: ignore[arg-type]
     return weights(model)
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_every_setting_changes_the_run(name: str, field: str) -> None:
+    if (name, field) in WITHOUT_EFFECT:
+        value = {"grad_workers": 1, "inverse": "eigen"}[field]
+        same = relative_change(final_weights(name, {}), final_weights(name, {field: value}))
+        assert same < 1e-9, f"{name}: {field}={value!r} changes the run by {same}"
+        return
     value, others = OTHER_VALUES[name][field]
     baseline = {k: v for k, v in others.items() if not (field == "representation" and k == "history")}
     if field == "representation":  # equal while history covers the run, so the low-rank side is given a short one
@@ -513,12 +528,18 @@ def test_a_step_reads_nothing_from_the_device(case: str) -> None:
         pytest.skip("torch's own RMSprop and unfused Adam read their step counts on a CPU")
     model = toy(torch.float32)
     optimizer = build(case, model)
+    method = optimizer.preconditioner
     train(model, optimizer, batches(1))
-    for _ in range(2):  # an update step
+    settled = next((t for t in range(11, 400) if method.updates_at(t) and not method.refreshes_at(t)), 11)
+    for steps in (1, settled, settled + 1):
+        optimizer.steps = steps
+        optimizer._schedule()
         loss_of(model, batches(1)[0]).backward()
+        # new inverses: one flag for each side of each group of layers tells whether all of them decomposed
+        allowed = 2 * len(optimizer.layers) if method.refreshes_at(steps) else 0
         with ReadsToHost() as reads:
             optimizer.step()
-        assert reads.count == 0
+        assert reads.count <= allowed, steps
 
 
 def test_optimizers_are_not_copied_and_models_are() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import hf_soo
 from hf_soo import PreconditionedOptimizer
+from hf_soo.engine.fisher import sampled_cross_entropy
 
 VOCABULARY, WIDTH = 16, 8
 Batch = tuple[Tensor, Tensor]
@@ -71,7 +72,10 @@ def train(
         optimizer.zero_grad()
         total = 0.0
         for part, weight in split(batch):
-            loss = loss_of(model, part) * weight
+            logits, labels = model(part[0]), part[1]
+            loss = F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten()) * weight
+            if optimizer.wants_sampled_loss:
+                optimizer.backward_sampled(sampled_cross_entropy(logits, labels) * weight)
             optimizer.report_loss(loss)
             loss.backward()
             total += loss.item()

@@ -101,11 +101,11 @@ class FactorRecorder:
         return of
 
     def _terms(self, live: Tensor) -> Tensor:
-        """R: as given, or the rows with g ≠ 0 of the last layer that has any."""
+        """R, [1]: as given, or the rows with g ≠ 0 of the last layer that has any."""
         if self.loss_terms is not None:
-            return live.new_tensor(float(self.loss_terms))
+            return live.new_full((1,), float(self.loss_terms))
         order = torch.arange(1, len(live) + 1, device=live.device)
-        return live[(order * (live > 0)).argmax()]
+        return live.gather(0, (order * (live > 0)).argmax(0, keepdim=True))  # indexing would read from the device
 
 
 class _CommitFactors(torch.autograd.Function):

@@ -189,18 +189,16 @@ class PreconditionedOptimizer(Optimizer):
         """G -> P for every layer that has a gradient, then the rescale; jointly if something couples the layers."""
         self.diagnostic.begin_transform()
         layers = [layer for layer in self.layers if self.gradients.has(layer)]
-        works = {layer.name: self.placement.works(layer.name) for layer in layers}
-        groups = [
-            *groups_of([layer for layer in layers if works[layer.name]], self.batched),
-            *groups_of([layer for layer in layers if not works[layer.name]], self.batched),
+        columns = sorted({self.placement.column(layer.name) for layer in layers})
+        groups = [  # the same on every rank, so that all sum in one order
+            group
+            for column in columns
+            for group in groups_of([r for r in layers if self.placement.column(r.name) == column], self.batched)
         ]
         coupled = self.preconditioner.rescale.joint or self.placement.world is not None
         for batch in [groups] if coupled and groups else [[group] for group in groups]:
             grads = [self.gradients.read(group) for group in batch]
-            moved = [
-                self._transform(group, grad) if works[group[0].name] else Moved.nothing(grad.weight)
-                for group, grad in zip(batch, grads, strict=True)
-            ]
+            moved = [self._transform(group, grad) for group, grad in zip(batch, grads, strict=True)]
             self._share_directions(batch, grads, moved)
             self._rescale(batch, grads, moved)
             for group, grad, record in zip(batch, grads, moved, strict=True):
@@ -208,6 +206,8 @@ class PreconditionedOptimizer(Optimizer):
                 self.diagnostic.record_transform([layer.name for layer in group], record)
 
     def _transform(self, group: list[Layer], grad: Grad) -> Moved:
+        if not self.placement.works(group[0].name):
+            return Moved.nothing(grad.weight)  # it comes from a rank that does
         states = [self.states[layer.name] for layer in group]
         return self.preconditioner.transform(stacked(states, group, self.preconditioner.shared), grad)
 

@@ -103,6 +103,9 @@ class Placement(Protocol):
     def works(self, name: str) -> bool:
         """Whether this rank preconditions the layer."""
 
+    def column(self, name: str) -> int:
+        """Layers of one column are preconditioned by the same ranks."""
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place on every rank."""
 
@@ -135,6 +138,10 @@ class Replicated:
     def works(self, name: str) -> bool:
         """Always."""
         return True
+
+    def column(self, name: str) -> int:
+        """There is one."""
+        return 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """One flat all-reduce."""
@@ -169,7 +176,9 @@ class Grid:
         columns = [plan.column(c) for c in range(plan.columns)]
         rows = [plan.row(r * plan.columns) for r in range(plan.workers)]
         groups = {tuple(ranks): comm.group(ranks) for ranks in (*columns, *rows)}
-        self.column, self.row = (groups[tuple(ranks)] for ranks in (plan.column(self.rank), plan.row(self.rank)))
+        self.column_group, self.row_group = (
+            groups[tuple(ranks)] for ranks in (plan.column(self.rank), plan.row(self.rank))
+        )
 
     def owns(self, name: str) -> bool:
         """See ``Placement``."""
@@ -178,6 +187,10 @@ class Grid:
     def works(self, name: str) -> bool:
         """See ``Placement``."""
         return self.plan.works(self.rank, name)
+
+    def column(self, name: str) -> int:
+        """See ``Placement``."""
+        return self.plan.owner[name] % self.plan.columns
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """See ``Placement``."""
@@ -195,16 +208,15 @@ class Grid:
     def share_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """One broadcast in the column for each owner in it."""
         if self.plan.workers > 1:
-            for owner, mine in self._by(self.plan.owner, tensors):
-                if self.plan.works(self.rank, next(n for n, o in self.plan.owner.items() if o == owner)):
-                    self.comm.send_(owner, mine, self.column)
+            for owner, mine in self._by(self.plan.owner, {n: t for n, t in tensors.items() if self.works(n)}):
+                self.comm.send_(owner, mine, self.column_group)
 
     def share_directions(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """One broadcast in the row for each column."""
         if self.plan.columns > 1:
             sources = {name: self.plan.source(self.rank, name) for name in tensors}
             for source, mine in self._by(sources, tensors):
-                self.comm.send_(source, mine, self.row)
+                self.comm.send_(source, mine, self.row_group)
 
     def from_owner(self, name: str, tensors: Sequence[Tensor]) -> None:
         """See ``Placement``."""
@@ -234,7 +246,7 @@ def place(layers: Sequence[Layer], preconditioner: Preconditioner, comm: Communi
         ValueError: its number of workers does not divide the world size.
     """
     workers = preconditioner.workers(comm.world_size)
-    if workers is None:
+    if workers is None or comm.world_size == workers == 1:
         return Replicated(comm)
     plan = make_plan({layer.name: preconditioner.cost(layer) for layer in layers}, comm.world_size, workers)
     return Grid(comm, plan)

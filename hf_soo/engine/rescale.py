@@ -101,7 +101,7 @@ def make_rescale(rescale: RescaleName, kl_clip: float | None, default_clip: floa
         require_range("kl_clip", kl_clip, 0, float("inf"), open_low=True)
     if rescale == "kl_clip":
         return NoRescale() if kl_clip is None else KLClip(kl_clip)
-    if kl_clip != default_clip:
+    if kl_clip not in (None, default_clip):
         raise ValueError(f"kl_clip={kl_clip} has no effect with rescale={rescale!r}; leave it out.")
     rules: dict[str, Rescale] = {"norm": MatchNorm(), "global": GlobalNorm(), "none": NoRescale()}
     return rules[rescale]

@@ -8,6 +8,9 @@ from torch import Tensor
 RETRIES = 3
 """Attempts with ten times more damping each, before the arithmetic is changed."""
 
+LARGEST_NEGATIVE = 1e-3
+"""An eigenvalue further below zero, relative to the largest, is no rounding: the matrix is no covariance."""
+
 
 def damped_inverse(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """(M + λI)⁻¹ by Cholesky. What does not decompose is tried again with 10λ, 100λ, 1000λ, in float64, and by eigh.
@@ -51,6 +54,8 @@ def _retry(M: Tensor, damping: Tensor) -> Tensor | None:
     if not decomposed[2].all():
         return None
     values, vectors = decomposed[0][0], decomposed[1][0]
+    if values.min() < -LARGEST_NEGATIVE * values.abs().max():
+        return None
     inverse = (vectors / (values.clamp(min=0) + damping.double().cpu())) @ vectors.mT
     return inverse.to(M)
 

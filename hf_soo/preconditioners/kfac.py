@@ -324,8 +324,6 @@ class KFAC(Preconditioner):
 
     def workers(self, world: int) -> int | None:
         """As set; by default all (COMM-OPT)."""
-        if self.config.grad_workers is None and world == 1:
-            return None
         return self.config.grad_workers or self._default_workers(world)
 
     def _default_workers(self, world: int) -> int:
@@ -419,7 +417,7 @@ class KAISA(KFAC):
     """K-FAC over half of the ranks for each layer by default (HYBRID-OPT)."""
 
     def _default_workers(self, world: int) -> int:
-        return max(k for k in range(1, world // 2 + 1) if world % k == 0)
+        return max((k for k in range(1, world // 2 + 1) if world % k == 0), default=1)
 
 
 def _key(side: Side) -> str:
