@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import toy
 from oracle_training import Sgd
 from oracles import Array, assert_close_report
 from torch import nn
@@ -106,11 +107,12 @@ def assert_same_steps(
     rtol: float = 1e-12,
     scale: float = 0.5,
     batched: bool | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> PreconditionedOptimizer:
     """P and W after every step, the learning rate changing, `kappa` for every parameter not called a bias."""
     rng = np.random.default_rng(0)
     start, *grads = random_values(rng, shapes, steps + 1, scale)
-    model = Bag(start)
+    model = Bag(start, dtype)
     optimizer = make(model)
     optimizer.batched = batched
     W = [start[name].copy() for name in shapes]
@@ -126,6 +128,23 @@ def assert_same_steps(
             assert_close_report(P[name], p, rtol, f"P of {name} in step {t}")
             assert_close_report(actual, w, rtol, f"{name} after step {t}")
     return optimizer
+
+
+def assert_moves_all_but_embeddings(make: Make, moves: Callable[[str, torch.Tensor], bool]) -> None:
+    """One step of the toy model: P is another tensor than G exactly where `moves` says, and unused layers stay."""
+    model = toy.toy()
+    optimizer = make(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    toy.loss_of(model, toy.batches(1)[0]).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if name not in grads:
+            assert torch.equal(parameter, start[name]), name
+            continue
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+        assert torch.equal(parameter.grad, grads[name]) != moves(name, parameter), name
+        assert not torch.equal(parameter, start[name]), name
 
 
 def assert_resumes(make: Make, shapes: Shapes, *, before: int = 5, after: int = 5, scale: float = 0.5) -> None:
