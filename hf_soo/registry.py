@@ -21,6 +21,7 @@ from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
 from hf_soo.preconditioners.kfac import FOOF, KAISA, KFAC, FOOFConfig, KAISAConfig, KFACConfig, KFACReduce
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
+from hf_soo.preconditioners.mkor_h import MKORH, MKORHConfig
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "mkor": Method("MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)", "lamb", MKORConfig, MKOR),
+    "mkor_h": Method("MKOR-H, which switches to its base (Mozaffari et al., NeurIPS 2023)", "lamb", MKORHConfig, MKORH),
     "eva": Method("Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaConfig, Eva),
     "eva_f": Method("Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", "sgd", EvaConfig, EvaF),
     "kfac_expand": Method("K-FAC, expand (Martens, Grosse, 2015; Eschenhagen et al., 2023)", "sgd", KFACConfig, KFAC),

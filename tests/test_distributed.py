@@ -36,7 +36,9 @@ def ddp_run(rank: int, world: int, cases: list[str], shares: list[int]) -> dict[
             optimizer.zero_grad()
             mine = tuple(t.split(shares)[rank] for t in (x, y))
             weight = world * shares[rank] / sum(shares)
-            (loss_of(ddp, mine) * weight).backward()  # type: ignore[arg-type]
+            loss = loss_of(ddp, mine) * weight  # type: ignore[arg-type]
+            optimizer.report_loss(loss)
+            loss.backward()
             optimizer.step()
         results[case] = weights(model)
         optimizer.remove_hooks()
@@ -52,8 +54,9 @@ def test_ddp_equals_one_process(shares: list[int]) -> None:
         train(single, build(case, single), batches(STEPS))
         for result in ranks:
             assert torch.equal(result[case], ranks[0][case]), f"{case}: ranks differ"
-        # fp64, sums in another order; bf16 in torch's Muon turns single roundings
-        assert_close_report(ranks[0][case], weights(single), 2e-3 if "muon" in case else 1e-10, case)
+        # fp64, sums in another order; bf16 in torch's Muon turns single roundings; KAISA as in the contract table
+        tolerance = 2e-3 if "muon" in case else 1e-9 if case == "kaisa" else 1e-10
+        assert_close_report(ranks[0][case], weights(single), tolerance, case)
 
 
 def trainer_rank(rank: int, world: int, folder: str) -> torch.Tensor:

@@ -110,6 +110,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mkor+muon": ("mkor", {"base": "muon"}),
     "eva-unit": ("eva", {"kv_scale": "unit"}),
     "eva-unclipped": ("eva", {"kl_clip": None}),
+    "mkor_h-switching": ("mkor_h", {"rate_fraction": 100.0, "patience": 1, "min_steps": 3}),
     "kfac-eigen": ("kfac_expand", {"inverse": "eigen"}),
     "kfac-absolute": ("kfac_expand", {"damping_mode": "absolute", "damping": 3e-3, "rescale": "norm"}),
     "kfac-published": ("kfac_expand", {"factor_scale": "published", "factor_start": "identity"}),

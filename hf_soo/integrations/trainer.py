@@ -11,6 +11,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
 from hf_soo.integrations.checkpoints import (
@@ -27,6 +29,7 @@ from hf_soo.integrations.checkpoints import (
     load_preconditioner,
     save_preconditioner,
 )
+from hf_soo.integrations.sampled import sampled_loss
 from hf_soo.optimizers.schedules import poly_warmup
 from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer
 
@@ -64,12 +67,13 @@ class SecondOrderTrainerMixin(_Base):
             **kwargs: Trainer's.
         """
         super().__init__(*args, **kwargs)
-        own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        others = {c for c in type(self).__mro__ if "compute_loss" in vars(c)} - {SecondOrderTrainerMixin, Trainer}
+        own_loss = self.compute_loss_func is not None or bool(others)
         if not own_loss and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
             # Trainer takes **kwargs in forward for a promise to divide the loss by num_items_in_batch. BERT's heads
             # break it, and the loss would be (accumulation steps x processes) times too large.
             self.model_accepts_loss_kwargs = False
-        self.add_callback(_WindowCallback(self))
+        self.add_callback(_LoopCallback(self))
 
     @property
     def second_order(self) -> PreconditionedOptimizer | None:
@@ -119,6 +123,49 @@ class SecondOrderTrainerMixin(_Base):
         )
         optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
         return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As Trainer's; where the optimizer wants a sampled loss (``fisher="mc"``), its backward pass runs here.
+
+        Args:
+            model: Trainer's.
+            inputs: Trainer's.
+            return_outputs: Trainer's.
+            num_items_in_batch: Trainer's.
+
+        Returns:
+            Trainer's loss, or loss and outputs.
+        """
+        optimizer = self.second_order
+        if optimizer is None or not (optimizer.wants_sampled_loss and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        sampled = sampled_loss(self.accelerator.unwrap_model(model), given, outputs)
+        # The real loss is weighted so that a window's micro-batches add up to a mean; this one by their number.
+        optimizer.backward_sampled(sampled / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's; tells the optimizer the loss.
+
+        Args:
+            *args: Trainer's.
+            **kwargs: Trainer's.
+
+        Returns:
+            The loss.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.second_order is not None:
+            self.second_order.report_loss(loss)
+        return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Add "poly_warmup" to Trainer's schedules.
@@ -176,8 +223,10 @@ class SecondOrderTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.second_order is not None and not self.second_order.carries_state and self.args.should_save:
-            save_preconditioner(output_dir, self.second_order.second_order_state())
+        if self.second_order is not None and not self.second_order.carries_state:
+            state = self.second_order.second_order_state()  # on every rank: they may have to exchange factors
+            if self.args.should_save:
+                save_preconditioner(output_dir, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Our file first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
@@ -205,11 +254,19 @@ class SecondOrderTrainer(SecondOrderTrainerMixin, Trainer):
     """Trainer whose ``args`` are SecondOrderTrainingArguments."""
 
 
-class _WindowCallback(TrainerCallback):
-    """Starts each accumulation window clean: a skipped step or an out-of-memory retry leaves partial statistics."""
+class _LoopCallback(TrainerCallback):
+    """Says at the start which rule moves what, and starts each accumulation window clean.
+
+    A skipped step or an out-of-memory retry leaves partial statistics.
+    """
 
     def __init__(self, trainer: SecondOrderTrainerMixin) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        optimizer = self.trainer.second_order
+        if optimizer is not None and self.trainer.is_world_process_zero():
+            print(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}", flush=True)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer.second_order is not None:
