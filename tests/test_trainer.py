@@ -298,7 +298,7 @@ def test_transformers_own_optimizers_still_work(optim: str, tmp_path: Path) -> N
 
 
 BAD_ARGUMENTS = [
-    ({"optim": "mkro"}, "Did you mean .mkor.. Valid: mkor, eva"),
+    ({"optim": "mkro"}, "Did you mean .mkor.. Valid: mkor, mkor_h, eva"),
     ({"optim_args": "update_period"}, "'update_period' is no 'key=value'"),
     ({"optim_args": "update_perid=3"}, "Did you mean 'update_period'"),
     ({"optim_args": "update_period=0"}, "update_period=0"),
