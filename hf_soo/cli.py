@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hf_soo
-from hf_soo.registry import METHODS
+import torch
+from torch import Tensor, nn
+
+from hf_soo.optimizers.bases import BASES
+from hf_soo.registry import METHODS, Method
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    listing = commands.add_parser("list", help="the optimizers, each with its default base")
+    listing = commands.add_parser("list", help="the optimizers, each with its base, its statistics and its memory")
     listing.set_defaults(run=_list)
 
     report = commands.add_parser(
@@ -56,12 +59,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> str:
-    rows = [("name", "default base", "what it is")]
-    for name, title in hf_soo.available().items():
-        base = METHODS[name].base
-        rows.append((name, "" if base == name else base, title))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "".join(f"{name:{widths[0]}}  {base:{widths[1]}}  {title}\n" for name, base, title in rows)
+    rows = [("name", "default base", "needs", "state B/param", "what it is")]
+    for name, method in METHODS.items():
+        base = "" if method.base == name else method.base
+        rows.append((name, base, *_needs_and_memory(method), method.title))
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    lines = ([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]] for row in rows)
+    return "".join("  ".join(line) + "\n" for line in lines)
+
+
+def _needs_and_memory(method: Method) -> tuple[str, str]:
+    """What it learns from, and its bytes for a parameter of a Linear(1024, 1024) in fp32, with its base's state."""
+    of_base = BASES[method.base].state_bytes
+    if method.config is None:
+        return "nothing", f"{of_base:.1f}"
+    preconditioner = method.preconditioner(method.config())
+    recorder = preconditioner.recorder
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1024, 1024))
+    tensors: list[Tensor] = []
+    for layer in method.select(model, None, None, preconditioner.refusal).layers:
+        tensors += [tensor for factor in preconditioner.init(layer).values() for tensor in factor.values()]
+        tensors += recorder.allocate(layer) if recorder.hooks else []  # what a window is summed in stays, too
+    own = sum(tensor.nbytes for tensor in tensors) / sum(p.numel() for p in model.parameters())
+    return recorder.needs, f"{own + of_base:.1f}"
 
 
 def _report(options: argparse.Namespace) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_soo.engine.bare import BareProducts, Factorisation, Product
+from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.experiments.bench import Pair, adamw, parse_pairs, peak_memory, peak_memory_apart, run, state_bytes
+from hf_soo.experiments.cycle import Kind
 from hf_soo.experiments.report import report
-from hf_soo.experiments.rounds import Round, Stepper, ratios
+from hf_soo.experiments.rounds import Stepper, ratios
 from hf_soo.experiments.workload import BenchConfig, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +32,9 @@ ROW_KEYS = {
     "step_ratio_max",
     "plain_step_ratio",
     "update_step_ratio",
+    "refresh_step_ratio",
+    "bare_products_ratio",
+    "step_to_bare_ratio",
     "capture_ratio",
     "train_step_ratio",
     "state_bytes_per_parameter",
@@ -53,52 +61,76 @@ def test_pairs_are_read_with_base_and_settings() -> None:
         parse_pairs("mkor:64")
 
 
-def test_ratios_average_over_a_period() -> None:
-    rounds = [
-        Round(reference=2.0, forward_backward=10.0, plain=1.0, update=6.0, capturing=12.0, idle=11.0),
-        Round(reference=1.0, forward_backward=10.0, plain=1.0, update=6.0, capturing=14.0, idle=10.0),
-        Round(reference=4.0, forward_backward=10.0, plain=1.0, update=6.0, capturing=13.0, idle=10.0),
-    ]
-    row = ratios(rounds, 5)  # an amortised step is (6 + 4 · 1) / 5 = 2
-    assert [row[f"step_ratio{end}"] for end in ("", "_min", "_max")] == [1.0, 0.5, 2.0]
-    assert (row["plain_step_ratio"], row["update_step_ratio"], row["capture_ratio"]) == (0.5, 3.0, 1.3)
-    first, second, third = (12 + 44) / 5 + 2, (14 + 40) / 5 + 2, (13 + 40) / 5 + 2
-    assert row["train_step_ratio"] == sorted([first / 12, second / 11, third / 14])[1]
-    every_step = ratios([Round(2.0, 10.0, None, 3.0, 11.0, None)], 1)
-    assert (every_step["step_ratio"], every_step["plain_step_ratio"], every_step["train_step_ratio"]) == (
-        1.5,
-        None,
-        14 / 12,
-    )
-    never = ratios([Round(2.0, 10.0, 1.0, None, None, None)], None)
-    assert (never["step_ratio"], never["capture_ratio"], never["train_step_ratio"]) == (0.5, None, 11 / 12)
+PLAIN, UPDATE, BOTH = Kind(False, False), Kind(True, False), Kind(True, True)
 
 
-@pytest.mark.parametrize(("period", "plain"), [(1, 0), (2, 1), (10, 3), (None, 3)])
-def test_update_steps_update_and_plain_steps_do_not(period: int | None, plain: int) -> None:
-    work = Workload(tiny())
-    pair = Pair("lamb") if period is None else Pair("mkor", "lamb", (("update_period", period),))
-    optimizer = pair.build(work.model)
-    stepper = Stepper(work, optimizer)
-    assert stepper.period == period
-    seen: list[tuple[int, bool, bool]] = []
+@dataclass
+class Seen:
+    """What each step of an optimizer found."""
+
+    kind: Kind
+    steps: int
+    same_gradients: bool
+    rows: float  # of the statistics in the first layer's buffers
+
+
+def watch(work: Workload, optimizer: PreconditionedOptimizer) -> list[Seen]:
+    seen: list[Seen] = []
     step = optimizer.step
 
     def spy() -> None:
         same = all(
             torch.equal(p.grad, g) for p, g in zip(work.parameters, work.gradients, strict=True) if p.grad is not None
         )
-        seen.append((optimizer.steps, optimizer.capture.collecting, same))
+        kind = Kind(optimizer._updating, optimizer.preconditioner.refreshes_at(optimizer.steps))
+        rows = [float(buffers[0].sum()) for buffers in optimizer.capture.buffers.values()]
+        seen.append(Seen(kind, optimizer.steps, same, rows[0] if rows else 0.0))
         step()
 
     optimizer.step = spy  # type: ignore[method-assign, assignment]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("period", "kinds"),
+    [(1, [UPDATE] * 3), (2, [UPDATE, PLAIN] * 3), (10, [UPDATE, PLAIN] * 3), (None, [PLAIN] * 3)],
+)
+def test_update_steps_update_and_plain_steps_do_not(period: int | None, kinds: list[Kind]) -> None:
+    work = Workload(tiny())
+    pair = Pair("lamb") if period is None else Pair("mkor", "lamb", (("update_period", period),))
+    optimizer = pair.build(work.model)
+    stepper, seen = Stepper(work, optimizer), watch(work, optimizer)
     for _ in range(2):
-        stepper.round(adamw(work.twin, foreach=True), 3)
-    if period is None:
-        assert [(c, same) for _, c, same in seen] == [(False, True)] * 6
-        return
-    assert all(collecting == (steps % period == 0) and same for steps, collecting, same in seen)
-    assert [collecting for _, collecting, _ in seen] == ([True] + [False] * plain) * 2
+        times = stepper.round(adamw(work.twin, foreach=True), 3)
+    assert [each.kind for each in seen] == kinds * 2
+    assert all(each.kind.updates == (period is not None and each.steps % period == 0) for each in seen)
+    assert all(each.same_gradients and each.rows == (2 * 16 if each.kind.updates else 0) for each in seen)
+    assert list(times.steps) == kinds[: len(set(kinds))]
+    assert (times.capturing is None, times.idle is None) == (period is None, period in (None, 1))
+    optimizer.remove_hooks()
+
+
+def test_a_refresh_is_taken_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(tiny())
+    optimizer = Pair("mkor", "sgd", (("update_period", 2), ("representation", "dense"))).build(work.model)
+    method = optimizer.preconditioner
+    monkeypatch.setattr(method, "refreshes_at", lambda step: step % 6 == 0)
+    monkeypatch.setattr(method, "refresh", lambda state: (state, torch.zeros(1, 2, dtype=torch.int64)))
+    work_of_a_layer = BareProducts([Product(2, 3, 4)], [Product(4, 3, 2)], [Factorisation("eigh", 3)])
+    monkeypatch.setattr(method, "bare_products", lambda layer: work_of_a_layer)
+    stepper, seen, parts = Stepper(work, optimizer), watch(work, optimizer), []
+    run_part = stepper.bare.run
+    monkeypatch.setattr(stepper.bare, "run", lambda part: (parts.append(part), run_part(part)))
+    times = stepper.round(adamw(work.twin, foreach=True), 3)
+    assert [each.kind for each in seen] == [BOTH, UPDATE, PLAIN, UPDATE, PLAIN, UPDATE, PLAIN]
+    assert parts == ["every", "update", "refresh", "every", "update", "every", "update"]
+    assert set(times.bare) == {"every", "update", "refresh"}
+    assert stepper.cycle.counts == {"steps": 6, "updates": 3, "refreshes": 1}
+    row = ratios([times], stepper.cycle)
+    assert row["step_ratio"] == pytest.approx(
+        (3 * row["plain_step_ratio"] + 2 * row["update_step_ratio"] + row["refresh_step_ratio"]) / 6, rel=1e-12
+    )
+    optimizer.remove_hooks()
 
 
 def test_the_twin_shares_parameters_and_not_hooks() -> None:
@@ -106,10 +138,10 @@ def test_the_twin_shares_parameters_and_not_hooks() -> None:
     optimizer = Pair("mkor", "lamb").build(work.model)
     assert optimizer.capture.collecting
     work.forward_backward(work.twin)
-    assert all(float(buffer.abs().sum()) == 0 for b in optimizer.capture.buffers.values() for buffer in b.tensors())
+    assert all(float(buffer.abs().sum()) == 0 for b in optimizer.capture.buffers.values() for buffer in b)
     assert all(a is b for a, b in zip(work.model.parameters(), work.twin.parameters(), strict=True))
     work.forward_backward(work.model)
-    assert any(float(b.rows.sum()) == 2 * 16 for b in optimizer.capture.buffers.values())
+    assert any(float(b[0].sum()) == 2 * 16 for b in optimizer.capture.buffers.values())
     optimizer.remove_hooks()
 
 
@@ -171,7 +203,7 @@ def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
     done = bench_step(
         *size,
         "--optim",
-        "mkor,sgd",
+        "mkor,sgd,mkor:representation=dense",
         "--base",
         "adamw",
         "--autocast",
@@ -183,23 +215,30 @@ def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "new" / "b.json").read_text())
     assert {"device", "versions", "preset", "parameters", "reference", "rows"} <= set(results)
     assert set(results["reference"]) == {"adamw_foreach_seconds", "adamw_fused_ratio"}
-    assert [(row["optimizer"], row["base"], row["update_period"]) for row in results["rows"]] == [
-        ("mkor", "adamw", 10),
-        ("sgd", "sgd", None),
+    assert [(row["optimizer"], row["base"], list(row["cycle"].values())) for row in results["rows"]] == [
+        ("mkor", "adamw", [10, 1, 0]),
+        ("sgd", "sgd", [1, 0, 0]),
+        ("mkor", "adamw", [10, 1, 0]),
     ]
     for row in results["rows"]:
         assert set(row) >= ROW_KEYS
         assert row["step_ratio_min"] <= row["step_ratio"] <= row["step_ratio_max"]
-    mkor, sgd = results["rows"]
+        assert row["refresh_step_ratio"] is None
+    mkor, sgd, dense = results["rows"]
+    for row in (mkor, sgd):
+        assert row["bare_products_ratio"] is None and row["step_to_bare_ratio"] is None
+    assert 0 < dense["bare_products_ratio"] < dense["step_ratio"] and dense["step_to_bare_ratio"] > 1
     assert mkor["state_bytes_per_parameter"] > 8 and sgd["state_bytes_per_parameter"] == 4
     assert mkor["peak_memory_ratio"] is None and sgd["capture_ratio"] is None
-    assert "| mkor+adamw " in done.stdout and "| sgd " in done.stdout
+    assert "| mkor:representation=dense+adamw " in done.stdout and "| sgd " in done.stdout
     runs, table = report(tmp_path / "new")  # `hf-soo report` makes the same table of the JSON
     assert runs == [] and table == done.stdout
 
 
-def test_the_script_fails_in_one_line() -> None:
-    done = bench_step("--preset", "huge")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: preset='huge' is unknown; use one of tiny, mini")
-    assert "Traceback" not in done.stderr
+def test_the_script_fails_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--preset", "huge"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "bench_step.py"), run_name="__main__")
+    assert stop.value.code == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: preset='huge' is unknown; use one of tiny, mini")

@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from test_report import runs
+from torch import nn
 
 import hf_soo
 from hf_soo import cli
+from hf_soo.engine.capture import GradientRecorder
+from hf_soo.engine.factors import FactorRecorder
+from hf_soo.engine.sums import SumRecorder
+from hf_soo.experiments.bench import state_bytes
 
 
-def test_list_names_every_optimizer_with_its_base(capsys: pytest.CaptureFixture[str]) -> None:
+def listed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    """The rows of `hf-soo list`, cut where the columns of its head begin."""
     assert cli.main(["list"]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "default", "base", "what", "it", "is"]
-    assert [row.split()[0] for row in rows] == list(hf_soo.available())
-    assert next(row for row in rows if row.startswith("mkor ")).split()[1] == "lamb"
-    for row, title in zip(rows, hf_soo.available().values(), strict=True):
-        assert row.endswith(f"  {title}")
+    head, *rows = capsys.readouterr().out.splitlines()
+    titles = re.split(r"  +", head)
+    starts = [head.index(title) for title in titles]
+    ends = [*starts[1:], None]
+    return [{title: row[a:b].strip() for title, a, b in zip(titles, starts, ends, strict=True)} for row in rows]
+
+
+def test_list_says_base_needs_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = listed(capsys)
+    assert {row["name"]: row["what it is"] for row in rows} == hf_soo.available()
+    of = {row["name"]: [row[key] for key in ("default base", "needs", "state B/param")] for row in rows}
+    assert of["mkor"] == ["lamb", "input and output means", "8.3"]  # 2 · 32 columns of 1024: 0.25
+    assert of["eva"] == ["sgd", "input and output means", "4.0"]
+    assert of["eva_f"] == ["sgd", "input mean", "4.0"]
+    assert of["lamb"] == ["", "nothing", "8.0"]
+    assert [of[name][2] for name in ("adamw", "sgd", "rmsprop", "muon")] == ["8.0", "4.0", "4.0", "4.0"]
+
+
+@pytest.mark.parametrize("name", ["mkor", "eva", "eva_f", "lamb", "adamw", "sgd", "rmsprop", "muon"])
+def test_the_memory_listed_is_what_an_optimizer_holds(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024))
+    optimizer = hf_soo.build_optimizer(name, model, lr=1e-3, weight_decay=0.01)
+    model(torch.randn(2, 1024)).square().sum().backward()
+    optimizer.step()
+    held = state_bytes(optimizer) / sum(p.numel() for p in model.parameters())
+    (row,) = (row for row in listed(capsys) if row["name"] == name)
+    assert float(row["state B/param"]) == pytest.approx(held, abs=0.051)  # printed with one decimal
+
+
+def test_recorders_say_what_they_need() -> None:
+    def sums(inputs: bool, outputs: bool) -> str:
+        return SumRecorder(inputs=inputs, outputs=outputs).needs
+
+    assert [sums(True, True), sums(True, False), sums(False, True), sums(False, False)] == [
+        "input and output means",
+        "input mean",
+        "output mean",
+        "nothing",
+    ]
+    factors = [FactorRecorder(outputs, False, "grad", None, False).needs for outputs in (True, False)]
+    assert factors == ["Kronecker factors", "input factor"]
+    assert GradientRecorder().needs == "gradients only"
 
 
 def test_report_writes_table_picture_and_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,10 @@ class Recorder(Protocol):
     """What is kept of a window, and how it becomes statistics."""
 
     @property
+    def needs(self) -> str:
+        """What a method learns from, in words, for a list of methods."""
+
+    @property
     def hooks(self) -> bool:
         """Whether forward hooks are needed at all."""
 
@@ -101,6 +105,7 @@ class Recorder(Protocol):
 class GradientRecorder:
     """For methods that learn from the averaged gradient: nothing is hooked."""
 
+    needs = "gradients only"
     hooks = False
     phase = None
 

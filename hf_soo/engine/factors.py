@@ -51,6 +51,11 @@ class FactorRecorder:
     phase: Phase | None = None
     hooks = True
 
+    @property
+    def needs(self) -> str:
+        """See ``Recorder``."""
+        return "Kronecker factors" if self.outputs else "input factor"
+
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
         d_out, d_in = layer.shape

@@ -10,6 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from hf_soo.engine.bare import BareProducts
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer
@@ -107,6 +108,14 @@ class Preconditioner(ABC):
     def cost(self, layer: Layer) -> float:
         """What inverting a layer's factors costs, in any unit; for the placement."""
         return float(sum(d**3 for d in layer.shape))
+
+    def bare_products(self, layer: Layer) -> BareProducts | None:
+        """What the steps of a layer must multiply and factorise, for the benchmark; None: nothing worth counting.
+
+        By shape alone, a trained bias being one more column of the gradient. Only what ``step`` does: no product of
+        the backward pass (K-FAC's second moments), nothing that is O(d²).
+        """
+        return None
 
     @abstractmethod
     def init(self, layer: Layer) -> LayerState:

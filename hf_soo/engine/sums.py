@@ -50,6 +50,13 @@ class SumRecorder:
     phase = None
 
     @property
+    def needs(self) -> str:
+        """See ``Recorder``."""
+        if self.inputs and self.outputs:
+            return "input and output means"
+        return "input mean" if self.inputs else "output mean" if self.outputs else "nothing"
+
+    @property
     def hooks(self) -> bool:
         """Whether anything is asked for."""
         return self.inputs or self.outputs

@@ -148,14 +148,15 @@ def measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
     optimizer = pair.build(work.model)
     try:
         stepper, reference = Stepper(work, optimizer), adamw(work.twin, foreach=True)
-        stepper.round(reference, 1)
+        stepper.round(reference, 2)  # allocate, and let kernels choose themselves
         rounds = [stepper.round(reference, config.steps) for _ in range(config.rounds)]
         return {
             "optimizer": pair.name,
             "base": type(optimizer.base).__name__.lower(),
             "config": {**optimizer.config, **dict(pair.settings)},
-            "update_period": stepper.period,
-            **ratios(rounds, stepper.period),
+            "set": dict(pair.settings),
+            "cycle": stepper.cycle.counts,
+            **ratios(rounds, stepper.cycle),
             "state_bytes_per_parameter": state_bytes(optimizer) / sum(p.numel() for p in work.parameters),
         }
     finally:
@@ -202,8 +203,10 @@ def peak_memory(config: BenchConfig, pair: Pair | None) -> int:
     before = machine.peak_memory_bytes(torch.device(config.device))
     work = Workload(config)
     optimizer = adamw(work.model, foreach=True) if pair is None else pair.build(work.model)
-    for _ in range(3):
+    for index in range(3):
         optimizer.zero_grad()
         work.forward_backward(work.model)
+        if isinstance(optimizer, PreconditionedOptimizer):
+            optimizer.report_loss(-float(index))
         optimizer.step()
     return machine.peak_memory_bytes(work.device) - before

@@ -12,6 +12,9 @@ COLUMNS = {
     "max": "step_ratio_max",
     "plain": "plain_step_ratio",
     "update": "update_step_ratio",
+    "refresh": "refresh_step_ratio",
+    "bare": "bare_products_ratio",
+    "step/bare": "step_to_bare_ratio",
     "capture": "capture_ratio",
     "train step": "train_step_ratio",
     "state B/param": "state_bytes_per_parameter",
@@ -35,13 +38,14 @@ def heading(results: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the table.
+    """One row of the table; what an older benchmark did not measure is an empty cell.
 
     Args:
         row: of a benchmark's JSON.
     """
-    cells = ("" if row[key] is None else f"{row[key]:.2f}" for key in COLUMNS.values())
-    name = row["optimizer"] if row["base"] == row["optimizer"] else f"{row['optimizer']}+{row['base']}"
+    cells = ("" if row.get(key) is None else f"{row[key]:.2f}" for key in COLUMNS.values())
+    method = ":".join([row["optimizer"], *(f"{key}={value}" for key, value in row.get("set", {}).items())])
+    name = method if row["base"] == row["optimizer"] else f"{method}+{row['base']}"
     padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, COLUMNS, strict=True))
     return f"| {name:<16} | {' | '.join(padded)} |"
 

@@ -1,43 +1,49 @@
 """One round of a benchmark, and what the rounds say.
 
-A round interleaves the reference's steps with the method's, and takes an update step on the statistics of a real
-forward and backward pass. Between steps the gradients of that pass are copied back, outside the clock.
+A round interleaves the reference's steps with the method's, of every kind that occurs in its cycle: plain steps,
+updates on the statistics of a real forward and backward pass, refreshes. Between steps the gradients and statistics of
+that pass are copied back, outside the clock. A refresh may take seconds, so it is timed once a round.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.experiments.bare_work import BareWork, Part, seconds_of
+from hf_soo.experiments.cycle import Cycle, Kind, cycle_of
 from hf_soo.experiments.workload import Clock, Workload
-
-SETTLED = 1000  # optimizer steps after which no method is in its warm-up
 
 
 @dataclass(slots=True)
 class Round:
-    """Seconds of one round; None where the method has no such step."""
+    """Seconds of one round; None where the method has no such pass."""
 
     reference: float
     forward_backward: float  # without any hook
-    plain: float | None
-    update: float | None
-    capturing: float | None  # forward and backward of an update step
-    idle: float | None  # the same with hooks that do not collect
+    steps: dict[Kind, float]
+    capturing: float | None = None  # forward and backward of a step that updates from what hooks collect
+    idle: float | None = None  # the same with hooks that do not collect
+    bare: dict[Part, float] = field(default_factory=dict)  # the method's bare products
 
-    def amortised(self, period: int | None) -> float:
-        """Seconds of an optimizer step, averaged over a period."""
-        return _average(self.plain, self.update, period)
+    def step(self, cycle: Cycle) -> float:
+        """Seconds of an optimizer step, averaged over a cycle."""
+        return cycle.mean(self.steps) or 0.0
 
-    def train_step(self, period: int | None) -> float:
-        """Seconds of a whole train step, averaged over a period."""
-        plain = self.forward_backward if self.idle is None else self.idle
-        return _average(plain, self.capturing, period) + self.amortised(period)
+    def bare_products(self, cycle: Cycle) -> float | None:
+        """Seconds of a step's bare products, averaged over a cycle; None without any."""
+        return cycle.mean({kind: seconds_of(kind, self.bare) for kind in self.steps}) if self.bare else None
+
+    def train_step(self, cycle: Cycle) -> float:
+        """Seconds of a whole train step, averaged over a cycle."""
+        passes = {kind: self.capturing if kind.updates else self.idle for kind in self.steps}
+        whole = {kind: self.steps[kind] + (seconds or self.forward_backward) for kind, seconds in passes.items()}
+        return cycle.mean(whole) or 0.0
 
     @property
     def reference_train_step(self) -> float:
@@ -45,77 +51,99 @@ class Round:
         return self.forward_backward + self.reference
 
 
-def _average(plain: float | None, update: float | None, period: int | None) -> float:
-    if period is None or update is None:
-        assert plain is not None
-        return plain
-    return update if plain is None else (update + (period - 1) * plain) / period
-
-
 class Stepper:
-    """One optimizer over the workload, moved between its plain and its update steps."""
+    """One optimizer over the workload, moved between the kinds of its steps."""
 
     def __init__(self, work: Workload, optimizer: PreconditionedOptimizer) -> None:
-        """Take the first steps, up to an update outside the warm-up."""
+        """Look at the method's cycle; nothing is timed yet."""
         self.work, self.optimizer = work, optimizer
         self.clock = Clock(work.device)
-        updates = (t for t in range(SETTLED, 3 * SETTLED) if optimizer.preconditioner.updates_at(t))
-        self.next_update = next(updates, None)
-        self.period = None if self.next_update is None else next(updates) - self.next_update
-        for last in (0, 0, 1):  # allocate, and let kernels choose themselves
-            self._pass(work.model)
-            self._jump(last)
-            optimizer.step()
+        self.cycle = cycle_of(optimizer.preconditioner)
+        self.bare = BareWork(optimizer.layers, optimizer.preconditioner)
+        self._statistics: list[Tensor] = []
+        self._loss = 0.0
 
     def round(self, reference: Optimizer, steps: int) -> Round:
-        """Take a round: the passes and an update step, then plain steps in turn with the reference's.
+        """Take a round: the passes, then a step of each kind in turn with the reference's, again and again.
 
         Args:
-            reference: Stepped between the plain steps.
-            steps: Plain steps, at most; the period allows no more than period - 1.
+            reference: Stepped between the others.
+            steps: Steps of each kind; those that refresh are taken once.
 
         Returns:
             Its times.
         """
-        bare = self._pass(self.work.twin)
-        capturing = update = idle = None
-        allowed = steps if self.period is None else min(steps, self.period - 1)
-        if self.period is not None:
-            capturing = self._pass(self.work.model)
-        self.work.keep_gradients()
-        if self.period is not None:
-            update = self.clock(self.optimizer.step)
-            idle = self._pass(self.work.model) if allowed else None
-            self._jump(allowed)
-        plain, references = [], []
+        kinds = self.cycle.distinct
+        bare, idle, capturing = self._passes(kinds)
+        references: list[float] = []
+        seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+        products: dict[Part, list[float]] = {part: [] for part in self.bare.parts(kinds)}
         for index in range(steps):
             references.append(self._timed(reference))
-            if index < allowed:
-                plain.append(self._timed(self.optimizer))
-        between = statistics.median(plain) if plain else None
-        return Round(statistics.median(references), bare, between, update, capturing, idle)
+            for kind in kinds:
+                if index == 0 or not kind.refreshes:
+                    seconds[kind].append(self._step(kind))
+            for part in products:
+                if index == 0 or part != "refresh":
+                    products[part].append(self.clock(lambda part=part: self.bare.run(part)))  # type: ignore[misc]
+        return Round(
+            reference=statistics.median(references),
+            forward_backward=bare,
+            steps={kind: statistics.median(times) for kind, times in seconds.items()},
+            capturing=capturing,
+            idle=idle,
+            bare={part: statistics.median(times) for part, times in products.items()},
+        )
 
-    def _pass(self, model: nn.Module) -> float:
+    def _passes(self, kinds: list[Kind]) -> tuple[float, float | None, float | None]:
+        """Forward and backward: without hooks, with idle ones, with collecting ones; the last is remembered."""
+        hooked = bool(self.optimizer.capture.buffers)
+        bare = self._pass(self.work.twin)
+        plain = next((kind for kind in kinds if not kind.updates), None)
+        update = next((kind for kind in kinds if kind.updates), None)
+        idle = self._pass(self.work.model, plain) if hooked and plain else None
+        capturing = self._pass(self.work.model, update) if hooked and update else None
+        self.work.keep_gradients()
+        self._statistics = [buffer.clone() for buffer in self._buffers()] if hooked and update else []
+        return bare, idle, capturing
+
+    def _pass(self, model: nn.Module, kind: Kind | None = None) -> float:
+        """Time a pass of either model, as before a step of a kind."""
+        if kind is not None:
+            self._go_to(kind)
         self.optimizer.zero_grad()
         return self.clock(lambda: self.work.forward_backward(model))
+
+    def _step(self, kind: Kind) -> float:
+        self._go_to(kind)
+        if kind.updates:
+            for buffer, kept in zip(self._buffers(), self._statistics, strict=True):
+                buffer.copy_(kept)
+        self._loss -= 1.0  # falls evenly: a method that watches the loss sees no reason to hand over to its base
+        self.optimizer.report_loss(self._loss)
+        return self._timed(self.optimizer)
 
     def _timed(self, optimizer: Optimizer) -> float:
         self.work.restore_gradients()
         return self.clock(optimizer.step)
 
-    def _jump(self, steps: int) -> None:
-        """Move on to `steps` plain steps before the next update; 0 stays, the next step is one."""
-        if steps and self.next_update is not None and self.period is not None:
-            self.optimizer.steps = self.next_update - steps
-            self.next_update += self.period
+    def _go_to(self, kind: Kind) -> None:
+        """Make the next step one of a kind; what the forward pass collects follows from it."""
+        self.optimizer.steps = self.cycle.step(kind)
+        self.optimizer._schedule()
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for buffers in self.optimizer.capture.buffers.values() for buffer in buffers]
 
 
-def ratios(rounds: list[Round], period: int | None) -> dict[str, float | None]:
+def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
     """Medians over the rounds of each ratio, and the spread of the step's; None where a method has no such step.
+
+    Plain steps neither update nor refresh, update steps update alone, refresh steps refresh, with an update or without.
 
     Args:
         rounds: At least one.
-        period: Steps from update to update, None without updates.
+        cycle: The method's.
 
     Returns:
         The row's ratios.
@@ -125,14 +153,25 @@ def ratios(rounds: list[Round], period: int | None) -> dict[str, float | None]:
         values = [value for value in map(of, rounds) if value is not None]
         return statistics.median(values) if values else None
 
-    steps = [r.amortised(period) / r.reference for r in rounds]
+    def step(which: Callable[[Kind], bool]) -> float | None:
+        return median(lambda r: over(cycle.mean(r.steps, which), r.reference))
+
+    steps = [r.step(cycle) / r.reference for r in rounds]
     return {
         "step_ratio": statistics.median(steps),
         "step_ratio_min": min(steps),
         "step_ratio_max": max(steps),
-        "plain_step_ratio": median(lambda r: r.plain and r.plain / r.reference),
-        "update_step_ratio": median(lambda r: r.update and r.update / r.reference),
-        "capture_ratio": median(lambda r: r.capturing and r.capturing / r.forward_backward),
-        "train_step_ratio": median(lambda r: r.train_step(period) / r.reference_train_step),
+        "plain_step_ratio": step(lambda kind: not (kind.updates or kind.refreshes)),
+        "update_step_ratio": step(lambda kind: kind.updates and not kind.refreshes),
+        "refresh_step_ratio": step(lambda kind: kind.refreshes),
+        "bare_products_ratio": median(lambda r: over(r.bare_products(cycle), r.reference)),
+        "step_to_bare_ratio": median(lambda r: over(r.step(cycle), r.bare_products(cycle))),
+        "capture_ratio": median(lambda r: over(r.capturing, r.forward_backward)),
+        "train_step_ratio": median(lambda r: r.train_step(cycle) / r.reference_train_step),
         "forward_backward_seconds": median(lambda r: r.forward_backward),
     }
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    """The ratio, None where there is none."""
+    return a / b if a is not None and b else None

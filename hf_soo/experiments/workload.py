@@ -35,7 +35,7 @@ class BenchConfig:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
     rounds: int = field(default=5, metadata={"help": "Rounds for each method."})
-    steps: int = field(default=5, metadata={"help": "Plain steps timed in a round, at most."})
+    steps: int = field(default=5, metadata={"help": "Steps of each kind timed in a round; refreshes once."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
     seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; 15 % of them are predicted."})
     autocast: bool = field(default=False, metadata={"help": "Forward pass in bfloat16 autocast."})

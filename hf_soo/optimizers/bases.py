@@ -41,19 +41,23 @@ class Base:
         title: one line about it.
         cls: its class.
         defaults: our defaults where they differ from the class's.
+        state_bytes: of its state for an fp32 parameter (Muon: of a hidden matrix; the rest takes AdamW's 8).
     """
 
     title: str
     cls: type[Optimizer]
     defaults: Mapping[str, Any]
+    state_bytes: int
 
 
 BASES: dict[str, Base] = {
-    "lamb": Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}),
-    "adamw": Base("AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel", torch.optim.AdamW, {"fused": True}),
-    "sgd": Base("SGD with momentum 0.9, torch's fused kernel", torch.optim.SGD, {"momentum": 0.9, "fused": True}),
-    "rmsprop": Base("RMSProp", torch.optim.RMSprop, {}),
-    "muon": Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}),
+    "lamb": Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}, 8),
+    "adamw": Base(
+        "AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel", torch.optim.AdamW, {"fused": True}, 8
+    ),
+    "sgd": Base("SGD with momentum 0.9, torch's fused kernel", torch.optim.SGD, {"momentum": 0.9, "fused": True}, 4),
+    "rmsprop": Base("RMSProp (Tieleman and Hinton, 2012)", torch.optim.RMSprop, {}, 4),
+    "muon": Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}, 4),
 }
 
 

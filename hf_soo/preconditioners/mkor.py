@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine import linalg
+from hf_soo.engine.bare import BareProducts, Product
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.gradients import Grad
@@ -236,9 +237,16 @@ class MKOR(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """Identity factors."""
-        d_out, d_in = layer.shape
-        sizes = {Side.OUTPUT: d_out, Side.INPUT: d_in + (layer.bias is not None)}
+        sizes = _sizes(layer)
         return {SIDE_NAMES[side]: self.form.init(sizes[side], layer.weight) for side in self.sides}
+
+    def bare_products(self, layer: Layer) -> BareProducts | None:
+        """F_b G and (F_b G) F_a of the dense form; the low-rank form's products are thin."""
+        if not isinstance(self.form, Dense):
+            return None
+        n, m = _sizes(layer)[Side.OUTPUT], _sizes(layer)[Side.INPUT]
+        products = {Side.OUTPUT: Product(n, n, m), Side.INPUT: Product(n, m, m)}
+        return BareProducts(every=[product for side, product in products.items() if side in self.sides])
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """One rank-r update of each side."""
@@ -261,3 +269,9 @@ class MKOR(Preconditioner):
         distance = {side: self.form.distance(state[SIDE_NAMES[side]]) for side in self.sides}
         zero = torch.zeros_like(next(iter(distance.values()), torch.zeros(1)))
         return torch.stack([distance.get(side, zero) for side in Side], dim=-1)
+
+
+def _sizes(layer: Layer) -> dict[Side, int]:
+    """The dimensions of [G | bias]."""
+    d_out, d_in = layer.shape
+    return {Side.OUTPUT: d_out, Side.INPUT: d_in + (layer.bias is not None)}

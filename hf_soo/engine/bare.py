@@ -1,0 +1,59 @@
+"""The products and factorisations that a method cannot do without, by shape: what its step is measured against.
+
+``Preconditioner.bare_products`` tells them for a layer, and ``scripts/bench_step.py`` times them on random matrices, so
+that a step can be read as a multiple of its own arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[m, k] times [k, n]."""
+
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> int:
+        """2mkn."""
+        return 2 * self.m * self.k * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Factorisation:
+    """Of a symmetric positive definite [d, d] matrix: its inverse by Cholesky, or its eigenvectors."""
+
+    kind: Literal["cholesky_inverse", "eigh"]
+    d: int
+
+    @property
+    def flops(self) -> int:
+        """d³ for the inverse (d³/3 to factorise, 2d³/3 to invert); 9d³ for the eigenvectors, as usually counted."""
+        return (9 if self.kind == "eigh" else 1) * self.d**3
+
+
+@dataclass(frozen=True, slots=True)
+class BareProducts:
+    """What one layer's steps must multiply and factorise; what is done twice is listed twice.
+
+    Args:
+        every: in every step.
+        update: in a step that updates the factors, besides those.
+        refresh: in a step that computes new inverses, besides those.
+    """
+
+    every: Sequence[Product | Factorisation] = ()
+    update: Sequence[Product | Factorisation] = ()
+    refresh: Sequence[Product | Factorisation] = ()
+
+    @property
+    def flops(self) -> tuple[int, int, int]:
+        """Of the three lists."""
+        every, update, refresh = (sum(each.flops for each in part) for part in (self.every, self.update, self.refresh))
+        return every, update, refresh
