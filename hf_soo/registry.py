@@ -19,7 +19,8 @@ from hf_soo.engine.selection import Selection, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
-from hf_soo.preconditioners.kfac import FOOF, KAISA, KFAC, FOOFConfig, KAISAConfig, KFACConfig, KFACReduce
+from hf_soo.preconditioners.kfac import FOOF, KAISA, KFAC, KFACReduce
+from hf_soo.preconditioners.kfac_config import FOOFConfig, KAISAConfig, KFACConfig
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 from hf_soo.preconditioners.mkor_h import MKORH, MKORHConfig
 

@@ -1,0 +1,116 @@
+"""Settings of K-FAC, FOOF and KAISA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.rescale import RescaleName, make_rescale
+from hf_soo.preconditioners.config import Periodic
+
+
+@dataclass(frozen=True)
+class FactorConfig(Periodic):
+    """Settings that K-FAC and FOOF share.
+
+    Args:
+        damping: λ, or λ relative to the layer's mean curvature.
+        damping_mode: "relative" or "absolute".
+        inverse: "cholesky" (damping split between the sides) or "eigen" (exact).
+        factor_decay: ρ, the weight of the old factor.
+        inverse_period: optimizer steps between inverses, a multiple of ``update_period``.
+        rescale: "kl_clip", "norm" (|P| = |G| in each layer), "global" (over all layers) or "none".
+        kl_clip: κ of the KL clip, or None for no clip.
+        row_filter: "grad" (rows with an output gradient) or "all".
+        max_dim: layers with a longer side are left to the base.
+        grad_workers: ranks that precondition a layer, a divisor of the world size: 1 (MEM-OPT), the world size
+            (COMM-OPT), or between (HYBRID-OPT). None: the method's default.
+        factor_start: "corrected" (S = 0, bias correction) or "identity" (S = I, none).
+    """
+
+    damping: float = 0.1
+    damping_mode: Literal["relative", "absolute"] = "relative"
+    inverse: Literal["cholesky", "eigen"] = "cholesky"
+    factor_decay: float = 0.95
+    inverse_period: int = 100
+    rescale: RescaleName = "kl_clip"
+    kl_clip: float | None = 1e-3
+    row_filter: Literal["grad", "all"] = "grad"
+    max_dim: int = 8192
+    grad_workers: int | None = None
+    factor_start: Literal["corrected", "identity"] = "corrected"
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: a field is out of range, or two contradict each other.
+        """
+        Periodic.__post_init__(self)
+        require_range("damping", self.damping, 0, float("inf"), open_low=True)
+        require_in("damping_mode", self.damping_mode, ("relative", "absolute"))
+        require_in("inverse", self.inverse, ("cholesky", "eigen"))
+        require_range("factor_decay", self.factor_decay, 0, 1)
+        require_count("inverse_period", self.inverse_period, 1)
+        if self.inverse_period % self.update_period:
+            raise ValueError(
+                f"inverse_period={self.inverse_period} is no multiple of update_period={self.update_period}; choose "
+                "one that is, so that each inverse is of fresh factors."
+            )
+        make_rescale(self.rescale, self.kl_clip)
+        require_in("row_filter", self.row_filter, ("grad", "all"))
+        require_count("max_dim", self.max_dim, 1)
+        if self.grad_workers is not None:
+            require_count("grad_workers", self.grad_workers, 1)
+        require_in("factor_start", self.factor_start, ("corrected", "identity"))
+
+
+@dataclass(frozen=True)
+class KFACConfig(FactorConfig):
+    """Settings of K-FAC; see ``FactorConfig`` for the others.
+
+    Args:
+        fisher: "empirical" (the training loss's own gradients) or "mc" (labels drawn from the model, one more backward
+            pass in windows that collect).
+        loss_terms: R, the terms that the loss averages over; None: the rows with a gradient in the last layer that
+            has any.
+        factor_scale: "loss" (B = R Σ g gᵀ) or "published" (the released code's Σ g gᵀ / rows).
+    """
+
+    fisher: Literal["empirical", "mc"] = "empirical"
+    loss_terms: int | None = None
+    factor_scale: Literal["loss", "published"] = "loss"
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: a field is out of range, or two contradict each other.
+        """
+        FactorConfig.__post_init__(self)
+        require_in("fisher", self.fisher, ("empirical", "mc"))
+        require_in("factor_scale", self.factor_scale, ("loss", "published"))
+        if self.loss_terms is not None:
+            require_count("loss_terms", self.loss_terms, 1)
+            if self.factor_scale == "published":
+                raise ValueError(f"loss_terms={self.loss_terms} has no effect with factor_scale='published'.")
+
+
+@dataclass(frozen=True)
+class FOOFConfig(FactorConfig):
+    """Settings of FOOF: ``FactorConfig`` with each layer's norm kept, since P is about G/λ."""
+
+    rescale: RescaleName = "norm"
+
+
+@dataclass(frozen=True)
+class KAISAConfig(KFACConfig):
+    """K-FAC with the settings of KAISA's published BERT run: exact damping, factors every step, inverses every 10."""
+
+    damping: float = 3e-3
+    damping_mode: Literal["relative", "absolute"] = "absolute"
+    inverse: Literal["cholesky", "eigen"] = "eigen"
+    update_period: int = 1
+    warmup_updates: int = 0
+    inverse_period: int = 10

@@ -1,0 +1,147 @@
+"""The damped inverse of B ⊗ A: by Cholesky with the damping split between the sides, or exactly by eigenvectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine import linalg, spd
+from hf_soo.engine.gradients import Grad
+from hf_soo.engine.layers import accumulation_dtype
+from hf_soo.engine.linalg import Moved
+from hf_soo.engine.preconditioner import Factor, LayerState, Side
+from hf_soo.preconditioners.kfac_config import FactorConfig
+
+LEAST_DAMPING, LEAST_SIDE = 1e-12, 1e-20  # of λ, and of one side's part of it
+LEAST_SHARE = 1e-8  # of a factor's mean eigenvalue, under which absolute damping may not fall
+
+
+@dataclass(slots=True)
+class Curvature:
+    """Both factors of a group of layers, ready to be inverted.
+
+    Args:
+        factor: side -> F̂ [L, d, d].
+        mean: side -> its mean eigenvalue tr F̂/d, [L].
+    """
+
+    factor: dict[Side, Tensor]
+    mean: dict[Side, Tensor]
+
+
+class Inverse(Protocol):
+    """How the damped inverse is held: its tensors, how they are made, and how they are applied."""
+
+    names: frozenset[str]
+
+    def init(self, d: int, like: Tensor) -> Factor:
+        """P = G."""
+
+    def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
+        """The tensors of each side, and whether each layer's succeeded, bool [L]."""
+
+    def transform(self, state: LayerState, grad: Grad) -> Moved:
+        """G -> P in place."""
+
+    def distance(self, factor: Factor) -> Tensor:
+        """|F/(tr F/d) - I| of a side's inverse F: how far it is from a mere scale, [L]."""
+
+
+class Cholesky(Inverse):
+    """One inverse [d, d] for each side, the damping split between them."""
+
+    names = frozenset({"inverse"})
+
+    def __init__(self, config: FactorConfig) -> None:
+        """Take the settings."""
+        self.config = config
+
+    def init(self, d: int, like: Tensor) -> Factor:
+        """The identity."""
+        return {"inverse": torch.eye(d, dtype=accumulation_dtype(like.dtype), device=like.device)}
+
+    def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
+        """By Cholesky, with retries."""
+        damping, new, ok = self._damping(curvature.mean), {}, {}
+        for side, factor in curvature.factor.items():
+            inverse, ok[side] = spd.damped_inverse(factor, damping[side].clamp(min=LEAST_SIDE))
+            new[side] = {"inverse": inverse}
+        return new, ok
+
+    def _damping(self, mean: dict[Side, Tensor]) -> dict[Side, Tensor]:
+        """λ of each side."""
+        damping = self.config.damping
+        if Side.OUTPUT not in mean:  # FOOF
+            a = mean[Side.INPUT]
+            return {Side.INPUT: damping * a if self.config.damping_mode == "relative" else torch.full_like(a, damping)}
+        if self.config.damping_mode == "relative":
+            return {side: damping**0.5 * each for side, each in mean.items()}
+        pi = (mean[Side.INPUT] / mean[Side.OUTPUT]).sqrt()
+        split = {Side.INPUT: pi * damping**0.5, Side.OUTPUT: damping**0.5 / pi}
+        return {side: torch.maximum(each, LEAST_SHARE * mean[side]) for side, each in split.items()}
+
+    def transform(self, state: LayerState, grad: Grad) -> Moved:
+        """Two products."""
+        left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
+        return linalg.dense_product(grad.weight, grad.bias, left, state[side_key(Side.INPUT)]["inverse"])
+
+    def distance(self, factor: Factor) -> Tensor:
+        """See ``Inverse``."""
+        F = factor["inverse"]
+        scaled = F / F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        distance: Tensor = torch.linalg.matrix_norm(scaled - torch.eye(F.shape[-1], dtype=F.dtype, device=F.device))
+        return distance
+
+
+class Eigen(Inverse):
+    """Eigenvectors and eigenvalues of each side, and λ: (B ⊗ A + λI)⁻¹ exactly."""
+
+    names = frozenset({"vectors", "values", "damping"})
+
+    def __init__(self, config: FactorConfig) -> None:
+        """Take the settings."""
+        self.config = config
+
+    def init(self, d: int, like: Tensor) -> Factor:
+        """Eigenvalues 1 and no damping."""
+        dtype, device = accumulation_dtype(like.dtype), like.device
+        return {
+            "vectors": torch.eye(d, dtype=dtype, device=device),
+            "values": torch.ones(d, dtype=dtype, device=device),
+            "damping": torch.zeros((), dtype=dtype, device=device),
+        }
+
+    def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
+        """By eigh; λ is kept with each side."""
+        mean = torch.stack(list(curvature.mean.values())).prod(0)
+        relative = self.config.damping_mode == "relative"
+        damping = (self.config.damping * mean if relative else torch.full_like(mean, self.config.damping)).clamp(
+            min=LEAST_DAMPING
+        )
+        new, ok = {}, {}
+        for side, factor in curvature.factor.items():
+            values, vectors, ok[side] = spd.eigen(factor)
+            new[side] = {"vectors": vectors, "values": values.clamp(min=0), "damping": damping}
+        return new, ok
+
+    def transform(self, state: LayerState, grad: Grad) -> Moved:
+        """Four products."""
+        right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
+        return linalg.eigen_product(
+            grad.weight, grad.bias, None if left is None else (left["vectors"], left["values"]),
+            (right["vectors"], right["values"]), right["damping"],
+        )  # fmt: skip
+
+    def distance(self, factor: Factor) -> Tensor:
+        """See ``Inverse``, with √λ as the side's damping."""
+        F = 1 / (factor["values"] + factor["damping"].sqrt()[:, None])
+        distance: Tensor = torch.linalg.vector_norm(F / F.mean(-1, keepdim=True) - 1, dim=-1)
+        return distance
+
+
+def side_key(side: Side) -> str:
+    """The name of a side in a layer's state."""
+    return side.name.lower()
