@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Buffers, Phase, Statistics, Window
 from hf_soo.engine.gradients import PlainGradients, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
+from hf_soo.engine.sums import NOISE_LEVEL
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class FactorRecorder:
 
     0. the rows of A, and the rows with g ≠ 0, [2];
     1. Σ a aᵀ, [d_in (+ 1), d_in (+ 1)];
-    2. Σ g gᵀ, [d_out, d_out], empty if not asked for.
+    2. Σ g gᵀ, [d_out, d_out], empty if not asked for;
+    3. Σ |ĝ|² and δ² Σ |g|² (``NOISE_LEVEL``), [2], of "reduce", where a sum may be rounding noise alone.
 
     Args:
         outputs: keep B too.
@@ -64,7 +66,7 @@ class FactorRecorder:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
-        return [zeros(2), zeros(m, m), zeros(n, n)]
+        return [zeros(2), zeros(m, m), zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
 
     def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
         """See ``Recorder``."""
@@ -89,8 +91,8 @@ class FactorRecorder:
                 "backward where optimizer.wants_sampled_loss, or use SecondOrderTrainer."
             )
         placement, buffers = window.placement, window.buffers
-        placement.sum_([buffers[layer.name][0] for layer in window.layers])
-        placement.sum_at_owner_({layer.name: buffers[layer.name][1:] for layer in window.layers})
+        placement.sum_([buffers[layer.name][i] for layer in window.layers for i in (0, 3)])
+        placement.sum_at_owner_({layer.name: buffers[layer.name][1:3] for layer in window.layers})
         counts = stack([buffers[layer.name][0] for layer in window.layers])
         terms = self._terms(counts[:, 1])
 
@@ -101,7 +103,9 @@ class FactorRecorder:
                 return Statistics(rows=rows, inputs=A)
             scale = window.unit**2 * (1 / rows.clamp(min=1) if self.published else terms.expand_as(rows))
             B = stack([buffers[layer.name][2] for layer in group]) * scale[:, None, None]
-            return Statistics(rows=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B)
+            noise = stack([buffers[layer.name][3] for layer in group])
+            is_noise = noise[:, 0] <= noise[:, 1] if self.reduce else None
+            return Statistics(rows=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B, noise=is_noise)
 
         return of
 
@@ -128,7 +132,7 @@ class _CommitFactors(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         (x,) = ctx.saved_tensors
-        counts, A, B = ctx.buffers
+        counts, A, B, noise = ctx.buffers
         recorder: FactorRecorder = ctx.recorder
         which = "both" if recorder.phase is None else recorder.phase.which
         g = grad.detach().movedim(ctx.channel_dim, -1).reshape(*x.shape[:2], -1)
@@ -136,10 +140,13 @@ class _CommitFactors(torch.autograd.Function):
         if which != "outputs":
             _commit_inputs(x, live, recorder, counts, A)
         if which != "inputs" and B.numel():
+            level = NOISE_LEVEL[g.dtype] ** 2
             g = g.to(B.dtype)
             rows = g.sum(1) if recorder.reduce else g.flatten(0, 1)
             B.addmm_(rows.mT, rows)
-        return grad, None, None, None, None, None, None
+            if recorder.reduce:
+                noise.add_(torch.stack([rows.square().sum(), level * g.square().sum()]))
+        return grad, None, None, None, None, None, None, None
 
 
 def _commit_inputs(x: Tensor, live: Tensor, recorder: FactorRecorder, counts: Tensor, A: Tensor) -> None:

@@ -8,7 +8,7 @@ For a layer with input rows a (1 appended for a bias) and output gradients g of 
     eigen      P = unvec((B̂ ⊗ Â + λI)⁻¹ vec G)
     FOOF       P = G (Â + λI)⁻¹                             B = I: no output gradients are needed
 
-then the KL clip or a norm match, and the base optimizer steps on P. With `damping_mode="relative"` and κ = (tr Â/m)(tr
+then a norm match or the KL clip, and the base optimizer steps on P. With `damping_mode="relative"` and κ = (tr Â/m)(tr
 B̂/n), the layer's mean curvature, λ = damping·κ; the Cholesky form splits it, λ_A = √damping·tr Â/m and λ_B alike (FOOF:
 λ = damping·tr Â/m). "absolute" is λ = damping, split by π = √((tr Â/m)/(tr B̂/n)) into λ_A = π√λ, λ_B = √λ/π.
 
@@ -28,6 +28,11 @@ gradients by the rows once more, so its B is R² too small on a token loss, and 
 a token loss it is FOOF with damping λ/ρᵘ, and plain gradient descent after some hundred updates.
 `factor_scale="published"` with `factor_start="identity"` reproduces that (for linear layers; its convolutions divide by
 the positions once more).
+Deviation: |P| = |G| is the default, not the KL clip (KAISA keeps it): with relative damping, attention's query and key
+projections, whose curvature is almost 0 at the start, get steps of 10³ times their weights within the clip's bound, and
+a tiny BERT diverges in 25 steps.
+Deviation: in "reduce" an example's sum of output gradients that is rounding noise (attention's key projection, where
+it is zero analytically) does not enter B.
 Deviation: rows whose output gradient is exactly zero (padding, unlabelled positions) do not count; `row_filter="all"`
 counts them in A. R only matters with absolute damping or without a rescale.
 """
@@ -138,6 +143,8 @@ class KFAC(Preconditioner):
             assert F is not None
             finite = F.isfinite().all(-1).all(-1)
             outcomes[:, side] = torch.where(finite, Outcome.UPDATED.value, Outcome.NOT_FINITE.value)
+            if side is Side.OUTPUT and statistics.noise is not None:
+                outcomes[:, side].masked_fill_(statistics.noise & finite, Outcome.NOISE.value)
             outcomes[:, side].masked_fill_(statistics.rows == 0, Outcome.NO_ROWS.value)
             norms[:, side] = F.diagonal(dim1=-2, dim2=-1).sum(-1)
             valid, own = outcomes[:, side] == Outcome.UPDATED.value, state[side_key(side)]

@@ -20,7 +20,7 @@ class FactorConfig(Periodic):
         inverse: "cholesky" (damping split between the sides) or "eigen" (exact).
         factor_decay: ρ, the weight of the old factor.
         inverse_period: optimizer steps between inverses, a multiple of ``update_period``.
-        rescale: "kl_clip", "norm" (|P| = |G| in each layer), "global" (over all layers) or "none".
+        rescale: "norm" (|P| = |G| in each layer), "kl_clip", "global" (norms over all layers) or "none".
         kl_clip: κ of the KL clip, or None for no clip.
         row_filter: "grad" (rows with an output gradient) or "all".
         max_dim: layers with a longer side are left to the base.
@@ -34,7 +34,7 @@ class FactorConfig(Periodic):
     inverse: Literal["cholesky", "eigen"] = "cholesky"
     factor_decay: float = 0.95
     inverse_period: int = 100
-    rescale: RescaleName = "kl_clip"
+    rescale: RescaleName = "norm"
     kl_clip: float | None = 1e-3
     row_filter: Literal["grad", "all"] = "grad"
     max_dim: int = 8192
@@ -99,9 +99,7 @@ class KFACConfig(FactorConfig):
 
 @dataclass(frozen=True)
 class FOOFConfig(FactorConfig):
-    """Settings of FOOF: ``FactorConfig`` with each layer's norm kept, since P is about G/λ."""
-
-    rescale: RescaleName = "norm"
+    """Settings of FOOF, which are ``FactorConfig``'s."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,7 @@ class KAISAConfig(KFACConfig):
     damping: float = 3e-3
     damping_mode: Literal["relative", "absolute"] = "absolute"
     inverse: Literal["cholesky", "eigen"] = "eigen"
+    rescale: RescaleName = "kl_clip"
     update_period: int = 1
     warmup_updates: int = 0
     inverse_period: int = 10
