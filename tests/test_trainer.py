@@ -130,6 +130,16 @@ def test_which_models_ignore_the_count() -> None:
     assert ignores_loss_kwargs(bert(BertForQuestionAnswering))  # its Trainer batches have no "labels": no harm
 
 
+def test_image_models_and_the_loss() -> None:
+    """ViT gives **kwargs to its loss function, ResNet takes them and calls the loss function without."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+    small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    assert not ignores_loss_kwargs(ViTForImageClassification(small))
+    resnet = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    assert ignores_loss_kwargs(ResNetForImageClassification(resnet))
+
+
 OPTIMIZERS = {
     "mkor": {},
     "mkor-dense": {"optim": "mkor", "optim_args": "representation=dense,kv_scale=sum"},

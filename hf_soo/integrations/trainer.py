@@ -7,8 +7,10 @@ process or under DistributedDataParallel.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import logging
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -269,8 +271,21 @@ def ignores_loss_kwargs(model: nn.Module) -> bool:
             source = inspect.getsource(forward)
         except OSError:  # no source at hand (interactive, frozen): believe Trainer
             return False
-        if "num_items_in_batch" in source or "loss_function" in source:
+        if "num_items_in_batch" in source or _gives_kwargs_to_the_loss(source):
             return False
         if "super().forward" not in source:
             return True
     return False
+
+
+def _gives_kwargs_to_the_loss(source: str) -> bool:
+    """Whether ``self.loss_function`` is called with ``**kwargs``, or is handed on to code that is not seen here."""
+    if "loss_function" not in source:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(source))
+    except SyntaxError:  # a string that starts at the margin: believe Trainer
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    losses = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "loss_function"]
+    return not losses or any(keyword.arg is None for call in losses for keyword in call.keywords)
