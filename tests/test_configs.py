@@ -13,13 +13,14 @@ from transformers import BertConfig
 
 import hf_soo
 from hf_soo.experiments import arguments
-from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, RunArguments
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.tasks.bert import GatheredBertForPreTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = sorted(path for folder in ("smoke", "pretrain") for path in (ROOT / "configs" / folder).glob("*.yaml"))
-CLASSES = (ModelArguments, DataArguments, RunArguments, PretrainingArguments)
+CLASSES = (ModelArguments, DataArguments, RunArguments, RunTrainingArguments)
 # What siblings may differ in: the optimizer's own keys, and where its checkpoints lie.
 OPTIMIZER_KEYS = {
     "optim", "optim_args", "base_optim", "base_optim_args", "learning_rate", "max_grad_norm", "precondition_exclude",
@@ -62,7 +63,7 @@ def test_parses_and_builds_its_optimizer(path: Path) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == expected
 
 
-def _rates(training: PretrainingArguments) -> list[tuple[str, Any]]:
+def _rates(training: RunTrainingArguments) -> list[tuple[str, Any]]:
     both = (parse_settings(key, getattr(training, key)) for key in ("optim_args", "base_optim_args"))
     return [item for settings in both for item in settings.items()]
 

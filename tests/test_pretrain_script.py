@@ -18,8 +18,11 @@ import torch
 
 from hf_soo.experiments import arguments, pretraining_inputs
 from hf_soo.experiments.pretraining import PretrainingTrainer
-from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, RunArguments
-from hf_soo.experiments.pretraining_inputs import load_data, make_model, weights_hash
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.pretraining_inputs import load_data, make_model
+from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.experiments.script import check_processes
+from hf_soo.experiments.training import weights_hash
 from hf_soo.tasks.bert import GatheredBertForPreTraining
 from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
 
@@ -196,7 +199,7 @@ def test_yaml_first_flags_over_it(tmp_path: Path) -> None:
         "optim: mkor\nlearning_rate: 4e-2\noptim_args: {update_period: 5}\nprecondition_exclude: ['a', 'b']\n"
         "bf16: false\nname: null\nlr_scheduler_type: poly_warmup\nuse_cpu: true\nsave_strategy: 'no'\n"
     )
-    classes = (RunArguments, PretrainingArguments)
+    classes = (RunArguments, RunTrainingArguments)
     run, training = arguments.parse(classes, ["--config", str(file), "--learning_rate", "0.5"])
     assert (training.optim, training.learning_rate, training.optim_args) == ("mkor", 0.5, '{"update_period": 5}')
     assert (training.precondition_exclude, training.lr_scheduler_type, run.name) == (["a", "b"], "poly_warmup", None)
@@ -263,14 +266,14 @@ def test_bad_input_is_one_line_and_no_run(
         script.main([*flags, *more, "--traceback"])
 
 
-def test_processes_that_would_train_alone_are_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes, the Trainer sees 1; .* --use_cpu true"):
-        script.check_processes(SimpleNamespace(training=SimpleNamespace(world_size=1)))
+        check_processes(SimpleNamespace(training=SimpleNamespace(world_size=1)))
 
 
-def parse(*flags: str) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    model, data, args = arguments.parse((ModelArguments, DataArguments, PretrainingArguments), flags)
+def parse(*flags: str) -> tuple[ModelArguments, DataArguments, RunTrainingArguments]:
+    model, data, args = arguments.parse((ModelArguments, DataArguments, RunTrainingArguments), flags)
     return model, data, args
 
 
