@@ -12,27 +12,14 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.experiments import arguments, script
 from hf_soo.experiments.pretraining import PretrainingTask
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
-from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.experiments.training import Job, train
-
-CLASSES = (ModelArguments, DataArguments, RunArguments, RunTrainingArguments)
+from hf_soo.experiments.script import run_script
 
 
 def main(flags: list[str] | None = None) -> int:
     """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
-    return script.run_script(run, flags)
-
-
-def run(flags: list[str]) -> None:
-    """Parse, train, and on the first process print the table and draw the picture."""
-    model, data, *rest = arguments.parse(CLASSES, flags, description=(__doc__ or "").partition("\n")[0])
-    job = Job(*rest)
-    script.check(job)
-    records = train(job, PretrainingTask(model, data, job.training))
-    script.present(job, records, "BERT pretraining")
+    return run_script(PretrainingTask, (ModelArguments, DataArguments), __doc__ or "", flags)
 
 
 if __name__ == "__main__":

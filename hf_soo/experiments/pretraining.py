@@ -21,6 +21,8 @@ EVAL_SEED = 0  # of the masks of every evaluation, whatever the run's seed: loss
 class PretrainingTask(Task):
     """Masked words and next sentence on prepared text."""
 
+    title = "BERT pretraining"
+
     def __init__(self, model: ModelArguments, data: DataArguments, args: RunTrainingArguments) -> None:
         """Load the data, or prepare it.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_soo.experiments.run_arguments import option
+from hf_soo.flags import option
 
 
 @dataclass
 class ModelArguments:
     """Which BERT."""
+
+    _argument_group_name = "model"
 
     model_name_or_path: str | None = option(None, "Folder of a pretrained BERT to start from; phase 1's for phase 2.")
     preset: Literal["tiny", "mini", "base", "large"] = option(
@@ -27,6 +29,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Which text, and how it is masked."""
+
+    _argument_group_name = "data"
 
     data_dir: str | None = option(None, "Folder written by scripts/prepare_pretraining.py.")
     corpus: str | None = option(

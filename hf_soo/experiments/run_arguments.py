@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_soo.flags import option
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.registry import METHODS
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field that is a flag with a line of help.
-
-    Args:
-        default: value when the flag is not given.
-        text: the help.
-    """
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class RunArguments:
     """What is kept of a run, and which other optimizer it is compared with."""
+
+    _argument_group_name = "run"
 
     name: str | None = option(None, "Name of the run's JSON; None: optimizer, base and learning rates.")
     results_dir: str | None = option(None, "Folder of the run JSONs; None: OUTPUT_DIR/runs.")
@@ -54,6 +47,8 @@ class RunArguments:
 @dataclass
 class RunTrainingArguments(SecondOrderTrainingArguments):
     """The Trainer's, with the two defaults that recorded runs need."""
+
+    _argument_group_name = "training: all fields of transformers' TrainingArguments, and ours"
 
     remove_unused_columns: bool = option(False, "The collator reads columns that the model does not take.")
     logging_nan_inf_filter: bool = option(False, "True hides a loss that is not finite, and so a diverged run.")

@@ -1,4 +1,4 @@
-"""What the training scripts have in common: errors of one line, the checks before a run, and what they print after."""
+"""A training script of any task: flags, checks, the runs, what is printed after, and errors of one line."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from importlib.util import find_spec
 
 import torch
 
-from hf_soo.experiments import report
+from hf_soo.experiments import arguments, report
+from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.experiments.runs import RunRecord, status_of
-from hf_soo.experiments.training import Job
+from hf_soo.experiments.training import Job, Task, train
 
 
-def run_script(run: Callable[[list[str]], None], flags: list[str] | None = None) -> int:
-    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C.
+def run_script(
+    make_task: Callable[..., Task], classes: Sequence[type], description: str, flags: list[str] | None = None
+) -> int:
+    """A whole script: 0 when it trained (also when it diverged), 1 after an error, 130 after Ctrl-C.
+
+    An error is one line on stderr; --traceback shows where it came from.
 
     Args:
-        run: what the script does with its flags.
+        make_task: called with an object of each of `classes` and the `RunTrainingArguments`.
+        classes: dataclasses of the task's flags.
+        description: for --help.
         flags: None: those of the process.
 
     Raises:
@@ -31,7 +38,11 @@ def run_script(run: Callable[[list[str]], None], flags: list[str] | None = None)
     logging.getLogger("hf_soo").setLevel(logging.INFO)
     given = sys.argv[1:] if flags is None else flags
     try:
-        run(given)
+        *settings, run, training = arguments.parse((*classes, RunArguments, RunTrainingArguments), given, description)
+        job = Job(run, training)
+        check(job)
+        task = make_task(*settings, training)
+        present(job, train(job, task), task.title)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -78,18 +89,18 @@ def check_processes(job: Job) -> None:
         )
 
 
-def present(job: Job, records: Sequence[RunRecord], task: str) -> None:
+def present(job: Job, records: Sequence[RunRecord], title: str) -> None:
     """On the first process print the table, and draw the picture of a comparison.
 
     Args:
         job: all settings.
         records: of the run, or of the two that were compared.
-        task: for the picture's title.
+        title: over the picture.
     """
     if job.training.process_index != 0:
         return
     print(report.table(records), end="")
     if job.run.compare_with is not None:
         picture = job.training.folder / "comparison.png"
-        report.picture(records, picture, title=f"{task}, {records[0].parameters / 1e6:.1f} M parameters")
+        report.picture(records, picture, title=f"{title}, {records[0].parameters / 1e6:.1f} M parameters")
         print(f"wrote {picture}")

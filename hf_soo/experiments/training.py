@@ -52,6 +52,7 @@ METHOD_SETTINGS = ("optim_args", "base_optim_args")
 class Task(ABC):
     """What is trained, on what: all that runs of one kind do not share with runs of another."""
 
+    title: str  # over a picture
     metrics: tuple[str, ...] = ()  # what an evaluation measures besides its loss
 
     @abstractmethod
