@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
@@ -25,8 +24,8 @@ from hf_soo.experiments.script import check_processes
 from hf_soo.experiments.training import weights_hash
 from hf_soo.tasks.bert import GatheredBertForPreTraining
 from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
+from tests.script_runs import ROOT, check_error, load_script, only_run
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["".join(random.Random(i).choices("abdeilmnorst", k=5)) for i in range(120)]
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--dropout", "0"]
 STEPS = ["--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "2"]
@@ -36,11 +35,7 @@ QUIET = ["--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--save_s
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretrain_bert", ROOT / "scripts" / "pretrain_bert.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("pretrain_bert")
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +59,6 @@ def prepared(corpus: Path) -> Path:
 def flags(prepared: Path, tmp_path: Path) -> list[str]:
     out = ["--output_dir", str(tmp_path / "out"), "--data_dir", str(prepared)]
     return [*out, *MODEL, *STEPS, *OTHER, *QUIET, "--optim", "mkor"]
-
-
-def only_run(folder: Path) -> dict[str, Any]:
-    (file,) = folder.glob("*.json")
-    run: dict[str, Any] = json.loads(file.read_text())
-    return run
 
 
 def losses(run: dict[str, Any]) -> list[tuple[int, float | None, float | None]]:
@@ -227,11 +216,6 @@ def test_a_bad_yaml_is_one_line(
     file.write_text(text)
     assert script.main(["--config", str(file)]) == 1
     check_error(capsys, message)
-
-
-def check_error(capsys: pytest.CaptureFixture[str], message: str) -> None:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0]
 
 
 @pytest.mark.parametrize(
