@@ -176,7 +176,10 @@ def test_a_folder_of_images(
         (["--optim", "mkr"], "mkr"),
         (["--optim_args", "update_perod=1"], "Did you mean 'update_period'?"),
         (["--dataset", "./absent"], "dataset='./absent' is no folder"),
-        (["--dataset", "owner/absent"], "dataset='owner/absent' cannot be loaded: "),
+        (
+            ["--dataset", "owner/absent"],
+            "dataset='owner/absent' is neither 'digits' nor a folder here, and cannot be loaded from the hub: ",
+        ),
         (["--num_channels", "2"], "num_channels=2 is not allowed; use 1 (grey) or 3 (RGB)"),
         (["--config", "absent.yaml"], "--config absent.yaml: [Errno 2]"),
     ],

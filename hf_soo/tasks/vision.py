@@ -180,7 +180,9 @@ def _open(config: ImageDataConfig) -> Any:
         path, _, configuration = name.partition(":")
         return datasets.load_dataset(path, configuration or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        what = NO_IMAGES if folder.is_dir() and patterns is None else "cannot be loaded"
+        what = "is neither 'digits' nor a folder here, and cannot be loaded from the hub"
+        if folder.is_dir():
+            what = NO_IMAGES if patterns is None else "cannot be loaded"
         raise ValueError(f"dataset={name!r} {what}: {error}") from error
 
 
