@@ -13,13 +13,18 @@ from transformers import BertConfig
 
 import hf_soo
 from hf_soo.experiments import arguments
-from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, RunArguments
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.tasks.bert import GatheredBertForPreTraining
+from hf_soo.tasks.vision import ImageDataConfig, load_images
+from hf_soo.tasks.vision_models import ImageModelConfig, make_image_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = sorted(path for folder in ("smoke", "pretrain") for path in (ROOT / "configs" / folder).glob("*.yaml"))
-CLASSES = (ModelArguments, DataArguments, RunArguments, PretrainingArguments)
+VISION = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
+CLASSES = (ModelArguments, DataArguments, RunArguments, RunTrainingArguments)
+VISION_CLASSES = (ImageModelConfig, ImageDataConfig, RunArguments, RunTrainingArguments)
 # What siblings may differ in: the optimizer's own keys, and where its checkpoints lie.
 OPTIMIZER_KEYS = {
     "optim", "optim_args", "base_optim", "base_optim_args", "learning_rate", "max_grad_norm", "precondition_exclude",
@@ -33,20 +38,42 @@ def ids(path: Path) -> str:
 
 def test_the_configs_that_the_readme_names_are_there() -> None:
     wiki = [f"pretrain/bert_mini_wiki_{name}" for name in ("mkor", "mkor_muon", "lamb", "adamw", "eva_f", "muon")]
-    assert {*wiki, "smoke/mkor", "smoke/lamb"} <= {ids(path) for path in PRETRAINING}
+    vision = [f"vision/{name}" for name in ("vit_digits_adamw", "vit_digits_kfac_reduce", "resnet_digits_adamw")]
+    assert {*wiki, *vision, "smoke/mkor", "smoke/lamb"} <= {ids(path) for path in (*PRETRAINING, *VISION)}
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=ids)
 def test_parses_and_builds_its_optimizer(path: Path) -> None:
     _, data, _, training = arguments.parse(CLASSES, ["--config", str(path), "--use_cpu", "true"])
     assert (data.data_dir is None) != (data.corpus is None)
-    for key, value in yaml.safe_load(path.read_text()).items():
-        if hasattr(training, key) and isinstance(value, int | float | bool) and key != "save_strategy":
-            assert getattr(training, key) == value, key
+    check_values(path, training)
     torch.manual_seed(0)
     model = GatheredBertForPreTraining(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
+    check_optimizer(training, model)
+
+
+@pytest.mark.parametrize("path", VISION, ids=ids)
+def test_parses_and_builds_its_optimizer_for_images(path: Path) -> None:
+    if (name := yaml.safe_load(path.read_text())["optim"]) not in hf_soo.available():
+        pytest.skip(f"{name} is not there yet")
+    flags = ["--config", str(path), "--use_cpu", "true", "--max_train_samples", "64"]
+    model, data, _, training = arguments.parse(VISION_CLASSES, flags)
+    check_values(path, training, model, data)
+    check_optimizer(training, make_image_model(model, load_images(data), seed=0))
+
+
+def check_values(path: Path, *parsed: Any) -> None:
+    """Every scalar of the YAML is the value of the field of that name."""
+    for key, value in yaml.safe_load(path.read_text()).items():
+        (owner,) = (each for each in parsed if hasattr(each, key)) if len(parsed) > 1 else parsed
+        if hasattr(owner, key) and isinstance(value, int | float | bool) and key != "save_strategy":
+            assert getattr(owner, key) == value, key
+
+
+def check_optimizer(training: RunTrainingArguments, model: torch.nn.Module) -> None:
+    """It can be built, with the learning rates of the YAML."""
     optimizer = hf_soo.build_optimizer(
         training.optim,
         model,
@@ -62,7 +89,7 @@ def test_parses_and_builds_its_optimizer(path: Path) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == expected
 
 
-def _rates(training: PretrainingArguments) -> list[tuple[str, Any]]:
+def _rates(training: RunTrainingArguments) -> list[tuple[str, Any]]:
     both = (parse_settings(key, getattr(training, key)) for key in ("optim_args", "base_optim_args"))
     return [item for settings in both for item in settings.items()]
 
@@ -74,14 +101,16 @@ def test_lamb_clips_by_itself(path: Path) -> None:
     assert (config["max_grad_norm"] == 0.0) == lamb
 
 
-@pytest.mark.parametrize("folder", ["smoke", "pretrain"])
-def test_siblings_differ_in_optimizer_keys_alone(folder: str) -> None:
-    first, *others = (yaml.safe_load(path.read_text()) for path in PRETRAINING if path.parent.name == folder)
+@pytest.mark.parametrize("family", ["smoke/*", "pretrain/*", "vision/vit_digits_*"])
+def test_siblings_differ_in_optimizer_keys_alone(family: str) -> None:
+    paths = sorted((ROOT / "configs").glob(f"{family}.yaml"))
+    first, *others = (yaml.safe_load(path.read_text()) for path in paths)
+    assert others
     for other in others:
         assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= OPTIMIZER_KEYS
 
 
-@pytest.mark.parametrize("path", PRETRAINING, ids=ids)
+@pytest.mark.parametrize("path", [*PRETRAINING, *VISION], ids=ids)
 def test_header_says_paper_hardware_batch_command_and_expectation(path: Path) -> None:
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header is not None

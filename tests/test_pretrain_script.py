@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
@@ -18,12 +17,15 @@ import torch
 
 from hf_soo.experiments import arguments, pretraining_inputs
 from hf_soo.experiments.pretraining import PretrainingTrainer
-from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments, RunArguments
-from hf_soo.experiments.pretraining_inputs import load_data, make_model, weights_hash
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.pretraining_inputs import load_data, make_model
+from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.experiments.script import check_processes
+from hf_soo.experiments.training import weights_hash
 from hf_soo.tasks.bert import GatheredBertForPreTraining
 from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
+from tests.script_runs import ROOT, check_error, load_script, only_run
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["".join(random.Random(i).choices("abdeilmnorst", k=5)) for i in range(120)]
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--dropout", "0"]
 STEPS = ["--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "2"]
@@ -33,11 +35,7 @@ QUIET = ["--disable_tqdm", "true", "--dataloader_pin_memory", "false", "--save_s
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretrain_bert", ROOT / "scripts" / "pretrain_bert.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("pretrain_bert")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +59,6 @@ def prepared(corpus: Path) -> Path:
 def flags(prepared: Path, tmp_path: Path) -> list[str]:
     out = ["--output_dir", str(tmp_path / "out"), "--data_dir", str(prepared)]
     return [*out, *MODEL, *STEPS, *OTHER, *QUIET, "--optim", "mkor"]
-
-
-def only_run(folder: Path) -> dict[str, Any]:
-    (file,) = folder.glob("*.json")
-    run: dict[str, Any] = json.loads(file.read_text())
-    return run
 
 
 def losses(run: dict[str, Any]) -> list[tuple[int, float | None, float | None]]:
@@ -196,7 +188,7 @@ def test_yaml_first_flags_over_it(tmp_path: Path) -> None:
         "optim: mkor\nlearning_rate: 4e-2\noptim_args: {update_period: 5}\nprecondition_exclude: ['a', 'b']\n"
         "bf16: false\nname: null\nlr_scheduler_type: poly_warmup\nuse_cpu: true\nsave_strategy: 'no'\n"
     )
-    classes = (RunArguments, PretrainingArguments)
+    classes = (RunArguments, RunTrainingArguments)
     run, training = arguments.parse(classes, ["--config", str(file), "--learning_rate", "0.5"])
     assert (training.optim, training.learning_rate, training.optim_args) == ("mkor", 0.5, '{"update_period": 5}')
     assert (training.precondition_exclude, training.lr_scheduler_type, run.name) == (["a", "b"], "poly_warmup", None)
@@ -224,11 +216,6 @@ def test_a_bad_yaml_is_one_line(
     file.write_text(text)
     assert script.main(["--config", str(file)]) == 1
     check_error(capsys, message)
-
-
-def check_error(capsys: pytest.CaptureFixture[str], message: str) -> None:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -263,14 +250,14 @@ def test_bad_input_is_one_line_and_no_run(
         script.main([*flags, *more, "--traceback"])
 
 
-def test_processes_that_would_train_alone_are_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes, the Trainer sees 1; .* --use_cpu true"):
-        script.check_processes(SimpleNamespace(training=SimpleNamespace(world_size=1)))
+        check_processes(SimpleNamespace(training=SimpleNamespace(world_size=1)))
 
 
-def parse(*flags: str) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    model, data, args = arguments.parse((ModelArguments, DataArguments, PretrainingArguments), flags)
+def parse(*flags: str) -> tuple[ModelArguments, DataArguments, RunTrainingArguments]:
+    model, data, args = arguments.parse((ModelArguments, DataArguments, RunTrainingArguments), flags)
     return model, data, args
 
 

@@ -47,6 +47,17 @@ def test_table() -> None:
     ]
 
 
+def test_metrics_are_columns_and_a_run_without_one_has_an_empty_cell() -> None:
+    first, second = run("adamw", "adamw", 0.01, [2.0, 0.5]), run("sgd", "sgd", 0.1, [2.0, 1.0])
+    first.final |= {"train_loss": 0.1, "accuracy": 0.95}
+    assert report.table([first, second]).splitlines() == [
+        "| optimizer | base | learning rate | final eval loss | accuracy | steps to adamw's 0.500 | s/step | status |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+        "| adamw |  | 0.01 | 0.500 | 0.950 | 50 | 0.200 | completed |",
+        "| sgd |  | 0.1 | 1.000 |  |  | 0.200 | completed |",
+    ]
+
+
 def test_only_learning_rates_are_searched_over() -> None:
     other = run("mkor", "lamb", 0.02, [10.0, 7.0, 5.0], config={"optim_args": {"update_period": 5}})
     decayed = run("lamb", "lamb", 0.01, [10.0, 8.0, 7.2], config={"weight_decay": 0.1})

@@ -32,7 +32,7 @@ from transformers import (
 import hf_soo
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
 from hf_soo.integrations.arguments import parse_settings
-from hf_soo.integrations.checkpoints import last_whole_checkpoint
+from hf_soo.integrations.checkpoints import last_whole_checkpoint, load_renamed_weights
 from hf_soo.integrations.trainer import (
     SecondOrderTrainer,
     SecondOrderTrainingArguments,
@@ -128,6 +128,37 @@ def test_which_models_ignore_the_count() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
     assert not ignores_loss_kwargs(gpt2) and not ignores_loss_kwargs(nn.Linear(2, 2))
     assert ignores_loss_kwargs(bert(BertForQuestionAnswering))  # its Trainer batches have no "labels": no harm
+
+
+def test_image_models_and_the_loss() -> None:
+    """ViT gives **kwargs to its loss function, ResNet takes them and calls the loss function without."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+    small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    assert not ignores_loss_kwargs(ViTForImageClassification(small))
+    resnet = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    assert ignores_loss_kwargs(ResNetForImageClassification(resnet))
+
+
+def test_weights_that_are_saved_under_other_names(tmp_path: Path) -> None:
+    """transformers writes a ViT with the names of its hub checkpoints, and its Trainer would not find them again."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    saved, model = ViTForImageClassification(config), ViTForImageClassification(config)
+    saved.save_pretrained(tmp_path)
+    args = SecondOrderTrainingArguments(output_dir=str(tmp_path), optim="sgd", report_to="none", use_cpu=True)
+    trainer = SecondOrderTrainer(model=model, args=args)
+    for load in (trainer._load_from_checkpoint, trainer._load_best_model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(3.0)
+        trainer.state.best_model_checkpoint = str(tmp_path)
+        load(*([str(tmp_path)] if load == trainer._load_from_checkpoint else []))
+        assert torch.equal(final_weights(trainer), torch.cat([p.detach().flatten() for p in saved.parameters()]))
+    saved_bert = bert(BertForPreTraining)
+    saved_bert.save_pretrained(tmp_path / "bert")  # its decoder's weight is tied, and written once
+    assert not load_renamed_weights(tmp_path / "bert", bert(BertForPreTraining))
 
 
 OPTIMIZERS = {

@@ -5,6 +5,7 @@ A YAML key is the flag of the same name, so ``learning_rate: 0.02`` and ``--lear
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -15,6 +16,10 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and a description with the line breaks it has."""
 
 
 class _Parser(HfArgumentParser):
@@ -36,7 +41,8 @@ def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, descri
         ValueError: an unknown flag or YAML key (the nearest name is given), a value of the wrong
             type, an unreadable file.
     """
-    parser = _Parser(classes, description=description, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE.yaml] [--flag value ...]"
+    parser = _Parser(classes, description=description, usage=usage, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the same names; flags override it")
     flags = list(sys.argv[1:] if arguments is None else arguments)
     finder = _Parser([], add_help=False, allow_abbrev=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -24,13 +25,15 @@ class RecordCallback(TrainerCallback):
     ``logging_nan_inf_filter=False``, since the Trainer otherwise logs the last finite loss in its place.
     """
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: RunRecord, metrics: Sequence[str] = ()) -> None:
         """Start with an empty curve.
 
         Args:
             record: the record to fill; its status is left alone unless the run diverges.
+            metrics: what an evaluation measures besides its loss, to be kept too: "accuracy".
         """
         self.record = record
+        self.metrics = tuple(metrics)
         self._mark = 0.0
 
     def on_train_begin(
@@ -45,7 +48,8 @@ class RecordCallback(TrainerCallback):
                 kept["curve"],
             )
             for point in self.record.curve:
-                self.record.final |= {key: point[key] for key in ("train_loss", "eval_loss") if point[key] is not None}
+                losses = {key: point[key] for key in ("train_loss", "eval_loss") if point[key] is not None}
+                self.record.final |= losses | {key: point[key] for key in self.metrics if key in point}
         machine.reset_peak_memory(args.device)
         self._mark = time.perf_counter()
 
@@ -66,7 +70,7 @@ class RecordCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the training and the evaluation loss into the curve; stop when one is not finite."""
+        """Take losses and metrics into the curve; stop when a loss is not finite."""
         for key, entry in (("loss", "train_loss"), ("eval_loss", "eval_loss")):
             if logs is None or key not in logs:
                 continue
@@ -75,6 +79,9 @@ class RecordCallback(TrainerCallback):
             if not math.isfinite(loss):
                 self.record.status = "diverged"
                 control.should_training_stop = True
+        for metric in self.metrics:
+            if logs is not None and f"eval_{metric}" in logs:
+                self._point(state.global_step)[metric] = self.record.final[metric] = float(logs[f"eval_{metric}"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation is not training time."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import BertConfig, set_seed
 
-from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.tasks.bert import GatheredBertForPreTraining, check_vocabulary
 from hf_soo.tasks.pretraining_data import PrepareConfig, load_prepared, prepare
 from hf_soo.tasks.wordpiece import SpecialIds, special_ids
@@ -34,7 +32,7 @@ class PretrainingData:
     description: dict[str, Any]
 
 
-def load_data(data: DataArguments, args: PretrainingArguments) -> PretrainingData:
+def load_data(data: DataArguments, args: RunTrainingArguments) -> PretrainingData:
     """Load the prepared folder, preparing the corpus first when that is what was asked for.
 
     Args:
@@ -142,16 +140,3 @@ def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:
         attn_implementation=model.attn_implementation,
     )
     return BertConfig(**settings)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A digest of every weight and its name; equal for equal initial weights.
-
-    Args:
-        model: any module with its weights on the CPU or a GPU.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -31,7 +31,9 @@ METHOD_KEYS = frozenset(
         "precondition_exclude",
     }
 )
-HEADER = ("optimizer", "base", "learning rate", "final eval loss", "steps to {}", "s/step", "status")
+HEADER = ("optimizer", "base", "learning rate", "final eval loss")
+HEADER_END = ("steps to {}", "s/step", "status")  # between them the other metrics of an evaluation, where there are any
+LOSSES = ("train_loss", "eval_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +101,18 @@ def table(records: Sequence[RunRecord]) -> str:
     baseline = _baseline(found)
     target = final_loss(baseline.best) if baseline else math.inf
     goal = f"{baseline.label}'s {target:.3f}" if baseline else "the baseline"
-    lines = ["| " + " | ".join(HEADER).format(goal) + " |", "|" + "---|" * 3 + "---:|" * 3 + "---|"]
+    metrics = tuple(dict.fromkeys(key for method in found for key in method.best.final if key not in LOSSES))
+    header = " | ".join((*HEADER, *metrics, *HEADER_END)).format(goal)
+    lines = [f"| {header} |", "|" + "---|" * 3 + "---:|" * (3 + len(metrics)) + "---|"]
     for method in found:
-        lines.append("| " + " | ".join(_row(method.best, target)) + " |")
+        lines.append("| " + " | ".join(_row(method.best, target, metrics)) + " |")
     others = [f"{method.label}: {_tried(method.runs[1:])}" for method in found if len(method.runs) > 1]
     if others:
         lines += ["", "Other learning rates tried (final eval loss). " + "; ".join(others) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _row(run: RunRecord, target: float) -> list[str]:
+def _row(run: RunRecord, target: float, metrics: Sequence[str] = ()) -> list[str]:
     steps = reach(run.curve, target)["steps"] if math.isfinite(target) else None
     loss = final_loss(run)
     return [
@@ -116,6 +120,7 @@ def _row(run: RunRecord, target: float) -> list[str]:
         "" if run.base == run.optimizer else run.base,
         _rates(run),
         f"{loss:.3f}" if math.isfinite(loss) else "",
+        *("" if (value := run.final.get(metric)) is None else f"{value:.3f}" for metric in metrics),
         "" if steps is None else f"{steps:.0f}",
         f"{run.seconds / run.steps:.3f}" if run.steps else "",
         run.status,

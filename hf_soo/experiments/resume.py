@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soo.experiments.pretraining_arguments import PretrainingArguments
+from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.runs import RunRecord, jsonable
 from hf_soo.files import write_atomically
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
@@ -25,7 +25,7 @@ MAY_CHANGE = frozenset({"max_steps", "num_train_epochs"})
 class OutputFolder(TrainerCallback):
     """The folder of a run's checkpoints: what to resume from, and whose they are."""
 
-    def __init__(self, args: PretrainingArguments, record: RunRecord, *, restart: bool) -> None:
+    def __init__(self, args: RunTrainingArguments, record: RunRecord, *, restart: bool) -> None:
         """Look at the folder; change nothing yet.
 
         Args:
@@ -78,7 +78,7 @@ class OutputFolder(TrainerCallback):
         write_atomically(self.folder / SETTINGS_FILE, json.dumps(self.settings, indent=1) + "\n")
 
 
-def is_finished(checkpoint: str | None, args: PretrainingArguments) -> bool:
+def is_finished(checkpoint: str | None, args: RunTrainingArguments) -> bool:
     """Whether a checkpoint is of the last step already; the Trainer would do one step too many from there.
 
     Args:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,33 @@ def load_preconditioner(folder: str | os.PathLike[str]) -> dict[str, Any] | None
     except (RuntimeError, EOFError) as error:  # what torch.load raises for a truncated archive
         raise ValueError(f"{source} is damaged ({error}); resume from an earlier checkpoint.") from error
     return state
+
+
+def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bool:
+    """Load the weights of a checkpoint that has them under other names than the model; else do nothing.
+
+    ``save_pretrained`` writes some models (ViT among them) under the names that their checkpoints on the hub have.
+    Trainer reads a checkpoint as if the names were the model's, warns, and goes on with weights that it did not load
+    (https://github.com/huggingface/transformers/issues/43701); ``from_pretrained`` knows the names.
+
+    Args:
+        folder: a checkpoint folder.
+        model: the bare model.
+
+    Returns:
+        Whether the weights had other names, and are loaded now.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:
+        return False
+    written: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            written.update(weights.keys())
+    if written.issubset(model.state_dict()):  # tied weights are written once
+        return False
+    model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+    return True
 
 
 def has_optimizer(folder: str | os.PathLike[str]) -> bool:

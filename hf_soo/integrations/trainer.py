@@ -7,7 +7,6 @@ process or under DistributedDataParallel.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,10 @@ from hf_soo.integrations.checkpoints import (
     is_write_error,
     last_whole_checkpoint,
     load_preconditioner,
+    load_renamed_weights,
     save_preconditioner,
 )
+from hf_soo.integrations.loss_kwargs import ignores_loss_kwargs
 from hf_soo.integrations.sampled import sampled_loss
 from hf_soo.optimizers.schedules import poly_warmup
 from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer
@@ -228,6 +229,19 @@ class SecondOrderTrainerMixin(_Base):
             if self.args.should_save:
                 save_preconditioner(output_dir, state)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return not sharded and load_renamed_weights(checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Our file first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
         if self.second_order is not None and checkpoint is not None and not self.second_order.carries_state:
@@ -304,30 +318,3 @@ def optimizer_factory(name: str, **kwargs: Any) -> tuple[type[_Factory], dict[st
     if name not in METHODS or "lr" not in kwargs:
         raise ValueError(f"optimizer_factory({name!r}, {kwargs}) needs lr=... and a name from {', '.join(METHODS)}.")
     return _Factory, {"name": name, **kwargs}
-
-
-def ignores_loss_kwargs(model: nn.Module) -> bool:
-    """Whether a model takes ``num_items_in_batch`` in ``**kwargs`` but does not divide its loss by it.
-
-    Read from the source of its ``forward``: transformers' heads that keep the promise hand ``**kwargs`` to
-    ``self.loss_function``. A model that says ``accepts_loss_kwargs`` itself is believed.
-
-    Args:
-        model: the bare model.
-    """
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
-    if hasattr(model, "accepts_loss_kwargs"):
-        return not model.accepts_loss_kwargs
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
-        return False
-    for forward in (inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)):
-        try:
-            source = inspect.getsource(forward)
-        except OSError:  # no source at hand (interactive, frozen): believe Trainer
-            return False
-        if "num_items_in_batch" in source or "loss_function" in source:
-            return False
-        if "super().forward" not in source:
-            return True
-    return False
