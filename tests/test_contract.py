@@ -15,12 +15,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_soo
-from hf_soo.registry import METHODS
+from hf_soo.engine.selection import select_all_parameters, select_layers
+from hf_soo.registry import METHODS, takes_batch_size
 from tests.oracles import assert_close_report
 from tests.toy import CASES, batches, build, loss_of, parts, toy, train, weights
 
 every_case = pytest.mark.parametrize("case", CASES)
 second_order = pytest.mark.parametrize("case", [c for c, (name, _) in CASES.items() if METHODS[name].config])
+
+
+MATRICES_ONLY = {"shampoo", "eva_s"}
+"""Methods that leave biases and norms to the base: they have fewer than two axes."""
+
+
+def learns_from_gradients(case: str) -> bool:
+    return METHODS[CASES[case][0]].select is not select_layers
 
 
 def uses_muon(case: str) -> bool:
@@ -106,14 +115,24 @@ def test_unused_frozen_tied_layers(case: str) -> None:
         assert torch.equal(before[name], after[name]), name
     routing = optimizer.routing()
     assert routing.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    for name in ("twice.weight", "twice.bias", "no_bias.weight", "hidden.weight", "hidden.bias"):
+    select, vectors = METHODS[optimizer.name].select, optimizer.name not in MATRICES_ONLY
+    for name in ("twice.weight", "no_bias.weight", "hidden.weight"):
         assert routing[name].startswith(optimizer.name), (name, routing[name])
-    assert "embedding" in routing["embedding.weight"] and not routing["norm.weight"].startswith(optimizer.name)
-    rows = optimizer.diagnostics()
-    assert rows["unused"]["input_side"] == "no rows" and "cos" not in rows["unused"]
+    for name in ("twice.bias", "hidden.bias"):
+        assert routing[name].startswith(optimizer.name) if vectors else "axes" in routing[name], (name, routing[name])
+    assert routing["norm.weight"].startswith(optimizer.name) == (vectors and select is not select_layers)
+    assert routing["embedding.weight"].startswith(optimizer.name) == (select is select_all_parameters)
+    assert select is select_all_parameters or "embedding" in routing["embedding.weight"]
+    rows, side = optimizer.diagnostics(), f"{optimizer.preconditioner.side_names[0]}_side"
+    suffix = "" if select is select_layers else ".weight"  # a layer is known by its module, a parameter by itself
+    # a layer that is never called has a hook that saw no rows; a parameter only lacks a gradient
+    assert rows["unused" + suffix].get(side) == ("no rows" if select is select_layers else None)
+    assert "cos" not in rows["unused" + suffix]
     for name in ("twice", "no_bias", "hidden"):
-        assert rows[name]["input_side"] == "updated" and 0 < float(rows[name]["cos"]) < 0.99999, rows[name]
-    assert optimizer.health()["fallback_layers"] == 1
+        row = rows[name + suffix]
+        assert row[side] == "updated" and 0 < float(row["cos"]) < 0.99999, row
+    unused = [layer.name for layer in optimizer.layers if layer.name.startswith("unused")]
+    assert optimizer.health()["fallback_layers"] == len(unused) > 0
 
 
 @every_case
@@ -278,6 +297,12 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
 }
 OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
 OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
+OTHER_VALUES["rf_rmsprop"] = {
+    "batch_size": (60, {}),
+    "factor_lr": (0.1, {}),
+    "eps": (0.1, {}),
+    "state_dtype": ("bfloat16", {}),
+}
 FIELDS = [(n, f.name) for n, m in METHODS.items() if m.config for f in dataclasses.fields(m.config)]
 
 
@@ -290,6 +315,7 @@ def final_weights(name: str, settings: dict[str, object]) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_every_setting_changes_the_run(name: str, field: str) -> None:
     value, others = OTHER_VALUES[name][field]
+    others = {"batch_size": 12, **others} if takes_batch_size(name) else others
     baseline = {k: v for k, v in others.items() if not (field == "representation" and k == "history")}
     if field == "representation":  # equal while history covers the run, so the low-rank side is given a short one
         changed = relative_change(final_weights(name, {"history": 3}), final_weights(name, {field: value}))
@@ -331,6 +357,12 @@ BAD_SETTINGS = [
     ("lamb", {"exclude": ["decoder"]}, "preconditions nothing"),
     ("lamb", {"base": "sgd"}, "preconditions nothing"),
     ("adamw", {"momentum": 0.9}, "'momentum' is no argument"),
+    ("rf_rmsprop", {}, "batch_size=None: .* the global batch"),
+    ("rf_rmsprop", {"batch_size": 0}, "batch_size=0"),
+    ("rf_rmsprop", {"batch_size": 12, "factor_lr": 1.0}, "factor_lr=1.0 is out of range"),
+    ("rf_rmsprop", {"batch_size": 12, "eps": -1.0}, "eps=-1.0"),
+    ("rf_rmsprop", {"batch_size": 12, "state_dtype": "float16"}, "state_dtype='float16'"),
+    ("rf_rmsprop", {"batch_size": 12, "state_dtype": "bfloat16", "factor_lr": 1e-3}, "would never change"),
     ("eva", {"damping": 0.0}, "damping=0.0"),
     ("eva", {"kl_clip": -1}, "kl_clip=-1"),
     ("eva", {"kv_new_weight": 1.5}, "kv_new_weight=1.5"),
@@ -392,26 +424,45 @@ def test_changed_settings_on_resume_are_logged(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("changed settings") == 1 and "update_period" in caplog.text
 
 
-@pytest.mark.parametrize("case", ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f"])
+NON_FINITE = ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f", *filter(learns_from_gradients, CASES)]
+
+
+def spoil(model: nn.Module, optimizer: hf_soo.PreconditionedOptimizer) -> tuple[str, str]:
+    """Make what ``no_bias`` learns from not finite. Returns its name, and that of a sound layer."""
+    if optimizer.capture.buffers:
+        optimizer.capture.buffers["no_bias"][1][0, 0] = float("nan")
+        return "no_bias", "hidden"
+    model.no_bias.weight.grad[0, 0] = float("nan")
+    return "no_bias.weight", "hidden.weight"
+
+
+@pytest.mark.parametrize("case", NON_FINITE)
 def test_non_finite_statistics_keep_the_old_factors(case: str, caplog: pytest.LogCaptureFixture) -> None:
     model = toy()
     optimizer = build(case, model)
-    train(model, optimizer, batches(3))
+    train(model, optimizer, batches(4))  # the next step updates every method
     before = copy.deepcopy(optimizer.states)
     optimizer.zero_grad()
     loss_of(model, batches(1)[0]).backward()
-    optimizer.capture.buffers["no_bias"][1][0, 0] = float("nan")
+    spoiled, sound = spoil(model, optimizer)
     optimizer.steps = 99  # so that the check runs after this step
     optimizer.step()
-    for name, factor in before["no_bias"].items():
-        if name in ("right", "input"):
-            assert all(torch.equal(t, optimizer.states["no_bias"][name][key]) for key, t in factor.items())
-    side = "right" if "mkor" in case else "input"
-    assert not all(torch.equal(t, optimizer.states["hidden"][side][k]) for k, t in before["hidden"][side].items())
-    assert weights(model).isfinite().all()
-    assert optimizer.diagnostics()["no_bias"]["input_side"] == "non-finite statistics"
-    assert optimizer.health()["fallback_layers"] == 2  # this one, and the unused layer
-    assert "non-finite statistics): ['no_bias']" in caplog.text
+    for name, factor in before[spoiled].items():
+        if learns_from_gradients(case) or name in ("right", "input"):  # the output side's statistics were sound
+            assert all(torch.equal(t, optimizer.states[spoiled][name][key]) for key, t in factor.items())
+    changed = [
+        not torch.equal(t, optimizer.states[sound][side][key])
+        for side, factor in before[sound].items()
+        for key, t in factor.items()
+    ]
+    assert any(changed)
+    # A gradient that is not finite reaches the base as it came, and so the weight: to skip such steps is the caller's.
+    assert weights(model).isfinite().all() != learns_from_gradients(case)
+    side = optimizer.preconditioner.side_names[0]
+    assert optimizer.diagnostics()[spoiled][f"{side}_side"] == "non-finite statistics"
+    unused = [layer.name for layer in optimizer.layers if layer.name.startswith("unused")]
+    assert optimizer.health()["fallback_layers"] == 1 + len(unused)
+    assert f"non-finite statistics): ['{spoiled}']" in caplog.text
 
 
 def test_inert_run_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -97,6 +97,7 @@ def weights(model: nn.Module) -> Tensor:
 # Every name of the registry, and the forms of a method that run other code.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     **{name: (name, {}) for name in hf_soo.available()},
+    "rf_rmsprop": ("rf_rmsprop", {"batch_size": 12}),
     "mkor-dense": ("mkor", {"representation": "dense"}),
     "mkor-exact": ("mkor", {"representation": "dense", "update_rule": "exact"}),
     "mkor-rank2": ("mkor", {"rank": 2}),
@@ -109,6 +110,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
+    "rf_rmsprop": 1e-1,
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
 
