@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from hf_soo.engine.checks import require_range, unknown_key
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Identity, Preconditioner
-from hf_soo.engine.selection import Selection, select_all_parameters, select_layers
+from hf_soo.engine.selection import Selection, select_all_parameters, select_layers, select_parameters
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
+from hf_soo.preconditioners.eva_s import EvaS, EvaSConfig
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 from hf_soo.preconditioners.rmsprop import RMSProp, RMSPropConfig
 
@@ -46,6 +47,9 @@ METHODS: dict[str, Method] = {
     "mkor": Method("MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)", "lamb", MKORConfig, MKOR),
     "eva": Method("Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaConfig, Eva),
     "eva_f": Method("Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", "sgd", EvaConfig, EvaF),
+    "eva_s": Method(
+        "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaSConfig, EvaS, select_parameters
+    ),
     "rf_rmsprop": Method(
         "Root-free RMSProp (Lin et al., ICML 2024)", "sgd", RMSPropConfig, RMSProp, select_all_parameters
     ),

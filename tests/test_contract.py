@@ -297,6 +297,13 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
 }
 OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
 OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
+OTHER_VALUES["eva"]["rescale"] = OTHER_VALUES["eva_f"]["rescale"] = ("norm", {})
+OTHER_VALUES["eva_s"] = OTHER_VALUES["eva"] | {
+    "form": ("separable", {}),
+    "rescale": ("global", {}),
+    "kv_scale": ("sum", {}),
+    "exponent": (0.5, {"form": "separable"}),
+}
 OTHER_VALUES["rf_rmsprop"] = {
     "batch_size": (60, {}),
     "factor_lr": (0.1, {}),
@@ -366,6 +373,15 @@ BAD_SETTINGS = [
     ("eva", {"damping": 0.0}, "damping=0.0"),
     ("eva", {"kl_clip": -1}, "kl_clip=-1"),
     ("eva", {"kv_new_weight": 1.5}, "kv_new_weight=1.5"),
+    ("eva", {"rescale": "trust"}, "rescale='trust'"),
+    ("eva", {"rescale": "norm", "kl_clip": 0.1}, "kl_clip=0.1 has no effect with rescale='norm'"),
+    ("eva_s", {"form": "both"}, "form='both'"),
+    ("eva_s", {"damping": 0.0}, "damping=0.0"),
+    ("eva_s", {"kv_new_weight": 0.0}, "kv_new_weight=0.0"),
+    ("eva_s", {"kv_scale": "top"}, "kv_scale='top'"),
+    ("eva_s", {"rescale": "none", "kl_clip": 0.1}, "kl_clip=0.1 has no effect with rescale='none'"),
+    ("eva_s", {"exponent": 0.5}, "form='separable'"),
+    ("eva_s", {"form": "separable", "exponent": 0.0}, "exponent=0.0"),
 ]
 
 

@@ -106,11 +106,12 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mkor+muon": ("mkor", {"base": "muon"}),
     "eva-unit": ("eva", {"kv_scale": "unit"}),
     "eva-unclipped": ("eva", {"kl_clip": None}),
+    "eva_s-separable": ("eva_s", {"form": "separable", "kv_scale": "sum"}),
     "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
-    "rf_rmsprop": 1e-1,
+    "rf_rmsprop": 1e-1, "eva_s": 1e-2, "eva_s-separable": 1e-2,
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ class Cut:
 
     def parts(self, view: Tensor) -> list[Tensor]:
         """The blocks of a [L, *shape] tensor, as views."""
-        return [view[(slice(None), *block)] for block in self.blocks]
+        return [view[index] for index in ((slice(None), *block) for block in self.blocks)]
 
     def name(self, block: int, axis: int) -> str:
         """The side of a layer's state that holds an axis of a block."""
