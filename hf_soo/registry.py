@@ -20,6 +20,7 @@ from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_grou
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
 from hf_soo.preconditioners.eva_s import EvaS, EvaSConfig
+from hf_soo.preconditioners.if_shampoo import IFShampoo, IFShampooConfig
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 from hf_soo.preconditioners.rmsprop import RMSProp, RMSPropConfig
 
@@ -49,6 +50,9 @@ METHODS: dict[str, Method] = {
     "eva_f": Method("Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", "sgd", EvaConfig, EvaF),
     "eva_s": Method(
         "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaSConfig, EvaS, select_parameters
+    ),
+    "if_shampoo": Method(
+        "Inverse-free Shampoo, no roots (Lin et al., ICML 2024)", "sgd", IFShampooConfig, IFShampoo, select_parameters
     ),
     "rf_rmsprop": Method(
         "Root-free RMSProp (Lin et al., ICML 2024)", "sgd", RMSPropConfig, RMSProp, select_all_parameters

@@ -107,11 +107,19 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "eva-unit": ("eva", {"kv_scale": "unit"}),
     "eva-unclipped": ("eva", {"kl_clip": None}),
     "eva_s-separable": ("eva_s", {"form": "separable", "kv_scale": "sum"}),
+    "if_shampoo": ("if_shampoo", {"batch_size": 12}),
+    "if_shampoo-blocks": ("if_shampoo", {"batch_size": 12, "max_dim": 5, "vector_axes": "dense"}),
+    "if_shampoo-identity": ("if_shampoo", {"batch_size": 12, "max_dim": 8, "large_axes": "identity"}),
+    "if_shampoo-prototype": (
+        "if_shampoo",
+        {"batch_size": 12, "schedule": "prototype", "large_axes": "diagonal", "max_dim": 8},
+    ),
     "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
-    "rf_rmsprop": 1e-1, "eva_s": 1e-2, "eva_s-separable": 1e-2,
+    "rf_rmsprop": 1e-1, "if_shampoo": 1e-2, "if_shampoo-blocks": 1e-2, "if_shampoo-identity": 1e-2,
+    "if_shampoo-prototype": 1e-2, "eva_s": 1e-2, "eva_s-separable": 1e-2,
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import Factor, LayerState
 
 Slices = tuple[slice, ...]
@@ -117,3 +118,10 @@ def inner(X: Tensor, Y: Tensor) -> Tensor:
 def layerwise(values: Tensor, X: Tensor) -> Tensor:
     """A number for each layer, [L], so that it multiplies X."""
     return values.view(-1, *[1] * (X.ndim - 1))
+
+
+def total(blocks: Sequence[Moved]) -> Moved:
+    """What was done to all blocks of a layer."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return Moved(*(torch.stack(norms).sum(0) for norms in zip(*(moved.tensors() for moved in blocks), strict=True)))

@@ -38,7 +38,7 @@ from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved, squared_norm
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Preconditioner, Updated
 from hf_soo.optimizers.pieces import piece_size
-from hf_soo.preconditioners.axes import inner, layerwise
+from hf_soo.preconditioners.axes import inner, layerwise, total
 from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
 
 BF16_LOWEST_RATE = 2.0**-9
@@ -119,14 +119,12 @@ class RMSProp(Preconditioner):
     def transform(self, state: LayerState, grad: Grad) -> Moved:
         """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""
         eps = max(self.config.eps, torch.finfo(grad.weight.dtype).tiny)
-        norms: list[tuple[Tensor, Tensor, Tensor]] = []
+        norms: list[Moved] = []
         for g, s, scratch in pieces(grad.weight, state["gradient"]["second_moment"]):
             P = torch.div(g, torch.add(s.to(g.dtype), eps, out=scratch), out=scratch)
-            norms.append((inner(g, g), inner(P, P), inner(P, g)))
+            norms.append(Moved(inner(g, g), inner(P, P), inner(P, g)))
             g.copy_(P)
-        return (
-            Moved(*norms[0]) if len(norms) == 1 else Moved(*(torch.stack(n).sum(0) for n in zip(*norms, strict=True)))
-        )
+        return total(norms)
 
     def distances(self, state: LayerState) -> Tensor:
         """|F - I| of the diagonal F = 1/(ŝ + ε), [L, 1]."""
