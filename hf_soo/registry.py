@@ -23,6 +23,7 @@ from hf_soo.preconditioners.eva_s import EvaS, EvaSConfig
 from hf_soo.preconditioners.if_shampoo import IFShampoo, IFShampooConfig
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 from hf_soo.preconditioners.rmsprop import RMSProp, RMSPropConfig
+from hf_soo.preconditioners.shampoo import Shampoo, ShampooConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ METHODS: dict[str, Method] = {
     ),
     "rf_rmsprop": Method(
         "Root-free RMSProp (Lin et al., ICML 2024)", "sgd", RMSPropConfig, RMSProp, select_all_parameters
+    ),
+    "shampoo": Method(
+        "Shampoo, blocked and grafted (Gupta et al., ICML 2018; Shi et al., 2023)",
+        "adamw",
+        ShampooConfig,
+        Shampoo,
+        select_parameters,
     ),
     **{name: Method(base.title, name) for name, base in BASES.items()},
 }
