@@ -15,14 +15,18 @@ from torch.optim import Optimizer
 from hf_soo.engine.checks import require_range, unknown_key
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Identity, Preconditioner
-from hf_soo.engine.selection import Selection, select_layers
+from hf_soo.engine.selection import Selection, select_all_parameters, select_layers, select_parameters
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
+from hf_soo.preconditioners.eva_s import EvaS, EvaSConfig
+from hf_soo.preconditioners.if_shampoo import IFShampoo, IFShampooConfig
 from hf_soo.preconditioners.kfac import FOOF, KAISA, KFAC, KFACReduce
 from hf_soo.preconditioners.kfac_config import FOOFConfig, KAISAConfig, KFACConfig
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 from hf_soo.preconditioners.mkor_h import MKORH, MKORHConfig
+from hf_soo.preconditioners.rmsprop import RMSProp, RMSPropConfig
+from hf_soo.preconditioners.shampoo import Shampoo, ShampooConfig
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,22 @@ METHODS: dict[str, Method] = {
     "kfac_reduce": Method("K-FAC, reduce (Eschenhagen et al., NeurIPS 2023)", "sgd", KFACConfig, KFACReduce),
     "kaisa": Method("KAISA: K-FAC over a grid of ranks (Pauloski et al., SC 2021)", "lamb", KAISAConfig, KAISA),
     "foof": Method("FOOF, the input factor alone (Benzing, ICML 2022)", "sgd", FOOFConfig, FOOF),
+    "eva_s": Method(
+        "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaSConfig, EvaS, select_parameters
+    ),
+    "if_shampoo": Method(
+        "Inverse-free Shampoo, no roots (Lin et al., ICML 2024)", "sgd", IFShampooConfig, IFShampoo, select_parameters
+    ),
+    "rf_rmsprop": Method(
+        "Root-free RMSProp (Lin et al., ICML 2024)", "sgd", RMSPropConfig, RMSProp, select_all_parameters
+    ),
+    "shampoo": Method(
+        "Shampoo, blocked and grafted (Gupta et al., ICML 2018; Shi et al., 2023)",
+        "adamw",
+        ShampooConfig,
+        Shampoo,
+        select_parameters,
+    ),
     **{name: Method(base.title, name) for name, base in BASES.items()},
 }
 
@@ -154,12 +174,32 @@ def assemble(
         selection, preconditioner, config = Selection([], {}), method.preconditioner(None), {}
     else:
         made = make_config(name, method.config, settings)
+        _require_batch_size(name, made)
         preconditioner, config = method.preconditioner(made), dataclasses.asdict(made)
         selection = method.select(model, include, exclude, preconditioner.refusal)
     inner = build_base(base or method.base, groups, lr, args, hidden_weights(model))
     return PreconditionedOptimizer(
         inner, preconditioner, selection, name=name, config=config, parameter_names=dict(model.named_parameters())
     )
+
+
+def takes_batch_size(name: str) -> bool:
+    """Whether a method's curvature is scaled with the batch size, and its gradients must come unclipped.
+
+    Args:
+        name: one of ``available()``.
+    """
+    config = METHODS[name].config
+    return config is not None and any(field.name == "batch_size" for field in dataclasses.fields(config))
+
+
+def _require_batch_size(name: str, config: Any) -> None:
+    if takes_batch_size(name) and config.batch_size is None:
+        raise ValueError(
+            f"batch_size=None: {name!r} needs the number of loss terms averaged in a step; give batch_size=..., the "
+            "global batch over all processes and accumulated micro-batches, never the local one (SecondOrderTrainer "
+            "fills it in)."
+        )
 
 
 def _refuse(name: str, **options: object) -> None:

@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_soo
-from hf_soo.registry import METHODS
+from hf_soo.engine.selection import select_all_parameters, select_layers
+from hf_soo.registry import METHODS, takes_batch_size
 from tests.oracles import assert_close_report
-from tests.toy import CASES, batches, build, loss_of, parts, toy, train, weights
+from tests.toy import CASES, batches, build, loss_of, parts, tolerance, toy, train, weights
 
 every_case = pytest.mark.parametrize("case", CASES)
 # But for one that has handed over to its base, and then has nothing to show of itself.
@@ -31,8 +32,12 @@ def reported_loss(optimizer: hf_soo.PreconditionedOptimizer, loss: torch.Tensor)
     return loss
 
 
-def uses_muon(case: str) -> bool:
-    return "muon" in case
+MATRICES_ONLY = {"shampoo", "eva_s"}
+"""Methods that leave biases and norms to the base: they have fewer than two axes."""
+
+
+def learns_from_gradients(case: str) -> bool:
+    return METHODS[CASES[case][0]].select is not select_layers
 
 
 @every_case
@@ -82,10 +87,8 @@ def test_one_batch_equals_its_micro_batches(case: str, sizes: list[int]) -> None
     one, many = toy(), toy()
     train(one, build(case, one), batches(5))
     train(many, build(case, many), batches(5), parts(sizes))
-    # fp64 sums in another order: 1e-10; torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9);
-    # KAISA's absolute damping is 1e-5 of the curvature here, so its inverses amplify rounding ten times more.
-    tolerance = 2e-3 if uses_muon(case) else 1e-9 if case == "kaisa" else 1e-10
-    assert_close_report(weights(many), weights(one), tolerance, f"{case} weights")
+    # fp64 sums in another order: 1e-10
+    assert_close_report(weights(many), weights(one), tolerance(case, 1e-10), f"{case} weights")
 
 
 @every_case
@@ -116,14 +119,24 @@ def test_unused_frozen_tied_layers(case: str) -> None:
         assert torch.equal(before[name], after[name]), name
     routing = optimizer.routing()
     assert routing.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    for name in ("twice.weight", "twice.bias", "no_bias.weight", "hidden.weight", "hidden.bias"):
+    select, vectors = METHODS[optimizer.name].select, optimizer.name not in MATRICES_ONLY
+    for name in ("twice.weight", "no_bias.weight", "hidden.weight"):
         assert routing[name].startswith(optimizer.name), (name, routing[name])
-    assert "embedding" in routing["embedding.weight"] and not routing["norm.weight"].startswith(optimizer.name)
-    rows = optimizer.diagnostics()
-    assert rows["unused"]["input_side"] == "no rows" and "cos" not in rows["unused"]
+    for name in ("twice.bias", "hidden.bias"):
+        assert routing[name].startswith(optimizer.name) if vectors else "axes" in routing[name], (name, routing[name])
+    assert routing["norm.weight"].startswith(optimizer.name) == (vectors and select is not select_layers)
+    assert routing["embedding.weight"].startswith(optimizer.name) == (select is select_all_parameters)
+    assert select is select_all_parameters or "embedding" in routing["embedding.weight"]
+    rows, side = optimizer.diagnostics(), f"{optimizer.preconditioner.side_names[0]}_side"
+    suffix = "" if select is select_layers else ".weight"  # a layer is known by its module, a parameter by itself
+    # a layer that is never called has a hook that saw no rows; a parameter only lacks a gradient
+    assert rows["unused" + suffix].get(side) == ("no rows" if select is select_layers else None)
+    assert "cos" not in rows["unused" + suffix]
     for name in ("twice", "no_bias", "hidden"):
-        assert rows[name]["input_side"] == "updated" and 0 < float(rows[name]["cos"]) < 0.99999, rows[name]
-    assert optimizer.health()["fallback_layers"] == 1
+        row = rows[name + suffix]
+        assert row[side] == "updated" and 0 < float(row["cos"]) < 0.99999, row
+    unused = [layer.name for layer in optimizer.layers if layer.name.startswith("unused")]
+    assert optimizer.health()["fallback_layers"] == len(unused) > 0
 
 
 @every_case
@@ -199,7 +212,7 @@ def test_loss_scale_is_taken_out(case: str) -> None:
             if parameter.grad is not None:
                 parameter.grad /= 2.0**16
         optimizer.step()
-    assert_close_report(weights(scaled), weights(plain), 2e-3 if uses_muon(case) else 1e-10, f"{case} weights")
+    assert_close_report(weights(scaled), weights(plain), tolerance(case, 1e-10), f"{case} weights")
 
 
 @second_order
@@ -223,8 +236,8 @@ def test_batched_layers_equal_single_ones(case: str) -> None:
             reported_loss(optimizer, (net(x) - x.flip(1)).square().mean()).backward()
             optimizer.step()
         results.append(weights(net))
-    # the same sums, other kernels: 1e-14 a step; bf16 in torch's Muon as above
-    assert_close_report(results[1], results[0], 2e-3 if uses_muon(case) else 1e-11, f"{case} batched")
+    # the same sums, other kernels: 1e-14 a step
+    assert_close_report(results[1], results[0], tolerance(case, 1e-11), f"{case} batched")
 
 
 @every_case
@@ -322,6 +335,43 @@ OTHER_VALUES["mkor_h"] = OTHER_VALUES["mkor"] | {
 }
 OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
 OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
+OTHER_VALUES["eva"]["rescale"] = OTHER_VALUES["eva_f"]["rescale"] = ("norm", {})
+OTHER_VALUES["eva_s"] = OTHER_VALUES["eva"] | {
+    "form": ("separable", {}),
+    "rescale": ("global", {}),
+    "kv_scale": ("sum", {}),
+    "exponent": (0.5, {"form": "separable"}),
+}
+OTHER_VALUES["rf_rmsprop"] = {
+    "batch_size": (60, {}),
+    "factor_lr": (0.1, {}),
+    "eps": (0.1, {}),
+    "state_dtype": ("bfloat16", {}),
+}
+OTHER_VALUES["if_shampoo"] = {
+    "batch_size": (60, {}),
+    "factor_lr": (0.3, {}),
+    "riemannian_momentum": (0.1, {}),
+    "damping": (0.1, {}),
+    "update_period": (5, {}),
+    "schedule": ("prototype", {}),
+    "max_dim": (5, {}),
+    "large_axes": ("identity", {"max_dim": 8}),
+    "vector_axes": ("dense", {}),
+    "merge_kernels": (False, {}),
+    "state_dtype": ("bfloat16", {}),
+}
+OTHER_VALUES["shampoo"] = {
+    "factor_decay": (1.0, {}),
+    "update_period": (5, {}),
+    "inverse_period": (4, {}),
+    "exponent": (0.5, {}),
+    "grafting": ("muon", {}),
+    "graft_decay": (0.9, {"grafting": "adam"}),
+    "epsilon": (1e-2, {}),
+    "trace_scaling": (True, {}),
+    "max_dim": (5, {}),
+}
 WITHOUT_EFFECT = {
     # name, field -> why it must not change the run
     **{(name, "grad_workers"): "it moves work between ranks: tests/test_placement.py" for name in FACTORIZING},
@@ -339,6 +389,19 @@ def final_weights(name: str, settings: dict[str, object]) -> torch.Tensor:
     return weights(model)
 
 
+def final_kernels(name: str, settings: dict[str, object]) -> torch.Tensor:
+    """For settings that act on convolutions alone: the toy has none."""
+    model = nn.Conv2d(3, 4, 3).double()
+    optimizer = hf_soo.build_optimizer(name, model, lr=1e-2, **settings)  # type: ignore[arg-type]
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(
+            torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        ).square().sum().backward()
+        optimizer.step()
+    return weights(model)
+
+
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_every_setting_changes_the_run(name: str, field: str) -> None:
     if (name, field) in WITHOUT_EFFECT:
@@ -347,11 +410,16 @@ def test_every_setting_changes_the_run(name: str, field: str) -> None:
         assert same < 1e-9, f"{name}: {field}={value!r} changes the run by {same}"
         return
     value, others = OTHER_VALUES[name][field]
+    others = {"batch_size": 12, **others} if takes_batch_size(name) else others
     baseline = {k: v for k, v in others.items() if not (field == "representation" and k == "history")}
     if field == "representation":  # equal while history covers the run, so the low-rank side is given a short one
         changed = relative_change(final_weights(name, {"history": 3}), final_weights(name, {field: value}))
     else:
-        changed = relative_change(final_weights(name, baseline), final_weights(name, {**baseline, field: value}))
+        run = final_kernels if field == "merge_kernels" else final_weights
+        torch.manual_seed(0)
+        before = run(name, baseline)
+        torch.manual_seed(0)
+        changed = relative_change(before, run(name, {**baseline, field: value}))
     assert changed > 1e-9, f"{name}: {field}={value!r} has no effect"
 
 
@@ -388,6 +456,12 @@ BAD_SETTINGS = [
     ("lamb", {"exclude": ["decoder"]}, "preconditions nothing"),
     ("lamb", {"base": "sgd"}, "preconditions nothing"),
     ("adamw", {"momentum": 0.9}, "'momentum' is no argument"),
+    ("rf_rmsprop", {}, "batch_size=None: .* the global batch"),
+    ("rf_rmsprop", {"batch_size": 0}, "batch_size=0"),
+    ("rf_rmsprop", {"batch_size": 12, "factor_lr": 1.0}, "factor_lr=1.0 is out of range"),
+    ("rf_rmsprop", {"batch_size": 12, "eps": -1.0}, "eps=-1.0"),
+    ("rf_rmsprop", {"batch_size": 12, "state_dtype": "float16"}, "state_dtype='float16'"),
+    ("rf_rmsprop", {"batch_size": 12, "state_dtype": "bfloat16", "factor_lr": 1e-3}, "would never change"),
     ("eva", {"damping": 0.0}, "damping=0.0"),
     ("mkor_h", {"rate_decay": 1.0}, "rate_decay=1.0"),
     ("mkor_h", {"patience": 0}, "patience=0"),
@@ -415,6 +489,48 @@ BAD_SETTINGS = [
     ("foof", {"fisher": "mc"}, "'fisher' is no setting of 'foof'"),
     ("eva", {"kl_clip": -1}, "kl_clip=-1"),
     ("eva", {"kv_new_weight": 1.5}, "kv_new_weight=1.5"),
+    ("eva", {"rescale": "trust"}, "rescale='trust'"),
+    ("eva", {"rescale": "norm", "kl_clip": 0.1}, "kl_clip=0.1 has no effect with rescale='norm'"),
+    ("if_shampoo", {}, "batch_size=None: .* the global batch"),
+    ("if_shampoo", {"batch_size": 2.5}, "batch_size=2.5"),
+    ("if_shampoo", {"batch_size": 12, "factor_lr": 1.0}, "factor_lr=1.0 is out of range"),
+    ("if_shampoo", {"batch_size": 12, "riemannian_momentum": 1.0}, "riemannian_momentum=1.0"),
+    ("if_shampoo", {"batch_size": 12, "damping": -1.0}, "damping=-1.0"),
+    ("if_shampoo", {"batch_size": 12, "update_period": 0}, "update_period=0"),
+    ("if_shampoo", {"batch_size": 12, "schedule": "log"}, "schedule='log'"),
+    ("if_shampoo", {"batch_size": 12, "max_dim": 0}, "max_dim=0"),
+    ("if_shampoo", {"batch_size": 12, "large_axes": "dense"}, "large_axes='dense'"),
+    ("if_shampoo", {"batch_size": 12, "vector_axes": "block"}, "vector_axes='block'"),
+    ("if_shampoo", {"batch_size": 12, "merge_kernels": "yes"}, "merge_kernels='yes'"),
+    ("if_shampoo", {"batch_size": 12, "state_dtype": "half"}, "state_dtype='half'"),
+    (
+        "if_shampoo",
+        {"batch_size": 12, "state_dtype": "bfloat16", "factor_lr": 0.01},
+        r"axis of length 8 \('twice.weight'\): it needs factor_lr > √d/256 = 0.0110",
+    ),
+    (
+        "if_shampoo",
+        {"batch_size": 12, "large_axes": "identity", "max_dim": 2, "vector_axes": "dense"},
+        "no layer selected: .*every axis is longer than max_dim=2",
+    ),
+    ("shampoo", {"factor_decay": 0.0}, "factor_decay=0.0"),
+    ("shampoo", {"factor_decay": 1.5}, "factor_decay=1.5"),
+    ("shampoo", {"update_period": 0}, "update_period=0"),
+    ("shampoo", {"inverse_period": 0}, "inverse_period=0"),
+    ("shampoo", {"exponent": 0.0}, "exponent=0.0"),
+    ("shampoo", {"grafting": "adagrad"}, "grafting='adagrad'"),
+    ("shampoo", {"graft_decay": 0.9}, "graft_decay=0.9 has no effect with grafting='sgd'"),
+    ("shampoo", {"graft_decay": 1.0, "grafting": "adam"}, "graft_decay=1.0"),
+    ("shampoo", {"epsilon": 0.0}, "epsilon=0.0"),
+    ("shampoo", {"trace_scaling": "yes"}, "trace_scaling='yes'"),
+    ("shampoo", {"max_dim": 0}, "max_dim=0"),
+    ("eva_s", {"form": "both"}, "form='both'"),
+    ("eva_s", {"damping": 0.0}, "damping=0.0"),
+    ("eva_s", {"kv_new_weight": 0.0}, "kv_new_weight=0.0"),
+    ("eva_s", {"kv_scale": "top"}, "kv_scale='top'"),
+    ("eva_s", {"rescale": "none", "kl_clip": 0.1}, "kl_clip=0.1 has no effect with rescale='none'"),
+    ("eva_s", {"exponent": 0.5}, "form='separable'"),
+    ("eva_s", {"form": "separable", "exponent": 0.0}, "exponent=0.0"),
 ]
 
 
@@ -473,26 +589,45 @@ def test_changed_settings_on_resume_are_logged(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("changed settings") == 1 and "update_period" in caplog.text
 
 
-@pytest.mark.parametrize("case", ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f"])
+NON_FINITE = ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f", *filter(learns_from_gradients, CASES)]
+
+
+def spoil(model: nn.Module, optimizer: hf_soo.PreconditionedOptimizer) -> tuple[str, str]:
+    """Make what ``no_bias`` learns from not finite. Returns its name, and that of a sound layer."""
+    if optimizer.capture.buffers:
+        optimizer.capture.buffers["no_bias"][1][0, 0] = float("nan")
+        return "no_bias", "hidden"
+    model.no_bias.weight.grad[0, 0] = float("nan")
+    return "no_bias.weight", "hidden.weight"
+
+
+@pytest.mark.parametrize("case", NON_FINITE)
 def test_non_finite_statistics_keep_the_old_factors(case: str, caplog: pytest.LogCaptureFixture) -> None:
     model = toy()
     optimizer = build(case, model)
-    train(model, optimizer, batches(3))
+    train(model, optimizer, batches(4))  # the next step updates every method
     before = copy.deepcopy(optimizer.states)
     optimizer.zero_grad()
     loss_of(model, batches(1)[0]).backward()
-    optimizer.capture.buffers["no_bias"][1][0, 0] = float("nan")
+    spoiled, sound = spoil(model, optimizer)
     optimizer.steps = 99  # so that the check runs after this step
     optimizer.step()
-    for name, factor in before["no_bias"].items():
-        if name in ("right", "input"):
-            assert all(torch.equal(t, optimizer.states["no_bias"][name][key]) for key, t in factor.items())
-    side = "right" if "mkor" in case else "input"
-    assert not all(torch.equal(t, optimizer.states["hidden"][side][k]) for k, t in before["hidden"][side].items())
-    assert weights(model).isfinite().all()
-    assert optimizer.diagnostics()["no_bias"]["input_side"] == "non-finite statistics"
-    assert optimizer.health()["fallback_layers"] == 2  # this one, and the unused layer
-    assert "non-finite statistics): ['no_bias']" in caplog.text
+    for name, factor in before[spoiled].items():
+        if learns_from_gradients(case) or name in ("right", "input"):  # the output side's statistics were sound
+            assert all(torch.equal(t, optimizer.states[spoiled][name][key]) for key, t in factor.items())
+    changed = [
+        not torch.equal(t, optimizer.states[sound][side][key])
+        for side, factor in before[sound].items()
+        for key, t in factor.items()
+    ]
+    assert any(changed)
+    # A gradient that is not finite reaches the base as it came, and so the weight: to skip such steps is the caller's.
+    assert weights(model).isfinite().all() != learns_from_gradients(case)
+    side = optimizer.preconditioner.side_names[0]
+    assert optimizer.diagnostics()[spoiled][f"{side}_side"] == "non-finite statistics"
+    unused = [layer.name for layer in optimizer.layers if layer.name.startswith("unused")]
+    assert optimizer.health()["fallback_layers"] == 1 + len(unused)
+    assert f"non-finite statistics): ['{spoiled}']" in caplog.text
 
 
 def test_inert_run_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -650,22 +785,34 @@ def test_a_penalty_with_create_graph() -> None:
     assert not any(t.requires_grad for b in optimizer.capture.buffers.values() for t in b)
 
 
+CONVOLUTIONS = [
+    "mkor",
+    "rf_rmsprop",
+    "eva_s",
+    "eva_s-separable",
+    "if_shampoo",
+    "if_shampoo-blocks",
+    "shampoo",
+    "shampoo-adam",
+]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_conv_in_either_memory_format(layout: torch.memory_format) -> None:
+def test_conv_in_either_memory_format(layout: torch.memory_format, case: str) -> None:
     def run(layout: torch.memory_format) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).double().to(memory_format=layout)
-        optimizer = hf_soo.build_optimizer("mkor", model, lr=1e-2, base="sgd", weight_decay=0.0)
+        optimizer = build(case, model, lr=1e-4, base="sgd", weight_decay=0.0)
         for _ in range(3):
             optimizer.zero_grad()
             model(torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=layout)).square().sum().backward()
             before = model.weight.grad.clone()
             optimizer.step()
-            cosine = torch.cosine_similarity(before.flatten(), model.weight.grad.flatten(), dim=0)
-            assert cosine < 0.99, "the weight's gradient was not replaced"
+            assert not torch.equal(before, model.weight.grad), "the weight's gradient was not replaced"
         return model.weight.detach()
 
-    assert_close_report(run(layout), run(torch.contiguous_format), 1e-12, "weights")
+    assert_close_report(run(layout), run(torch.contiguous_format), tolerance(case, 1e-12), "weights")
 
 
 @pytest.mark.parametrize("rank", [1, 2])

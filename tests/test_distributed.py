@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed import run_ranks
 from tests.oracles import assert_close_report
 from tests.test_trainer import final_weights, run_trainer
-from tests.toy import CASES, batches, build, loss_of, toy, train, weights
+from tests.toy import CASES, batches, build, loss_of, tolerance, toy, train, weights
 
 STEPS = 5
 
@@ -54,9 +54,8 @@ def test_ddp_equals_one_process(shares: list[int]) -> None:
         train(single, build(case, single), batches(STEPS))
         for result in ranks:
             assert torch.equal(result[case], ranks[0][case]), f"{case}: ranks differ"
-        # fp64, sums in another order; bf16 in torch's Muon turns single roundings; KAISA as in the contract table
-        tolerance = 2e-3 if "muon" in case else 1e-9 if case == "kaisa" else 1e-10
-        assert_close_report(ranks[0][case], weights(single), tolerance, case)
+        # fp64, sums in another order
+        assert_close_report(ranks[0][case], weights(single), tolerance(case, 1e-10), case)
 
 
 def trainer_rank(rank: int, world: int, folder: str) -> torch.Tensor:

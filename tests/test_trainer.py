@@ -172,6 +172,10 @@ OPTIMIZERS = {
     "foof": {"optim": "foof", "learning_rate": 0.05},
     "eva": {"optim": "eva", "learning_rate": 0.05},
     "eva_f": {"optim": "eva_f", "learning_rate": 0.05},
+    "eva_s": {"optim": "eva_s", "learning_rate": 0.05},
+    "if_shampoo": {"optim": "if_shampoo", "learning_rate": 0.01},
+    "rf_rmsprop": {"optim": "rf_rmsprop", "learning_rate": 0.1},
+    "shampoo": {"optim": "shampoo", "learning_rate": 0.003, "optim_args": "grafting=adam,inverse_period=2"},
     "lamb": {"optim": "lamb"},
     "adamw": {"optim": "adamw", "optim_args": '{"betas": [0.9, 0.95]}'},
     "sgd": {"optim": "sgd"},
@@ -189,6 +193,24 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert logged(whole, "loss")[3:] == logged(resumed, "loss")[3:]
     assert "second_order" not in torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert torch.load(tmp_path / "checkpoint-3" / "preconditioner.pt", weights_only=True)["steps"] == 3
+
+
+def test_the_global_batch_is_filled_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def built(**overrides: Any) -> hf_soo.PreconditionedOptimizer:
+        args = arguments(str(tmp_path), optim="rf_rmsprop", gradient_accumulation_steps=3, **overrides)
+        trainer = SecondOrderTrainer(model=bert(), args=args, train_dataset=Examples())
+        trainer.create_optimizer()
+        assert trainer.second_order is not None
+        return trainer.second_order
+
+    assert built().config["batch_size"] == 8 * 3
+    assert built(optim_args="batch_size=7").config["batch_size"] == 7
+    with pytest.raises(ValueError, match="auto_find_batch_size=True changes the global batch"):
+        built(auto_find_batch_size=True)
+    assert built(auto_find_batch_size=True, optim_args="batch_size=24").config["batch_size"] == 24
+    assert "max_grad_norm" not in caplog.text
+    built(max_grad_norm=1.0)
+    assert "rf_rmsprop with max_grad_norm=1.0" in caplog.text
 
 
 def test_a_second_train_goes_on(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def weights(model: nn.Module) -> Tensor:
 # Every name of the registry, and the forms of a method that run other code.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     **{name: (name, {}) for name in hf_soo.available()},
+    "rf_rmsprop": ("rf_rmsprop", {"batch_size": 12}),
     "mkor-dense": ("mkor", {"representation": "dense"}),
     "mkor-exact": ("mkor", {"representation": "dense", "update_rule": "exact"}),
     "mkor-rank2": ("mkor", {"rank": 2}),
@@ -115,13 +116,44 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "kfac-absolute": ("kfac_expand", {"damping_mode": "absolute", "damping": 3e-3, "rescale": "norm"}),
     "kfac-published": ("kfac_expand", {"factor_scale": "published", "factor_start": "identity"}),
     "foof-eigen": ("foof", {"inverse": "eigen", "rescale": "global"}),
+    "eva_s-separable": ("eva_s", {"form": "separable", "kv_scale": "sum"}),
+    "if_shampoo": ("if_shampoo", {"batch_size": 12}),
+    "if_shampoo-blocks": ("if_shampoo", {"batch_size": 12, "max_dim": 5, "vector_axes": "dense"}),
+    "if_shampoo-identity": ("if_shampoo", {"batch_size": 12, "max_dim": 8, "large_axes": "identity"}),
+    "if_shampoo-prototype": (
+        "if_shampoo",
+        {"batch_size": 12, "schedule": "prototype", "large_axes": "diagonal", "max_dim": 8},
+    ),
+    "shampoo-sum": ("shampoo", {"factor_decay": 1.0, "grafting": "none", "base": "sgd"}),
+    "shampoo-adam": ("shampoo", {"grafting": "adam", "max_dim": 5, "inverse_period": 3}),
+    "shampoo-orthogonal": ("shampoo", {"grafting": "muon", "base": "sgd", "trace_scaling": True}),
     "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
     "kfac_expand": 1e-1, "kfac_reduce": 1e-1, "kfac-eigen": 1e-1, "foof": 1e-1,
+    "rf_rmsprop": 1e-1, "shampoo": 1e-2, "shampoo-sum": 1e-2, "shampoo-adam": 1e-2, "shampoo-orthogonal": 1e-2,
+    "if_shampoo": 1e-2, "if_shampoo-blocks": 1e-2, "if_shampoo-identity": 1e-2,
+    "if_shampoo-prototype": 1e-2, "eva_s": 1e-2, "eva_s-separable": 1e-2,
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
+
+
+ROUNDING = {
+    "mkor+muon": 2e-3,  # torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9)
+    "muon": 2e-3,
+    "kaisa": 1e-9,  # its absolute damping is 1e-5 of the curvature here, so its inverses make more of a rounding
+    # roots of factors without full rank turn 1e-16 into 1e-13 where a dead unit's gradient is 0; AdamW's ε is 1e-8
+    "shampoo": 1e-4,
+    "shampoo-adam": 1e-4,
+    "shampoo-sum": 1e-7,
+    "shampoo-orthogonal": 1e-7,
+}
+
+
+def tolerance(case: str, rtol: float) -> float:
+    """``rtol``, or more for a method that makes more of a rounding."""
+    return max(rtol, ROUNDING.get(case, 0.0))
 
 
 def build(case: str, model: nn.Module, **overrides: object) -> PreconditionedOptimizer:

@@ -38,6 +38,7 @@ class Diagnostics:
         """
         self._sides = sides
         self._moved: list[tuple[list[str], Moved]] = []
+        self._fresh = False
         self._updated: list[tuple[list[str], Updated]] = []
         self._refreshed: list[tuple[list[str], Tensor]] = []
         self._lowest_cosine: Tensor | None = None
@@ -54,7 +55,7 @@ class Diagnostics:
 
     def begin_transform(self) -> None:
         """Forget the last step."""
-        self._moved = []
+        self._moved, self._fresh = [], True
 
     def record_update(self, names: list[str], updated: Updated) -> None:
         """Keep what an update of the named layers saw."""
@@ -67,8 +68,6 @@ class Diagnostics:
     def record_transform(self, names: list[str], moved: Moved) -> None:
         """Keep what a transform of the named layers did."""
         self._moved.append((names, moved))
-        lowest = moved.cosine().min()
-        self._lowest_cosine = lowest if self._lowest_cosine is None else torch.minimum(self._lowest_cosine, lowest)
 
     def check(self, step: int, method: str) -> None:
         """After step 1 and each CHECK_PERIOD: warn, once, of an inert run and of layers without statistics.
@@ -79,6 +78,7 @@ class Diagnostics:
         """
         if step == 1:  # a model in eval mode, a layer that is never called: say so before hours are spent
             self._warn_of_layers(method)
+        self._follow_cosines()
         if step % CHECK_PERIOD or self._lowest_cosine is None:
             return
         lowest = self._lowest_cosine.item()
@@ -91,6 +91,18 @@ class Diagnostics:
                 method, CHECK_PERIOD, lowest,
             )  # fmt: skip
         self._warn_of_layers(method)
+
+    def _follow_cosines(self) -> None:
+        """Take the last step into the lowest cos(G, P) so far: a few operations for all layers of a device together."""
+        by_device: dict[torch.device, list[Moved]] = {}
+        for _, moved in self._moved if self._fresh else ():
+            by_device.setdefault(moved.before.device, []).append(moved)
+        for records in by_device.values():
+            norms = (torch.cat(each) for each in zip(*(moved.tensors() for moved in records), strict=True))
+            lowest = Moved(*norms).cosine().min()
+            before = self._lowest_cosine
+            self._lowest_cosine = lowest if before is None else torch.minimum(before.to(lowest.device), lowest)
+        self._fresh = False
 
     def _warn_of_layers(self, method: str) -> None:
         """Name the layers whose statistics could not be used at the last update, each once."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.linalg import Moved
 
-RescaleName = Literal["kl_clip", "norm", "global", "none"]
-
 
 class Rescale(Protocol):
     """A rule for the length of P."""
@@ -66,42 +64,46 @@ class KLClip:
 
 
 class GlobalNorm:
-    """√(Σ|G|² / Σ|P|²), one factor for all layers (the released Eva and K-FAC code with κ = 0)."""
+    """√(Σ|G|² / Σ|P|²) over all layers: the step is as long as the base's own would be (Eva's code, κ = 0)."""
 
     joint = True
 
     def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
-        """The same factor for every layer; a layer whose P is not finite does not count."""
-        finite = [m.after.isfinite() for m in moved]
+        """The same factor for every layer; 1 if it is 0 or not finite. A layer whose P is not finite does not count."""
+        usable = [m.before.isfinite() & m.after.isfinite() for m in moved]
         before, after = (
-            torch.stack([torch.where(ok, norm, 0.0).sum() for ok, norm in zip(finite, norms, strict=True)]).sum()
+            torch.stack([torch.where(ok, norm, 0.0).sum() for ok, norm in zip(usable, norms, strict=True)]).sum()
             for norms in ([m.before for m in moved], [m.after for m in moved])
         )
         ratio = (before / after).sqrt()
         ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-        return [torch.where(ok, ratio, 1.0) for ok in finite]
+        return [ratio.expand_as(m.inner) for m in moved]
 
 
-def make_rescale(rescale: RescaleName, kl_clip: float | None, default_clip: float = 1e-3) -> Rescale:
-    """The rule for the length of P that a method's settings name.
+RescaleName = Literal["kl_clip", "global", "norm", "none"]
+RESCALES = ("kl_clip", "global", "norm", "none")
+DEFAULT_KL_CLIP = 1e-3
+
+
+def make_rescale(rescale: RescaleName, kl_clip: float | None) -> Rescale:
+    """The rule that a method's two settings name, checked.
 
     Args:
-        rescale: "kl_clip", "norm", "global" or "none".
-        kl_clip: κ, or None for no clip.
-        default_clip: the method's default κ, which may stand beside another rule.
+        rescale: "kl_clip", "global" (``GlobalNorm``), "norm" (``MatchNorm``) or "none".
+        kl_clip: κ of the KL clip; None: no clip.
 
     Returns:
         The rule.
 
     Raises:
-        ValueError: a value is not allowed, or ``kl_clip`` is set beside another rule.
+        ValueError: a value is out of range, or the two contradict each other.
     """
-    require_in("rescale", rescale, ("kl_clip", "norm", "global", "none"))
+    require_in("rescale", rescale, RESCALES)
     if kl_clip is not None:
         require_range("kl_clip", kl_clip, 0, float("inf"), open_low=True)
+    if rescale != "kl_clip" and kl_clip not in (None, DEFAULT_KL_CLIP):
+        raise ValueError(f"kl_clip={kl_clip} has no effect with rescale={rescale!r}; leave one of the two out.")
     if rescale == "kl_clip":
         return NoRescale() if kl_clip is None else KLClip(kl_clip)
-    if kl_clip not in (None, default_clip):
-        raise ValueError(f"kl_clip={kl_clip} has no effect with rescale={rescale!r}; leave it out.")
-    rules: dict[str, Rescale] = {"norm": MatchNorm(), "global": GlobalNorm(), "none": NoRescale()}
-    return rules[rescale]
+    rules: dict[str, type[Rescale]] = {"global": GlobalNorm, "norm": MatchNorm, "none": NoRescale}
+    return rules[rescale]()

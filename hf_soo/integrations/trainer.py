@@ -32,7 +32,7 @@ from hf_soo.integrations.checkpoints import (
 from hf_soo.integrations.loss_kwargs import ignores_loss_kwargs
 from hf_soo.integrations.sampled import sampled_loss
 from hf_soo.optimizers.schedules import poly_warmup
-from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer
+from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer, takes_batch_size
 
 __all__ = [
     "SecondOrderTrainer",
@@ -120,7 +120,7 @@ class SecondOrderTrainerMixin(_Base):
             base_args=parse_settings("base_optim_args", args.base_optim_args),
             include=args.precondition_include,
             exclude=args.precondition_exclude,
-            settings=parse_settings("optim_args", args.optim_args),
+            settings=self._settings(),
         )
         optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
         return optimizer
@@ -167,6 +167,27 @@ class SecondOrderTrainerMixin(_Base):
         if self.second_order is not None:
             self.second_order.report_loss(loss)
         return loss
+
+    def _settings(self) -> dict[str, Any]:
+        """The method's settings; the batch size is filled in for methods that need one."""
+        args = self.args
+        settings = parse_settings("optim_args", args.optim_args)
+        if not takes_batch_size(args.optim):
+            return settings
+        if args.max_grad_norm is not None and args.max_grad_norm > 0:
+            logger.warning(
+                "%s with max_grad_norm=%s: there is no square root in its curvature, so a gradient that is clipped to "
+                "1/c of its length makes a step c times longer; set max_grad_norm=0.",
+                args.optim, args.max_grad_norm,
+            )  # fmt: skip
+        if settings.get("batch_size") is None:
+            if args.auto_find_batch_size:
+                raise ValueError(
+                    f"auto_find_batch_size=True changes the global batch, which {args.optim!r} is scaled with, after "
+                    "it was built; set it to False, or give optim_args batch_size=... yourself."
+                )
+            settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return settings
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Add "poly_warmup" to Trainer's schedules.

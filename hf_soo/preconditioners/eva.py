@@ -12,7 +12,7 @@ paper here           the released code
 ===== ============== =======================================
 γ     damping        damping
 ξ     kv_new_weight  factor_decay: the weight of the *new* vector
-κ     kl_clip        kl_clip
+κ     kl_clip        kl_clip; 0 there is `rescale="global"` here, < 0 is None
 ===== ============== =======================================
 
 Deviation: the released code takes b = mean output gradient of the first 16 rows, with which |a|²|b|² is far below γ on
@@ -36,7 +36,7 @@ from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, Preconditioner, Side, Updated
-from hf_soo.engine.rescale import KLClip, NoRescale, Rescale
+from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, kronecker_vectors, updated
@@ -53,27 +53,28 @@ class EvaConfig(Periodic):
         update_period: optimizer steps between updates of the vectors.
         warmup_updates: so many first steps each update.
         kv_scale: "unit", "sum" or "mean"; see ``kronecker_vectors``.
+        rescale: "kl_clip"; or |P| = |G| over all layers ("global"), for each layer ("norm"), or "none".
     """
 
     damping: float = 0.03
     kv_new_weight: float = 0.95
-    kl_clip: float | None = 1e-3
+    kl_clip: float | None = DEFAULT_KL_CLIP
     update_period: int = 1
     warmup_updates: int = 0
     kv_scale: KVScale = "sum"
+    rescale: RescaleName = "kl_clip"
 
     def __post_init__(self) -> None:
         """Check the fields.
 
         Raises:
-            ValueError: a field is out of range.
+            ValueError: a field is out of range, or two contradict each other.
         """
         Periodic.__post_init__(self)
         require_range("damping", self.damping, 0, float("inf"), open_low=True)
         require_range("kv_new_weight", self.kv_new_weight, 0, 1 + 1e-12, open_low=True)
         require_in("kv_scale", self.kv_scale, KV_SCALES)
-        if self.kl_clip is not None:
-            require_range("kl_clip", self.kl_clip, 0, float("inf"), open_low=True)
+        make_rescale(self.rescale, self.kl_clip)
 
 
 class Eva(Preconditioner):
@@ -90,7 +91,7 @@ class Eva(Preconditioner):
         self.config = config
         outputs = Side.OUTPUT in self.sides
         self.recorder = SumRecorder(inputs=True, outputs=outputs, noise=outputs and config.kv_scale == "unit")
-        self.rescale: Rescale = NoRescale() if config.kl_clip is None else KLClip(config.kl_clip)
+        self.rescale = make_rescale(config.rescale, config.kl_clip)
 
     def updates_at(self, step: int) -> bool:
         """By the period."""

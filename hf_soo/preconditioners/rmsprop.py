@@ -1,0 +1,152 @@
+"""Root-free RMSProp (Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024; 2402.03496).
+
+For each entry of every parameter, with g the gradient of the mean over B loss terms,
+
+    ŝ ← (1-β)ŝ + βB g²,   ŝ₀ = 1
+    P = g / (ŝ + ε)
+
+then the base steps on P: with torch's SGD, buf ← α buf + (P + κW) and W ← W - η buf, as in the paper.
+
+===== ============== =====================================
+paper here           the released code
+===== ============== =====================================
+ŝ     second_moment  B times its state (it starts at 1/B)
+β     factor_lr      1 - alpha
+ε     eps            eps
+B     batch_size     batch_size
+α, κ  of the base    momentum, weight_decay
+===== ============== =====================================
+
+B makes βBg² the curvature of the mean loss whatever the batch size. ŝ₀ = 1 makes the first steps those of SGD; the
+learning rate is therefore one of SGD's, not of Adam's, and a clipped gradient lengthens P (no square root).
+Deviation: the state is float32; the released runs keep it in bfloat16, where it never moves if β < 2⁻⁹ (refused here).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_soo.engine.capture import Statistics
+from hf_soo.engine.checks import require_range
+from hf_soo.engine.gradients import Grad
+from hf_soo.engine.layers import Layer
+from hf_soo.engine.linalg import Moved, squared_norm
+from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Preconditioner, Updated
+from hf_soo.optimizers.pieces import piece_size
+from hf_soo.preconditioners.axes import inner, layerwise, total
+from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
+
+BF16_LOWEST_RATE = 2.0**-9
+"""Below it (1-β)ŝ rounds back to ŝ in bfloat16."""
+
+
+@dataclass(frozen=True)
+class RMSPropConfig:
+    """Settings of root-free RMSProp.
+
+    Args:
+        batch_size: B, the loss terms averaged in a step over all processes; None: Trainer's.
+        factor_lr: β, the weight of the new squared gradient.
+        eps: ε; a large one turns the method into SGD.
+        state_dtype: of ŝ, "float32" (float64 for a float64 model) or "bfloat16".
+    """
+
+    batch_size: int | None = None
+    factor_lr: float = 0.01
+    eps: float = 1e-4
+    state_dtype: StateDtype = "float32"
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: a field is out of range, or the state could not move.
+        """
+        check_batch_size(self.batch_size)
+        require_range("factor_lr", self.factor_lr, 0, 1)
+        require_range("eps", self.eps, 0, float("inf"))
+        check_state_dtype(self.state_dtype)
+        if self.state_dtype == "bfloat16" and self.factor_lr < BF16_LOWEST_RATE:
+            raise ValueError(
+                f"state_dtype='bfloat16' with factor_lr={self.factor_lr} would never change: (1-β)ŝ rounds to ŝ below "
+                f"{BF16_LOWEST_RATE:.5f}; use state_dtype='float32'."
+            )
+
+
+class RMSProp(Preconditioner):
+    """Root-free RMSProp as a gradient transform of single parameters; state "gradient": ŝ in the parameter's shape."""
+
+    side_names = ONE_SIDE
+
+    def __init__(self, config: RMSPropConfig) -> None:
+        """Make the transform.
+
+        Args:
+            config: its settings, with a batch size.
+        """
+        self.config = config
+        self.batch_size = config.batch_size or 1
+
+    def updates_at(self, step: int) -> bool:
+        """In every step."""
+        return True
+
+    def init(self, layer: Layer) -> LayerState:
+        """ŝ = 1."""
+        dtype = stored_dtype(self.config.state_dtype, layer.weight.dtype)
+        return {"gradient": {"second_moment": layer.weight.new_ones(layer.shape, dtype=dtype)}}
+
+    def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
+        """ŝ ← (1-β)ŝ + βBg², in place; β = 0 for a layer whose gradient is not finite."""
+        assert statistics.grad is not None
+        grad, rate = statistics.grad.weight, self.config.factor_lr
+        size = inner(grad, grad)
+        valid = self.batch_size * size < math.inf
+        used = valid.to(grad.dtype)
+        keep, root = 1 - rate * used, (rate * self.batch_size) ** 0.5 * used
+        for g, s, scratch in pieces(grad, state["gradient"]["second_moment"]):
+            torch.mul(g, layerwise(root, g), out=scratch).nan_to_num_(0.0, 0.0, 0.0)  # 0 x inf is nan
+            wide = s.to(g.dtype).mul_(layerwise(keep, g)).addcmul_(scratch, scratch)
+            if wide.dtype != s.dtype:
+                s.copy_(wide)
+        return state, learned(size, valid)
+
+    def transform(self, state: LayerState, grad: Grad) -> Moved:
+        """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""
+        eps = max(self.config.eps, torch.finfo(grad.weight.dtype).tiny)
+        norms: list[Moved] = []
+        for g, s, scratch in pieces(grad.weight, state["gradient"]["second_moment"]):
+            P = torch.div(g, torch.add(s.to(g.dtype), eps, out=scratch), out=scratch)
+            norms.append(Moved(inner(g, g), inner(P, P), inner(P, g)))
+            g.copy_(P)
+        return total(norms)
+
+    def distances(self, state: LayerState) -> Tensor:
+        """|F - I| of the diagonal F = 1/(ŝ + ε), [L, 1]."""
+        s = state["gradient"]["second_moment"].float()
+        return squared_norm(1 / (s + self.config.eps) - 1).sqrt()[:, None]
+
+
+def pieces(grad: Tensor, second_moment: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Walk a gradient and its ŝ together: one large layer in pieces that fit the cache, anything else whole.
+
+    Args:
+        grad: [L, ...].
+        second_moment: [L, ...].
+
+    Yields:
+        Views of both of one shape, and scratch of that shape and the gradient's dtype.
+    """
+    pair, size = [grad, second_moment], piece_size(grad)
+    if grad.shape[0] == 1 and grad.numel() > size and all(tensor.is_contiguous() for tensor in pair):
+        parts = list(zip(*(torch.split(tensor.view(1, -1), size, 1) for tensor in pair), strict=True))
+    else:
+        parts = [(grad, second_moment)]
+    scratch = torch.empty_like(parts[0][0])
+    for g, s in parts:
+        yield g, s, scratch if scratch.shape == g.shape else scratch[:, : g.shape[1]]
