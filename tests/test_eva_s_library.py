@@ -29,8 +29,10 @@ DAMPING = 0.03
 
 
 def make(*, lr: float = 0.05, alpha: float = 0.0, kappa: float = 0.0, **config: object) -> Make:
+    """With mode means, as in the definition; the default is another scale."""
+    settings = {"kv_scale": "mean", **config}
     return lambda model: hf_soo.build_optimizer(
-        "eva_s", model, lr=lr, base="sgd", base_args={"momentum": alpha}, weight_decay=kappa, **config
+        "eva_s", model, lr=lr, base="sgd", base_args={"momentum": alpha}, weight_decay=kappa, **settings
     )
 
 
@@ -96,8 +98,8 @@ def test_eva_s_of_a_gradient_without_means_divides_by_the_damping(rng: np.random
     G = rng.normal(size=(6, 4))
     G -= G.mean(0)
     G -= G.mean(1, keepdims=True)
-    for form in ("joint", "separable"):
-        assert_close_report(one_step(G, form=form, exponent=0.5), G / DAMPING, 1e-12, form)  # |v|² is about 1e-33
+    for config in ({"form": "joint"}, {"form": "separable", "exponent": 0.5}):
+        assert_close_report(one_step(G, **config), G / DAMPING, 1e-12, str(config))  # |v|² is about 1e-33
     zero = np.zeros((6, 4))
     for kv_scale in ("mean", "unit"):
         for form in ("joint", "separable"):
