@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hf_soo
-from hf_soo.preconditioners.if_shampoo import prototype_updates_at
+from hf_soo.preconditioners.config import prototype_updates_at
 from hf_soo.preconditioners.shampoo import merge_dims
 from tests.oracles import assert_close_report
 

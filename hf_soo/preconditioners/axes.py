@@ -89,6 +89,15 @@ def times(X: Tensor, factor: Tensor, axis: int) -> Tensor:
     return (factor @ moved.reshape(*moved.shape[:2], -1)).reshape(moved.shape).movedim(1, axis + 1)
 
 
+def applied(G: Tensor, matrices: Sequence[Tensor | None], transpose: bool = False) -> Tensor:
+    """G multiplied along each axis by a matrix (or its transpose) or diagonal, in the dtype of the matrices."""
+    X = G.to(next((M.dtype for M in matrices if M is not None and M.ndim == 3), G.dtype))
+    for axis, M in enumerate(matrices):
+        if M is not None:
+            X = times(X, M.mT if transpose and M.ndim == 3 else M, axis)
+    return X
+
+
 def unfolded(X: Tensor, axis: int) -> Tensor:
     """The unfolding X₍ₙ₎ [L, d, product of the other axes], in some order of its columns."""
     if axis > 0 and axis == X.ndim - 2:
@@ -118,6 +127,13 @@ def inner(X: Tensor, Y: Tensor) -> Tensor:
 def layerwise(values: Tensor, X: Tensor) -> Tensor:
     """A number for each layer, [L], so that it multiplies X."""
     return values.view(-1, *[1] * (X.ndim - 1))
+
+
+def replace(G: Tensor, P: Tensor) -> Moved:
+    """Write a block's P over its G, unless it is not finite."""
+    moved = Moved(inner(G, G), inner(P, P), inner(P, G))
+    torch.where(layerwise(moved.after < math.inf, G), P, G, out=G)
+    return moved
 
 
 def total(blocks: Sequence[Moved]) -> Moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -56,3 +57,19 @@ class Periodic:
     def updates_at(self, step: int) -> bool:
         """Whether step ``step`` updates the factors."""
         return step < self.warmup_updates or step % self.update_period == 0
+
+
+def prototype_updates_at(step: int, period: int) -> bool:
+    """Whether the prototype's schedule updates in a step: from 0, in strides of clamp(⌊log₄(t+1)⌋, 1, period).
+
+    The stride is k while t + 1 < 4ᵏ⁺¹, so a division for each k tells.
+
+    Args:
+        step: t.
+        period: the longest stride.
+    """
+    start, stride = 0, 1
+    while stride < period and step >= (end := 4 ** (stride + 1) - 1):  # the first t with a longer stride
+        start += math.ceil((end - start) / stride) * stride
+        stride += 1
+    return step >= start and (step - start) % stride == 0

@@ -45,7 +45,19 @@ from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Preconditioner, Updated
-from hf_soo.preconditioners.axes import Cut, inner, layerwise, others, put_back, squeezed, times, total, unfolded
+from hf_soo.preconditioners.axes import (
+    Cut,
+    applied,
+    inner,
+    layerwise,
+    others,
+    put_back,
+    replace,
+    squeezed,
+    total,
+    unfolded,
+)
+from hf_soo.preconditioners.config import prototype_updates_at
 from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
 
 Kind = Literal["dense", "diagonal", "identity"]
@@ -176,7 +188,10 @@ class IFShampoo(Preconditioner):
         """P = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ, block by block; a block whose P is not finite keeps its G."""
         cut, _ = cut_of(tuple(grad.weight.shape[1:]), self.config)
         view = cut.view(grad.weight)
-        norms = [precondition(G, cut.factors(state, block)) for block, G in enumerate(cut.parts(view))]
+        norms = []
+        for block, G in enumerate(cut.parts(view)):
+            matrices = [None if factor is None else product(factor) for factor in cut.factors(state, block)]
+            norms.append(replace(G, applied(G, matrices).to(G.dtype)))
         put_back(grad.weight, view)
         return total(norms)
 
@@ -188,22 +203,6 @@ class IFShampoo(Preconditioner):
             F = F if F.ndim == 3 else torch.diag_embed(F)
             squares.append((F - torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)).square().sum((-2, -1)))
         return torch.stack(squares).sum(0).sqrt()[:, None]
-
-
-def prototype_updates_at(step: int, period: int) -> bool:
-    """Whether the prototype's schedule updates in a step: from 0, in strides of clamp(⌊log₄(t+1)⌋, 1, period).
-
-    The stride is k while t + 1 < 4ᵏ⁺¹, so a division for each k tells.
-
-    Args:
-        step: t.
-        period: the longest stride.
-    """
-    start, stride = 0, 1
-    while stride < period and step >= (end := 4 ** (stride + 1) - 1):  # the first t with a longer stride
-        start += math.ceil((end - start) / stride) * stride
-        stride += 1
-    return step >= start and (step - start) % stride == 0
 
 
 def view_shape(shape: Sequence[int], config: IFShampooConfig) -> tuple[int, ...]:
@@ -296,23 +295,6 @@ def move(factor: Factor, m: Tensor, scale: Tensor, valid: Tensor, factor_lr: flo
         return
     K.copy_(torch.baddbmm(K, K, step, alpha=-factor_lr, out=m))
     torch.bmm(K, K.mT, out=factor["product"])
-
-
-def precondition(G: Tensor, factors: Sequence[Factor | None]) -> Moved:
-    """In place: G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ; G stays where that is not finite."""
-    P = applied(G, [None if factor is None else product(factor) for factor in factors]).to(G.dtype)
-    moved = Moved(inner(G, G), inner(P, P), inner(P, G))
-    torch.where(layerwise(moved.after < math.inf, G), P, G, out=G)
-    return moved
-
-
-def applied(G: Tensor, matrices: Sequence[Tensor | None], transpose: bool = False) -> Tensor:
-    """G multiplied along each axis by a matrix (or its transpose) or diagonal, in the dtype of the matrices."""
-    X = G.to(next((M.dtype for M in matrices if M is not None and M.ndim == 3), G.dtype))
-    for axis, M in enumerate(matrices):
-        if M is not None:
-            X = times(X, M.mT if transpose and M.ndim == 3 else M, axis)
-    return X
 
 
 def product(factor: Factor) -> Tensor:

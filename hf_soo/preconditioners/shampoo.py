@@ -33,7 +33,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
@@ -41,8 +40,9 @@ from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Outcome, Preconditioner, Updated
-from hf_soo.preconditioners.axes import Cut, inner, layerwise, put_back, squeezed, times, total, unfolded
+from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back, replace, squeezed, total, unfolded
 from hf_soo.preconditioners.learned import learned
+from hf_soo.preconditioners.roots import inverse_root
 
 GRAFT = "graft"
 GRAFTINGS = ("sgd", "adam", "muon", "none")
@@ -183,7 +183,10 @@ class Shampoo(Preconditioner):
         moved = []
         for block, (G, graft) in enumerate(zip(cut.parts(view), grafts, strict=True)):
             roots = [factor["root"] for factor in cut.factors(state, block) if factor is not None]
-            moved.append(precondition(G, roots, graft))
+            P = applied(G, roots)
+            if graft is not None:
+                P = P * layerwise(graft / (inner(P, P).sqrt() + NORM_EPS), P)
+            moved.append(replace(G, P))
         put_back(grad.weight, view)
         return total(moved)
 
@@ -255,61 +258,6 @@ def normalised(factor: Factor, config: ShampooConfig) -> Tensor:
         mean = L.diagonal(dim1=-2, dim2=-1).mean(-1)
         L = L / layerwise(torch.where(mean > 0, mean, 1.0), L)
     return L
-
-
-def inverse_root(L: Tensor, exponent: float, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(L + εI)⁻ᵉ with no eigenvalue below ε: all are shifted where rounding has put one there.
-
-    Args:
-        L: symmetric, positive semi-definite but for rounding, [L, d, d]; overwritten.
-        exponent: e.
-        epsilon: ε.
-
-    Returns:
-        [L, d, d], and whether each is good, bool [L].
-    """
-    L.diagonal(dim1=-2, dim2=-1).add_(epsilon)
-    values, Q, ok = decomposed(L)
-    values = values + (epsilon - values.amin(-1, keepdim=True)).clamp(min=0)
-    R = (Q * values.pow(-exponent)[:, None]) @ Q.mT
-    return R, ok & R.flatten(1).isfinite().all(-1)
-
-
-def decomposed(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues [L, d] and -vectors [L, d, d] of symmetric matrices, and whether each could be had, bool [L]."""
-    try:
-        values, Q = torch.linalg.eigh(A)
-    except LinAlgError:  # one of them did not converge: each alone, in float64 on the CPU
-        each = [_decomposed_alone(matrix) for matrix in A]
-        return torch.stack([e[0] for e in each]), torch.stack([e[1] for e in each]), torch.stack([e[2] for e in each])
-    return values, Q, torch.ones(len(A), dtype=torch.bool, device=A.device)
-
-
-def _decomposed_alone(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    good = torch.ones((), dtype=torch.bool, device=A.device)
-    try:
-        values, Q = torch.linalg.eigh(A.to("cpu", torch.float64))
-    except LinAlgError:
-        return A.new_ones(len(A)), torch.zeros_like(A), ~good
-    return values.to(A), Q.to(A), good
-
-
-def precondition(G: Tensor, roots: Sequence[Tensor], graft: Tensor | None) -> Moved:
-    """In place: G multiplied along each axis by its root, then made as long as the graft.
-
-    Args:
-        G: a block's gradient, [L, d_1, …, d_N].
-        roots: of each axis, [L, d, d].
-        graft: [L], or None.
-    """
-    P = G
-    for axis, R in enumerate(roots):
-        P = times(P, R, axis)
-    if graft is not None:
-        P = P * layerwise(graft / (inner(P, P).sqrt() + NORM_EPS), P)
-    moved = Moved(inner(G, G), inner(P, P), inner(P, G))
-    torch.where(layerwise(moved.after < math.inf, G), P, G, out=G)
-    return moved
 
 
 def muon_norm(n: int, m: int) -> float:
