@@ -1,4 +1,4 @@
-"""Inverses and eigenvectors of symmetric positive semi-definite matrices that may not decompose at the first try."""
+"""Inverses, roots and eigenvectors of symmetric positive semi-definite matrices that may not decompose at once."""
 
 from __future__ import annotations
 
@@ -58,6 +58,24 @@ def _retry(M: Tensor, damping: Tensor) -> Tensor | None:
         return None
     inverse = (vectors / (values.clamp(min=0) + damping.double().cpu())) @ vectors.mT
     return inverse.to(M)
+
+
+def inverse_root(M: Tensor, exponent: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(M + εI)⁻ᵉ with no eigenvalue below ε: all are shifted where rounding has put one there.
+
+    Args:
+        M: symmetric, positive semi-definite but for rounding, [L, d, d]; overwritten.
+        exponent: e.
+        epsilon: ε.
+
+    Returns:
+        [L, d, d], and whether each is good, bool [L].
+    """
+    M.diagonal(dim1=-2, dim2=-1).add_(epsilon)
+    values, Q, ok = eigen(M)
+    values = values + (epsilon - values.amin(-1, keepdim=True)).clamp(min=0)
+    R = (Q * values.pow(-exponent)[:, None]) @ Q.mT
+    return R, ok & R.flatten(1).isfinite().all(-1)
 
 
 def eigen(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

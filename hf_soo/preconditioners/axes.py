@@ -50,6 +50,10 @@ class Cut:
         """The shape of each block."""
         return (tuple(s.stop - s.start for s in block) for block in self.blocks)
 
+    def axes(self) -> Iterator[tuple[int, int]]:
+        """Of each axis of each block: its length, and that of all others together."""
+        return ((d, math.prod(sizes) // d) for sizes in self.sizes() for d in sizes)
+
     def view(self, tensor: Tensor) -> Tensor:
         """``tensor`` [L, ...] as [L, *shape]; a copy if its strides forbid a view."""
         return tensor.reshape(-1, *self.shape)

@@ -39,6 +39,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_soo.engine.bare import BareProducts, Product
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.gradients import Grad
@@ -143,6 +144,19 @@ class IFShampoo(Preconditioner):
             return "no entries"
         kinds = kinds_of(view_shape(layer.shape, self.config), self.config)
         return f"every axis is longer than max_dim={self.config.max_dim}" if set(kinds) == {"identity"} else None
+
+    def bare_products(self, layer: Layer) -> BareProducts:
+        """Of each dense axis of each block: KKᵀ times G; Y = Kᵀ times G, Y₍ₙ₎Y₍ₙ₎ᵀ, KᵀK, Km and KKᵀ."""
+        cut, kinds = cut_of(tuple(layer.shape), self.config)
+        dense = [axis for axis, kind in zip(cut.axes(), kinds * len(cut.blocks), strict=True) if kind == "dense"]
+        return BareProducts(
+            every=[Product(d, d, rest) for d, rest in dense],
+            update=[
+                product
+                for d, rest in dense
+                for product in (Product(d, d, rest), Product(d, rest, d), *[Product(d, d, d)] * 3)
+            ],
+        )
 
     def init(self, layer: Layer) -> LayerState:
         """K = I, m = 0.

@@ -34,15 +34,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_soo.engine.bare import BareProducts, Factorisation, Product
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Outcome, Preconditioner, Updated
+from hf_soo.engine.spd import inverse_root
 from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back, replace, squeezed, total, unfolded
 from hf_soo.preconditioners.learned import learned
-from hf_soo.preconditioners.roots import inverse_root
 
 GRAFT = "graft"
 GRAFTINGS = ("sgd", "adam", "muon", "none")
@@ -125,6 +126,15 @@ class Shampoo(Preconditioner):
     def refusal(self, layer: Layer) -> str | None:
         """A vector has no second axis."""
         return "fewer than two axes" if len(squeezed(layer.shape)) < 2 or 0 in layer.shape else None
+
+    def bare_products(self, layer: Layer) -> BareProducts:
+        """Of each axis of each block: R times G; G₍ₙ₎G₍ₙ₎ᵀ; the eigenvectors and the product that makes R of them."""
+        axes = list(cut_of(tuple(layer.shape), self.config.max_dim).axes())
+        return BareProducts(
+            every=[Product(d, d, rest) for d, rest in axes],
+            update=[Product(d, rest, d) for d, rest in axes],
+            refresh=[each for d, _ in axes for each in (Factorisation("eigh", d), Product(d, d, d))],
+        )
 
     def init(self, layer: Layer) -> LayerState:
         """L = 0, R = I."""
