@@ -293,19 +293,19 @@ class PreconditionedOptimizer(Stages, Optimizer):
 
     def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         saved = check_saved(saved, self.name, type(self.base).__name__, self.config)
-        if self.switched and not saved["switched"]:
+        if self.switched and not saved.get("switched", False):
             raise ValueError(
                 f"this {self.name} has switched to its base, the checkpoint's has not; build a new optimizer to resume."
             )
-        if not saved["switched"]:
+        if not saved.get("switched", False):
             check_layers(((layer.name, self.preconditioner.init(layer)) for layer in self.layers), saved["layers"])
         return saved
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        if saved["switched"]:
+        if saved.get("switched", False):
             self._switch_off()
         restore_layers(self.states, saved["layers"])
-        self.preconditioner.load_own_state(saved["own"])
+        self.preconditioner.load_own_state(saved.get("own", {}))
         self.steps = int(saved["steps"])
         self._schedule()
         self.capture.clear()
