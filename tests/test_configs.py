@@ -56,8 +56,6 @@ def test_parses_and_builds_its_optimizer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", VISION, ids=ids)
 def test_parses_and_builds_its_optimizer_for_images(path: Path) -> None:
-    if (name := yaml.safe_load(path.read_text())["optim"]) not in hf_soo.available():
-        pytest.skip(f"{name} is not there yet")
     flags = ["--config", str(path), "--use_cpu", "true", "--max_train_samples", "64"]
     model, data, _, training = arguments.parse(VISION_CLASSES, flags)
     check_values(path, training, model, data)
