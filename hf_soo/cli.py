@@ -80,7 +80,8 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
     tensors: list[Tensor] = []
     for layer in method.select(model, None, None, preconditioner.refusal).layers:
         tensors += [tensor for factor in preconditioner.init(layer).values() for tensor in factor.values()]
-        tensors += recorder.allocate(layer) if recorder.hooks else []  # what a window is summed in stays, too
+        if recorder.hooks and not recorder.transient:  # what a window is summed in stays, too
+            tensors += recorder.allocate(layer)
     own = sum(tensor.nbytes for tensor in tensors) / sum(p.numel() for p in model.parameters())
     return recorder.needs, f"{own + of_base:.1f}"
 

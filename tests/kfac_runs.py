@@ -74,5 +74,5 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def rows_seen(optimizer: PreconditionedOptimizer) -> dict[str, int]:
-    """Rows of A in the current window, by layer; the first buffer of a layer holds its counts."""
-    return {name: int(buffers[0][0]) for name, buffers in optimizer.capture.buffers.items()}
+    """Rows of A in the current window, by layer: the first buffer holds the counts; an idle window has no buffers."""
+    return {name: int(buffers[0][0]) if buffers else 0 for name, buffers in optimizer.capture.buffers.items()}

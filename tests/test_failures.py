@@ -1,4 +1,4 @@
-"""What a long run meets: a layer without gradient for a step, a side as long as a vocabulary, memory for copies of G."""
+"""What a long run meets: a layer without gradient for a step, a side as long as a vocabulary, little memory."""
 
 from __future__ import annotations
 

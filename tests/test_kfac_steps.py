@@ -225,6 +225,18 @@ def test_other_steps_cost_no_products_for_statistics() -> None:
         optimizer.step()
 
 
+def test_statistics_take_memory_in_windows_that_collect_alone() -> None:
+    net, x, y = token_problem()
+    optimizer = build("kfac_expand", net, **PERIODS)
+    held = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        cases.cross_entropy(net(x), y).backward()
+        held.append(sum(t.numel() for buffers in optimizer.capture.buffers.values() for t in buffers))
+        optimizer.step()
+    assert held[0] == held[1] == held[3] > 0 and held[2] == held[4] == 0
+
+
 # ---- failures (spec 9.18) --------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,10 @@ class Recorder(Protocol):
         """Whether forward hooks are needed at all."""
 
     @property
+    def transient(self) -> bool:
+        """Whether the buffers are large: they are then held in windows that collect alone."""
+
+    @property
     def phase(self) -> Phase | None:
         """Where a sampled loss is wanted: which pass this is."""
 
@@ -107,6 +111,7 @@ class GradientRecorder:
 
     needs = "gradients only"
     hooks = False
+    transient = False
     phase = None
 
     def allocate(self, layer: Layer) -> Buffers:
@@ -134,8 +139,8 @@ class GradientRecorder:
 class Capture:
     """The hooks and buffers of all layers.
 
-    ``collecting`` is read by every forward pass; the optimizer flips it at the end of a step, so that all micro-batches
-    of a window, and both passes of a checkpointed one, see the same value.
+    ``collecting`` is read by every forward pass; the optimizer sets it at the end of a step (``collect``), so that all
+    micro-batches of a window, and both passes of a checkpointed one, see the same value.
     """
 
     def __init__(self, layers: Sequence[Layer], recorder: Recorder) -> None:
@@ -149,10 +154,23 @@ class Capture:
         self.collecting = False
         self.sampled: list[Tensor] | None = None if recorder.phase is None else []  # outputs; see fisher.py
         self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if recorder.hooks else []
-        self.buffers = {layer.name: recorder.allocate(layer) for layer in self.layers}
+        self.buffers: dict[str, Buffers] = {
+            layer.name: [] if recorder.transient else recorder.allocate(layer) for layer in self.layers
+        }
         self._handles = [
             layer.module.register_forward_hook(_CommitHook(self, layer), with_kwargs=True) for layer in self.layers
         ]
+
+    def collect(self, collecting: bool) -> None:
+        """Whether the forward passes from now on collect; never called inside one (a compiled graph needs the buffers).
+
+        Args:
+            collecting: the new value.
+        """
+        if self.recorder.transient and collecting != self.collecting:
+            for layer in self.layers if self.buffers else ():
+                self.buffers[layer.name] = self.recorder.allocate(layer) if collecting else []
+        self.collecting = collecting
 
     def to_weights(self, layers: Sequence[Layer]) -> None:
         """Start the buffers of layers anew whose weights were moved to another device after construction."""

@@ -52,6 +52,7 @@ class FactorRecorder:
     published: bool
     phase: Phase | None = None
     hooks = True
+    transient = True
 
     @property
     def needs(self) -> str:

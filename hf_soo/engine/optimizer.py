@@ -123,7 +123,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         """Whether the next step updates factors, and so what the forward passes before it collect."""
         hooks = self.preconditioner.recorder.hooks
         self._updating = self.preconditioner.updates_at(self.steps) and (bool(self.capture.buffers) or not hooks)
-        self.capture.collecting = self._updating and hooks
+        self.capture.collect(self._updating and hooks)
 
     def _follow_world(self) -> None:
         """Place the factors anew if the process group was started after construction.

@@ -47,6 +47,7 @@ class SumRecorder:
     outputs: bool = False
     groups: int = 1
     noise: bool = False
+    transient = False
     phase = None
 
     @property
