@@ -133,6 +133,17 @@ def test_a_refresh_is_taken_once_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     optimizer.remove_hooks()
 
 
+def test_mkor_h_stays_mkor_in_a_benchmark() -> None:
+    """Whatever its patience: a row must not time the base alone."""
+    work = Workload(tiny())
+    eager = (("patience", 1), ("min_steps", 0), ("update_period", 1), ("rate_fraction", 1e6))
+    optimizer = Pair("mkor_h", "lamb", eager).build(work.model)
+    stepper, reference = Stepper(work, optimizer), adamw(work.twin, foreach=True)
+    for _ in range(3):
+        stepper.round(reference, 3)
+    assert not optimizer.switched and optimizer.states
+
+
 def test_the_twin_shares_parameters_and_not_hooks() -> None:
     work = Workload(tiny())
     optimizer = Pair("mkor", "lamb").build(work.model)

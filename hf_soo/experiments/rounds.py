@@ -61,7 +61,6 @@ class Stepper:
         self.cycle = cycle_of(optimizer.preconditioner)
         self.bare = BareWork(optimizer.layers, optimizer.preconditioner)
         self._statistics: list[Tensor] = []
-        self._loss = 0.0
 
     def round(self, reference: Optimizer, steps: int) -> Round:
         """Take a round: the passes, then a step of each kind in turn with the reference's, again and again.
@@ -119,8 +118,7 @@ class Stepper:
         if kind.updates:
             for buffer, kept in zip(self._buffers(), self._statistics, strict=True):
                 buffer.copy_(kept)
-        self._loss -= 1.0  # falls evenly: a method that watches the loss sees no reason to hand over to its base
-        self.optimizer.report_loss(self._loss)
+        self.optimizer.report_loss(0.0)  # level from the start: no rate falls behind another, so MKOR-H does not switch
         return self._timed(self.optimizer)
 
     def _timed(self, optimizer: Optimizer) -> float:
