@@ -201,3 +201,25 @@ def test_mkor_h_refuses_what_it_cannot_do() -> None:
     for name, wrong in {"rate_decay": 1.0, "rate_fraction": -1.0, "patience": 0, "min_steps": -1}.items():
         with pytest.raises(ValueError, match=name):
             make(twins()[0], **{name: wrong})
+
+
+def test_a_step_without_a_loss_is_refused_before_anything_changes() -> None:
+    net, _ = twins()
+    optimizer = make(net)
+    x, t = batches(1)[0]
+    half_squares(net, x, t).backward()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match=r"mkor_h decides by the training loss: call optimizer.report_loss"):
+        optimizer.step()
+    assert_equal([before], [list(net.parameters())])
+    assert optimizer.steps == 0 and not optimizer.state
+    optimizer.step(lambda: half_squares(net, x, t))  # a closure's loss counts as reported
+    assert optimizer.steps == 1
+
+
+def test_after_the_switch_nothing_of_the_method_is_left() -> None:
+    step, optimizer, net = switched_at(KNEE, **FAST)
+    assert step is not None and hooks(net) == 0
+    assert not optimizer.states and not optimizer.capture.buffers and not optimizer.layers
+    assert optimizer.health() == {} and optimizer.diagnostics() == {}
+    assert set(optimizer.routing().values()) == {"SGD: mkor_h has switched to its base"}

@@ -21,7 +21,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 
 
 def test_there_are_snippets_and_commands() -> None:
-    assert len(SNIPPETS) == 4 and len(COMMANDS) == 5
+    assert len(SNIPPETS) == 4 and len(COMMANDS) == 7
 
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))

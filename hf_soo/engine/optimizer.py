@@ -41,7 +41,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
         steps: optimizer steps done.
         switched: whether the method has handed over to its base for good (MKOR-H).
         loss_scale: a function to the factor on the loss in the backward pass (fp16 GradScaler); read on update steps.
-        batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU.
+        batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU,
+            and for methods whose factors are too large to be stacked.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -104,6 +105,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
             if loss is not None:
                 self.report_loss(loss)
         if self.layers:
+            self._check_loss()
             self._follow_world()
             with torch.autocast(self.layers[0].weight.device.type, enabled=False):
                 if self._updating:
@@ -189,17 +191,21 @@ class PreconditionedOptimizer(Stages, Optimizer):
             value = torch.as_tensor(loss).detach().to(device, torch.float64)
             self._loss = value if self._loss is None else self._loss + value
 
-    def _observe_loss(self) -> None:
-        """Show the method the loss of the global batch, and switch it off if it says so.
+    def _check_loss(self) -> None:
+        """Refuse to step without a loss if the method needs one.
 
         Raises:
             RuntimeError: nobody reported a loss.
         """
-        if self._loss is None:
+        if self.preconditioner.watches_loss and self._loss is None:
             raise RuntimeError(
                 f"{self.name} decides by the training loss: call optimizer.report_loss(loss) before each step, or use "
                 "SecondOrderTrainer."
             )
+
+    def _observe_loss(self) -> None:
+        """Show the method the loss of the global batch, and switch it off if it says so."""
+        assert self._loss is not None
         loss, self._loss = self._loss / self.comm.world_size, None
         self.comm.sum_([loss])
         if self.preconditioner.observe(loss, self.steps):
@@ -211,6 +217,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._left |= {layer.name: f"{self.name} has switched to its base" for layer in self.layers}
         self.capture.remove()
         self.layers, self.states, self.switched = [], {}, True
+        self.diagnostic = Diagnostics(self.preconditioner.side_names)
 
     # ---- what it does, in words and numbers --------------------------------------------------------------------------
 

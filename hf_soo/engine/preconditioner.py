@@ -80,6 +80,7 @@ class Preconditioner(ABC):
         rescale: how long P may be.
         side_names: what diagnostics tell apart.
         shared: names of the tensors that ``transform`` needs; None: all. The others stay at a layer's owner.
+        stacks: whether layers of one shape are worked on together on a GPU: few launches, but a copy of each factor.
         watches_loss: whether it wants ``observe`` to be called.
     """
 
@@ -87,6 +88,7 @@ class Preconditioner(ABC):
     rescale: Rescale = NoRescale()
     side_names: tuple[str, ...] = BOTH_SIDES
     shared: frozenset[str] | None = None
+    stacks: bool = True
     watches_loss: bool = False
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,11 @@ class Stages:
             for layer in self.layers
         }
 
+    def _groups(self, layers: list[Layer]) -> Iterator[list[Layer]]:
+        """Layers to work on together."""
+        together = self.batched if self.preconditioner.stacks or self.batched is not None else False
+        return groups_of(layers, together)
+
     def _update_factors(self, loss_scale: float) -> None:
         self.capture.to_weights(self.layers)
         # Captured output gradients are of each rank's own mean loss, times the loss scale; .grad is free of both.
@@ -49,7 +55,7 @@ class Stages:
         of = recorder.collect(window)
         self.diagnostic.begin_update()
         owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
-        for group in groups_of(recorder.ready(owned, self.gradients), self.batched):
+        for group in self._groups(recorder.ready(owned, self.gradients)):
             states = [self.states[layer.name] for layer in group]
             new, updated = self.preconditioner.update(stacked(states, group), of(group))
             unstack_(states, new)
@@ -60,7 +66,7 @@ class Stages:
         """New inverses of the layers that this rank owns; then every rank gets those it works with."""
         self.diagnostic.begin_refresh()
         owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
-        for group in groups_of(owned, self.batched):
+        for group in self._groups(owned):
             states = [self.states[layer.name] for layer in group]
             new, outcomes = self.preconditioner.refresh(stacked(states, group))
             unstack_(states, new)
@@ -82,7 +88,7 @@ class Stages:
         groups = [  # the same on every rank, so that all sum in one order
             group
             for column in columns
-            for group in groups_of([r for r in layers if self.placement.column(r.name) == column], self.batched)
+            for group in self._groups([r for r in layers if self.placement.column(r.name) == column])
         ]
         coupled = self.preconditioner.rescale.joint or self.placement.world is not None
         for batch in [groups] if coupled and groups else [[group] for group in groups]:

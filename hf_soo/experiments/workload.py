@@ -37,7 +37,7 @@ class BenchConfig:
     rounds: int = field(default=5, metadata={"help": "Rounds for each method."})
     steps: int = field(default=5, metadata={"help": "Steps of each kind timed in a round; refreshes once."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
-    seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; 15 % of them are predicted."})
+    seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; 15 %% of them are predicted."})
     autocast: bool = field(default=False, metadata={"help": "Forward pass in bfloat16 autocast."})
     memory: bool = field(default=True, metadata={"help": "Measure the peak memory too, in a process for each method."})
     json: str | None = field(default=None, metadata={"help": "File to write."})

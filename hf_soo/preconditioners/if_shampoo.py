@@ -122,6 +122,7 @@ class IFShampoo(Preconditioner):
     """
 
     side_names = ONE_SIDE
+    stacks = False
 
     def __init__(self, config: IFShampooConfig) -> None:
         """Make the transform.

@@ -61,6 +61,7 @@ class KFAC(Preconditioner):
 
     sides: tuple[Side, ...] = (Side.INPUT, Side.OUTPUT)
     reduce = False
+    stacks = False
 
     def __init__(self, config: FactorConfig) -> None:
         """Make the transform.

@@ -217,6 +217,7 @@ class MKOR(Preconditioner):
             config: its settings.
         """
         self.config = config
+        self.stacks = config.representation == "lowrank"
         self.form: Representation = LowRank(config) if config.representation == "lowrank" else Dense(config)
         self.sides = [
             side

@@ -106,6 +106,7 @@ class Shampoo(Preconditioner):
     """
 
     side_names = ONE_SIDE
+    stacks = False
 
     def __init__(self, config: ShampooConfig) -> None:
         """Make the transform.
