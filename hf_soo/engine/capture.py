@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_soo.engine.gradients import Grad, PlainGradients
-from hf_soo.engine.layers import Layer, RowLayer
+from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.placement import Placement
 
 Buffers = list[Tensor]
@@ -153,6 +153,7 @@ class Capture:
         self.recorder = recorder
         self.collecting = False
         self.sampled: list[Tensor] | None = None if recorder.phase is None else []  # outputs; see fisher.py
+        self._sampled_layers: set[str] = set()
         self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if recorder.hooks else []
         self.buffers: dict[str, Buffers] = {
             layer.name: [] if recorder.transient else recorder.allocate(layer) for layer in self.layers
@@ -186,23 +187,53 @@ class Capture:
             layer: the layer that ran.
             x: its input.
             output: its output.
+
+        Raises:
+            RuntimeError: the layer has another precision than its statistics.
         """
         if self.buffers[layer.name][0].device != x.device:
             self.to_weights([layer])
+        if self.buffers[layer.name][0].dtype != accumulation_dtype(layer.weight.dtype):
+            raise RuntimeError(
+                f"{layer.name!r} is {layer.weight.dtype} now, but its statistics are in "
+                f"{self.buffers[layer.name][0].dtype}; convert the model before the optimizer is built."
+            )
         if self.sampled is not None:
-            if torch.compiler.is_compiling():
-                raise NotImplementedError("fisher='mc' under torch.compile is not supported; use fisher='empirical'.")
-            self.sampled.append(output)
+            self._keep_sampled(layer, output)
         return self.recorder.commit(layer, x, output, self.buffers[layer.name])
 
-    def clear(self) -> None:
-        """Drop what the current window has collected (a skipped step, an out-of-memory retry)."""
+    def _keep_sampled(self, layer: RowLayer, output: Tensor) -> None:
+        """Remember an output for the sampled loss's backward pass.
+
+        Raises:
+            NotImplementedError: that pass cannot reach the layer.
+        """
+        assert self.sampled is not None
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("fisher='mc' under torch.compile is not supported; use fisher='empirical'.")
+        if torch._C._current_graph_task_id() == -1:
+            self.sampled.append(output)
+            self._sampled_layers.add(layer.name)
+        elif layer.name not in self._sampled_layers:  # a backward pass runs it again, and nobody saw its first run
+            raise NotImplementedError(
+                f"fisher='mc' under reentrant gradient checkpointing ({layer.name!r}) is not supported; checkpoint "
+                "with use_reentrant=False, or use fisher='empirical'."
+            )
+
+    def clear(self, *, outputs: bool = True) -> None:
+        """Drop what the current window has collected (a skipped step, an out-of-memory retry).
+
+        Args:
+            outputs: those kept for a sampled loss too; False if its backward pass may be still to come.
+        """
         tensors = [tensor for buffers in self.buffers.values() for tensor in buffers]
         if tensors:
             torch._foreach_zero_(tensors)
-        if self.sampled is not None and self.recorder.phase is not None:
-            self.sampled.clear()
+        if self.recorder.phase is not None:
             self.recorder.phase.passes = 0
+        if self.sampled is not None and outputs:
+            self.sampled.clear()
+            self._sampled_layers.clear()
 
     def remove(self) -> None:
         """Remove the hooks and free the buffers."""

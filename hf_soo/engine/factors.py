@@ -136,7 +136,8 @@ class _CommitFactors(torch.autograd.Function):
         counts, A, B, noise = ctx.buffers
         recorder: FactorRecorder = ctx.recorder
         which = "both" if recorder.phase is None else recorder.phase.which
-        g = grad.detach().movedim(ctx.channel_dim, -1).reshape(*x.shape[:2], -1)
+        g = grad.detach().movedim(ctx.channel_dim, -1)
+        g = g.reshape(*x.shape[:2], g.shape[-1])  # not -1: there may be no rows
         live = (g != 0).any(-1)
         if which != "outputs":
             _commit_inputs(x, live, recorder, counts, A)

@@ -6,8 +6,9 @@ A layer is ``y = W x (+ c)`` applied to N rows (samples, tokens, or samples x po
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ class Layer(ABC):
 
     name: str
     module: nn.Module
+    trains_bias: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look at the bias: the factors' sizes are settled now, whatever is frozen or unfrozen later."""
+        bias = getattr(self.module, "bias", None)
+        self.trains_bias = isinstance(bias, nn.Parameter) and bias.requires_grad
 
     @property
     @abstractmethod
@@ -36,9 +43,8 @@ class Layer(ABC):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias if it is trained, else None: a frozen bias is no column of the gradient."""
-        bias = self.module.bias
-        return bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+        """The bias if it was trained at construction, else None: a frozen bias is no column of the gradient."""
+        return self.module.bias if self.trains_bias else None  # type: ignore[return-value]
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A weight-shaped tensor as ``shape``; a view where strides allow."""
@@ -108,7 +114,8 @@ class LinearLayer(RowLayer):
 
     def input_rows(self, x: Tensor) -> Tensor:
         """See ``RowLayer.input_rows``; x is [..., d_in], and [N, d_in] has one position an example."""
-        return x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
+        examples = x.shape[0] if x.ndim > 1 else 1
+        return x.reshape(examples, math.prod(x.shape[1:-1]), x.shape[-1])  # not -1: there may be no rows
 
 
 class Conv1DLayer(LinearLayer):

@@ -133,11 +133,11 @@ class PreconditionedOptimizer(Stages, Optimizer):
         Raises:
             RuntimeError: that happened after the first step.
         """
-        if self.placement.world in (None, self.comm.world_size):
+        if self.placed_world == self.comm.world_size or self.preconditioner.workers(self.comm.world_size) is None:
             return
         if self.steps:
             raise RuntimeError(
-                f"{self.name} was built and has stepped at world size {self.placement.world}, but it is "
+                f"{self.name} was built and has stepped at world size {self.placed_world}, but it is "
                 f"{self.comm.world_size} now; start the process group before the optimizer is built."
             )
         self._place()
@@ -145,15 +145,21 @@ class PreconditionedOptimizer(Stages, Optimizer):
     # ---- windows ---------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and with them what the window has collected (a step may have been skipped)."""
+        """Clear the gradients, and with them what the window has collected (a step may have been skipped).
+
+        It may stand between a forward pass and its backward passes.
+        """
         super().zero_grad(set_to_none)
-        self.begin_window()
+        self._drop_window(outputs=False)
 
     def begin_window(self) -> None:
         """Drop partial statistics: a step was skipped, or a batch is tried again."""
+        self._drop_window(outputs=True)
+
+    def _drop_window(self, *, outputs: bool) -> None:
         self._loss = None
         if self.capture.collecting:
-            self.capture.clear()
+            self.capture.clear(outputs=outputs)
 
     def remove_hooks(self) -> None:
         """Remove all hooks from the model; the optimizer goes on with the factors it has."""
@@ -181,6 +187,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
     def report_loss(self, loss: Tensor | float) -> None:
         """Tell the training loss, once for each micro-batch, before ``step``: what you call ``backward`` on.
 
+        ``zero_grad`` forgets it, since a step may have been skipped.
+
         Methods that do not look at the loss (all but MKOR-H) ignore it. SecondOrderTrainer does this itself.
 
         Args:
@@ -199,8 +207,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
         """
         if self.preconditioner.watches_loss and self._loss is None:
             raise RuntimeError(
-                f"{self.name} decides by the training loss: call optimizer.report_loss(loss) before each step, or use "
-                "SecondOrderTrainer."
+                f"{self.name} decides by the training loss: call optimizer.report_loss(loss) between zero_grad() and "
+                "each step(), or use SecondOrderTrainer."
             )
 
     def _observe_loss(self) -> None:
@@ -217,7 +225,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._left |= {layer.name: f"{self.name} has switched to its base" for layer in self.layers}
         self.capture.remove()
         self.layers, self.states, self.switched = [], {}, True
-        self.diagnostic = Diagnostics(self.preconditioner.side_names)
+        self.diagnostic = Diagnostics(self.preconditioner.side_names)  # the last step's numbers are no news any more
 
     # ---- what it does, in words and numbers --------------------------------------------------------------------------
 

@@ -268,18 +268,26 @@ def held(placement: Placement, name: str, state: LayerState, shared: Collection[
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:
-    """The upper triangle of a symmetric matrix [d, d], row after row: [d(d+1)/2]."""
-    return torch.cat([matrix[i, i:] for i in range(len(matrix))])
+    """The distinct entries of a symmetric matrix [d, d], in a few operations whatever d: [d(d+1)/2].
+
+    With halves p = ⌊d/2⌋ and q = d - p of it, S = [[X, Z], [Zᵀ, Y]], the upper triangle of X fits above the lower one
+    of Y in a rectangle [q, p + 1]; Z follows.
+    """
+    p = len(matrix) // 2
+    X, Y, Z = matrix[:p, :p], matrix[p:, p:], matrix[:p, p:]
+    rectangle = matrix.new_zeros(len(Y), p + 1)
+    rectangle[:p, 1:] = X.triu()
+    rectangle[:, : len(Y)] += Y.tril()
+    return torch.cat([rectangle.flatten(), Z.flatten()])
 
 
 def unpack_triangle_(matrix: Tensor, triangle: Tensor) -> None:
     """The inverse of ``pack_triangle``, into ``matrix``."""
     d = len(matrix)
-    for i, row in enumerate(torch.split(triangle, range_of_lengths(d))):
-        matrix[i, i:] = row
-        matrix[i:, i] = row
-
-
-def range_of_lengths(d: int) -> list[int]:
-    """The lengths of the rows of an upper triangle: d, d-1, ..., 1."""
-    return list(range(d, 0, -1))
+    p, q = d // 2, d - d // 2
+    rectangle, Z = triangle[: q * (p + 1)].view(q, p + 1), triangle[q * (p + 1) :].view(p, q)
+    upper, lower = rectangle[:p, 1:].triu(), rectangle[:, :q].tril()
+    matrix[:p, :p] = upper + upper.triu(1).mT
+    matrix[p:, p:] = lower + lower.tril(-1).mT
+    matrix[:p, p:] = Z
+    matrix[p:, :p] = Z.mT

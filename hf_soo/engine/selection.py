@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_soo.engine.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
 
@@ -213,6 +213,8 @@ def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[n
         return "vocabulary decoder"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention reads this weight without calling the layer"
+    if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) and weight.is_floating_point():
+        return "weight computed from other parameters"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return f"quantised weight ({getattr(weight, 'dtype', type(weight).__name__)})"
     if not weight.requires_grad:

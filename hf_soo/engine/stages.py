@@ -25,6 +25,7 @@ class Stages:
     layers: list[Layer]
     states: dict[str, LayerState]
     placement: Placement
+    placed_world: int
     capture: Capture
     gradients: PlainGradients
     comm: Communicator
@@ -34,7 +35,7 @@ class Stages:
 
     def _place(self) -> None:
         """Decide which rank keeps what, and start the states."""
-        self.placement = place(self.layers, self.preconditioner, self.comm)
+        self.placement, self.placed_world = place(self.layers, self.preconditioner, self.comm), self.comm.world_size
         names = self.preconditioner.shared
         self.states = {
             layer.name: held(self.placement, layer.name, self.preconditioner.init(layer), names)

@@ -128,7 +128,28 @@ def build_base(
         optimizer: Optimizer = cls(groups, lr=lr, **settings)  # type: ignore[call-arg]
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
+    if isinstance(optimizer, torch.optim.SGD):
+        optimizer.register_step_pre_hook(_start_late_momenta)
     return optimizer
+
+
+def _start_late_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Give a parameter whose first gradient comes after the others' a momentum.
+
+    torch's fused SGD fails on it (torch 2.13). The buffer is such that it becomes the gradient, as in a first step.
+    """
+    for group in optimizer.param_groups:
+        momentum, dampening = group["momentum"], group["dampening"]
+        if not group["fused"] or momentum == 0:
+            continue
+        given = [p for p in group["params"] if p.grad is not None]
+        late = [p for p in given if optimizer.state[p].get("momentum_buffer") is None]
+        for p in late if len(late) < len(given) else ():
+            buffer = torch.zeros_like(p.grad)
+            if dampening:
+                grad = -p.grad if group["maximize"] else p.grad
+                buffer.add_(grad.add(p, alpha=group["weight_decay"]), alpha=dampening / momentum)
+            optimizer.state[p]["momentum_buffer"] = buffer
 
 
 def _fused_is_right(cls: type[Optimizer], groups: Groups) -> bool:

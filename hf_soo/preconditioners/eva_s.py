@@ -114,7 +114,7 @@ class EvaS(Preconditioner):
 
     def refusal(self, layer: Layer) -> str | None:
         """A vector has no second axis."""
-        return "fewer than two axes" if len(squeezed(layer.shape)) < 2 else None
+        return "fewer than two axes" if len(squeezed(layer.shape)) < 2 or 0 in layer.shape else None
 
     def init(self, layer: Layer) -> LayerState:
         """Zero vectors: P = G/γ (or γ⁻ᵏᵖG) until the first gradient."""

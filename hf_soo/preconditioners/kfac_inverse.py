@@ -80,6 +80,7 @@ class Cholesky(Inverse):
         if self.config.damping_mode == "relative":
             return {side: damping**0.5 * each for side, each in mean.items()}
         pi = (mean[Side.INPUT] / mean[Side.OUTPUT]).sqrt()
+        pi = torch.where(pi.isfinite() & (pi > 0), pi, 1.0)  # a factor that is 0 would take all damping from its side
         split = {Side.INPUT: pi * damping**0.5, Side.OUTPUT: damping**0.5 / pi}
         return {side: torch.maximum(each, LEAST_SHARE * mean[side]) for side, each in split.items()}
 
