@@ -175,6 +175,43 @@ def test_a_factor_of_zeros_does_not_stop_a_layer() -> None:
     assert not torch.equal(net.first.weight, before)
 
 
+@pytest.mark.parametrize("name", ["kfac_expand", "kfac_reduce", "foof"])
+def test_a_convolution_keeps_its_image_and_not_its_patches(name: str) -> None:
+    def kept(hooked: bool) -> int:
+        net, x, bytes_kept = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 8, 8), []
+        if hooked:
+            hf_soo.build_optimizer(name, net, lr=0.1)
+
+        def pack(tensor: Tensor) -> Tensor:
+            bytes_kept.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(x)
+        return sum(bytes_kept)
+
+    image = 2 * 4 * 8 * 8 * 4
+    assert kept(hooked=True) == kept(hooked=False) + image  # the image itself, named a second time
+
+
+@pytest.mark.parametrize("name", ["kfac_expand", "kfac_reduce", "foof"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_factors_compile_to_one_graph(name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    net = (nn.Sequential(nn.Linear(6, 3)) if kind == "linear" else nn.Sequential(nn.Conv2d(2, 3, 2))).double()
+    x = torch.randn((4, 5, 6) if kind == "linear" else (4, 2, 3, 3), dtype=torch.float64)
+    optimizer = hf_soo.build_optimizer(name, net, lr=0.1)
+    torch._dynamo.reset()
+    sums = []
+    for model in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        sums.append([buffer.clone() for buffer in optimizer.capture.buffers["0"]])
+    assert sums[0][0].ne(0).all()
+    for eager, compiled in zip(*sums, strict=True):
+        assert_close_report(compiled, eager, 1e-12, f"{name} {kind}")
+
+
 def sampled_step(net: nn.Module, optimizer: Any, cleared_late: bool) -> None:
     x, y = inputs()
     if not cleared_late:

@@ -71,8 +71,8 @@ class FactorRecorder:
 
     def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
         """See ``Recorder``."""
-        rows = layer.input_rows(x).to(output.dtype)  # under autocast the layer saves such a copy itself
-        return cast(Tensor, _CommitFactors.apply(output, rows, layer.channel_dim, self, *buffers))  # type: ignore[no-untyped-call]
+        x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
+        return cast(Tensor, _CommitFactors.apply(output, x, layer, self, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -123,20 +123,20 @@ class _CommitFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, rows: Tensor, channel_dim: int, recorder: FactorRecorder, *buffers: Tensor
+        ctx: Any, output: Tensor, x: Tensor, layer: RowLayer, recorder: FactorRecorder, *buffers: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.channel_dim, ctx.recorder, ctx.buffers = channel_dim, recorder, buffers
+        ctx.save_for_backward(x)  # not its rows: a convolution's patches are some times the image
+        ctx.layer, ctx.recorder, ctx.buffers = layer, recorder, buffers
         return output.detach()  # see _CommitSums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        (x,) = ctx.saved_tensors
+        x = ctx.layer.input_rows(ctx.saved_tensors[0])
         counts, A, B, noise = ctx.buffers
         recorder: FactorRecorder = ctx.recorder
         which = "both" if recorder.phase is None else recorder.phase.which
-        g = grad.detach().movedim(ctx.channel_dim, -1)
+        g = grad.detach().movedim(ctx.layer.channel_dim, -1)
         g = g.reshape(*x.shape[:2], g.shape[-1])  # not -1: there may be no rows
         live = (g != 0).any(-1)
         if which != "outputs":
