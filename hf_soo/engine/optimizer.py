@@ -239,7 +239,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
     def diagnostics(self) -> dict[str, dict[str, float | str]]:
         """Per layer: cos(G, P) of the last step; |a|², |b|², |F - I| of each side; what became of each side.
 
-        Where ranks share the work (K-FAC), the last two are of the layers that this rank preconditions.
+        Where ranks share the work (K-FAC), |F - I| is of the layers that this rank preconditions.
         """
         table = self.diagnostic.rows()
         names = [f"{side}_distance" for side in self.preconditioner.side_names]

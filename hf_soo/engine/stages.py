@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Capture, Window
@@ -15,7 +16,7 @@ from hf_soo.engine.grouping import groups_of, stacked, unstack_
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.placement import Placement, held, place
-from hf_soo.engine.preconditioner import LayerState, Preconditioner
+from hf_soo.engine.preconditioner import LayerState, Preconditioner, Updated
 
 
 class Stages:
@@ -56,22 +57,41 @@ class Stages:
         of = recorder.collect(window)
         self.diagnostic.begin_update()
         owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
+        records = []
         for group in self._groups(recorder.ready(owned, self.gradients)):
             states = [self.states[layer.name] for layer in group]
             new, updated = self.preconditioner.update(stacked(states, group), of(group))
             unstack_(states, new)
-            self.diagnostic.record_update([layer.name for layer in group], updated)
+            records.append(([layer.name for layer in group], updated))
+        for names, updated in self._seen_by_all(records):
+            self.diagnostic.record_update(names, updated)
         self.capture.clear()
+
+    def _seen_by_all(self, records: list[tuple[list[str], Updated]]) -> list[tuple[list[str], Updated]]:
+        """The records of all owners on every rank, in one small sum; as they are where every rank owns all."""
+        if self.placement.world is None:
+            return records
+        index = {layer.name: i for i, layer in enumerate(self.layers)}
+        device, sides = self.layers[0].weight.device, len(self.preconditioner.side_names)
+        outcomes, norms = torch.zeros(2, len(index), sides, dtype=torch.float64, device=device)
+        for names, updated in records:
+            rows = [index[name] for name in names]
+            outcomes[rows], norms[rows] = updated.outcomes.double(), updated.norms.double()
+        self.placement.sum_([outcomes, norms])
+        return [(list(index), Updated(outcomes.long(), norms))]
 
     def _refresh_inverses(self) -> None:
         """New inverses of the layers that this rank owns; then every rank gets those it works with."""
         self.diagnostic.begin_refresh()
         owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
+        records = []
         for group in self._groups(owned):
             states = [self.states[layer.name] for layer in group]
             new, outcomes = self.preconditioner.refresh(stacked(states, group))
             unstack_(states, new)
-            self.diagnostic.record_refresh([layer.name for layer in group], outcomes)
+            records.append(([layer.name for layer in group], Updated(outcomes, torch.zeros_like(outcomes))))
+        for names, refreshed in self._seen_by_all(records):
+            self.diagnostic.record_refresh(names, refreshed.outcomes)
         shared = self.preconditioner.shared
         if shared is not None:
             self.placement.share_inverses(

@@ -74,7 +74,7 @@ class KFACConfig(FactorConfig):
         fisher: "empirical" (the training loss's own gradients) or "mc" (labels drawn from the model, one more backward
             pass in windows that collect).
         loss_terms: R, the terms that the loss averages over; None: the rows with a gradient in the last layer that
-            has any.
+            has any. With absolute damping and several heads (BERT's pretraining) give it.
         factor_scale: "loss" (B = R Σ g gᵀ) or "published" (the released code's Σ g gᵀ / rows).
     """
 
