@@ -114,7 +114,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "muon": {"lr": 0.02, "rest_lr": 3e-3},
 }  # fmt: skip
 LORA_RATE = 5.0
-IMAGE_RATES = {"lamb": 3e-3, "sgd": 0.03, "rmsprop": 1e-3, "muon": 0.02, "rf_rmsprop": 1e-2, "if_shampoo": 1e-3}
+IMAGE_RATES = {"lamb": 3e-3, "sgd": 0.03, "rmsprop": 1e-3, "muon": 0.02, "rf_rmsprop": 1e-2, "if_shampoo": 3e-3}
 
 
 def settings_for(name: str, kind: str) -> dict[str, Any]:
