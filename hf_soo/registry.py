@@ -53,13 +53,13 @@ METHODS: dict[str, Method] = {
     "mkor_h": Method("MKOR-H, which switches to its base (Mozaffari et al., NeurIPS 2023)", "lamb", MKORHConfig, MKORH),
     "eva": Method("Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaConfig, Eva),
     "eva_f": Method("Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", "sgd", EvaConfig, EvaF),
+    "eva_s": Method(
+        "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaSConfig, EvaS, select_parameters
+    ),
     "kfac_expand": Method("K-FAC, expand (Martens, Grosse, 2015; Eschenhagen et al., 2023)", "sgd", KFACConfig, KFAC),
     "kfac_reduce": Method("K-FAC, reduce (Eschenhagen et al., NeurIPS 2023)", "sgd", KFACConfig, KFACReduce),
     "kaisa": Method("KAISA: K-FAC over a grid of ranks (Pauloski et al., SC 2021)", "lamb", KAISAConfig, KAISA),
     "foof": Method("FOOF, the input factor alone (Benzing, ICML 2022)", "sgd", FOOFConfig, FOOF),
-    "eva_s": Method(
-        "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaSConfig, EvaS, select_parameters
-    ),
     "if_shampoo": Method(
         "Inverse-free Shampoo, no roots (Lin et al., ICML 2024)", "sgd", IFShampooConfig, IFShampoo, select_parameters
     ),
