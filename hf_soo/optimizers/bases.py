@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_soo.engine.checks import unknown_key
@@ -129,8 +130,16 @@ def build_base(
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
     if isinstance(optimizer, torch.optim.SGD):
+        optimizer.register_step_pre_hook(_unfuse_sharded)
         optimizer.register_step_pre_hook(_start_late_momenta)
     return optimizer
+
+
+def _unfuse_sharded(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Leave torch's fused SGD where parameters have become DTensors (FSDP2): it has no rule for them (torch 2.13)."""
+    for group in optimizer.param_groups:
+        if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
+            group["fused"] = False
 
 
 def _start_late_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
