@@ -75,6 +75,25 @@ class SecondOrderTrainerMixin(_Base):
             # break it, and the loss would be (accumulation steps x processes) times too large.
             self.model_accepts_loss_kwargs = False
         self.add_callback(_LoopCallback(self))
+        self._refuse_configured_optimizer()
+
+    def _refuse_configured_optimizer(self) -> None:
+        """DeepSpeed would step the optimizer of its own config, and ours would never be built."""
+        if not (self.is_deepspeed_enabled and isinstance(self.args, SecondOrderTrainingArguments)):
+            return
+        configured = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer")
+        if configured is not None and self.args.optim in METHODS:
+            raise ValueError(
+                f"the DeepSpeed config has an 'optimizer' block ({configured.get('type')!r}), which would replace "
+                f"--optim {self.args.optim}; take the block out of the config."
+            )
+
+    def _attach(self) -> None:
+        """Put our optimizer around the step of DeepSpeed's engine, once there is one."""
+        if self.is_deepspeed_enabled and self.second_order is not None:
+            from hf_soo.integrations.deepspeed import attach  # deepspeed is an optional dependency
+
+            attach(self.accelerator.deepspeed_engine_wrapped.engine, self.second_order)
 
     @property
     def second_order(self) -> PreconditionedOptimizer | None:
@@ -164,7 +183,7 @@ class SecondOrderTrainerMixin(_Base):
             The loss.
         """
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if self.second_order is not None:
+        if self.second_order is not None and not self.is_deepspeed_enabled:  # its engine has reported it, and stepped
             self.second_order.report_loss(loss)
         return loss
 
@@ -299,6 +318,7 @@ class _LoopCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._attach()
         optimizer = self.trainer.second_order
         if optimizer is not None and self.trainer.is_world_process_zero():
             print(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}", flush=True)
