@@ -45,7 +45,8 @@ def build_model(name: str, seq: int) -> nn.Module:
     """
     if name in BERTS:
         config = BertConfig(max_position_embeddings=max(LONGEST, seq), **BERTS[name])  # type: ignore[arg-type]
-        return BertForPreTraining(config).train()
+        bert: nn.Module = BertForPreTraining(config).train()
+        return bert
     config = _read_config(name)
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise ValueError(f"model={name!r} has no hidden_size; the plan is for transformers over tokens.")

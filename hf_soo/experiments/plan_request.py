@@ -37,9 +37,7 @@ class PlanConfig:
         None, "sequences in a forward pass of one rank; accumulation follows. Default: the largest divisor of "
         f"batch / gpus up to {LARGEST_DEFAULT_MICRO_BATCH}"
     )  # fmt: skip
-    precision: str = option(
-        "fp32", "fp32 (no TF32), or bf16 (autocast; under DeepSpeed bf16 weights with an fp32 master copy)"
-    )
+    precision: str = option("fp32", "fp32 (no TF32), or bf16: autocast, under DeepSpeed bf16 weights and a master copy")
     gradient_checkpointing: bool = option(False, "keep each block's input alone, and run the block again")
     profile: str = option("a100-80gb-4", "hardware: a100-80gb-4, cpu, a YAML or JSON file, or `measure`: this machine")
     json: str | None = option(None, "file for all numbers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class Subject:
         name = ":".join([self.pair.name, *(f"{key}={value}" for key, value in self.pair.settings)])
         return name if self.preconditioner is None else f"{name}+{self.base}"
 
-    @property
+    @cached_property
     def cycle(self) -> Cycle | None:
         """The kinds of its steps; None for a base alone."""
         return None if self.preconditioner is None else cycle_of(self.preconditioner)
