@@ -86,7 +86,7 @@ def test_kfac_on_64_ranks_of_bert_large(
 def test_kfac_factors_gradients_statistics_and_makespan(large: nn.Module) -> None:
     subject, layout = asked(large, "kfac_expand", "grad_workers=8", strategy="zero1")
     facts = ModelFacts.of(large)
-    held, found = memory(subject, facts, large, layout), messages(subject, facts, layout)
+    held, found = memory(subject, facts, layout), messages(subject, facts, layout)
     assert held["capture_transient"] / GB == pytest.approx(4.246, rel=0.01)
     assert held["gradient_copies"] / GB == pytest.approx(1.217, rel=0.01)
     (triangles,) = [m for m in by_kind(found, "statistics") if m.collective == "reduce"]
@@ -112,7 +112,7 @@ def test_kfac_on_8_ranks_of_bert_base(k: int, data: float, directions: float, te
 def test_mkor_on_bert_large(large: nn.Module) -> None:
     facts = ModelFacts.of(large)
     subject, layout = asked(large, "mkor", "history=64", strategy="fsdp2")
-    held, found = memory(subject, facts, large, layout), messages(subject, facts, layout)
+    held, found = memory(subject, facts, layout), messages(subject, facts, layout)
     assert held["factors"] / MB == pytest.approx(114, rel=0.01)
     (statistics,) = by_kind(found, "statistics")
     assert statistics.bytes / MB == pytest.approx(0.9, rel=0.01)  # b = bias.grad
@@ -128,7 +128,7 @@ def test_mkor_on_bert_large(large: nn.Module) -> None:
     (statistics,) = by_kind(messages(grouped, facts, ddp), "statistics")
     assert statistics.bytes / 2 / MB == pytest.approx(1.8, rel=0.01)
     dense, _ = asked(large, "mkor", "representation=dense")
-    assert memory(dense, facts, large, ddp)["factors"] / GB == pytest.approx(4.25, rel=0.01)
+    assert memory(dense, facts, ddp)["factors"] / GB == pytest.approx(4.25, rel=0.01)
     assert work(dense, facts, ddp).precondition / TERA == pytest.approx(2.48, rel=0.01)
 
 
@@ -172,15 +172,15 @@ def test_every_strategy_shards_what_it_says(mini: nn.Module) -> None:
     }
     for strategy, sizes in expected.items():
         subject, layout = asked(mini, "lamb", strategy=strategy)
-        held = memory(subject, facts, mini, layout)
+        held = memory(subject, facts, layout)
         assert (held["parameters"], held["gradients"], held["base_state"]) == sizes
         assert held["master_weights"] == 0
     subject, layout = asked(mini, "lamb", strategy="zero2", precision="bf16")
-    held = memory(subject, facts, mini, layout)
+    held = memory(subject, facts, layout)
     assert (held["parameters"], held["gradients"], held["master_weights"]) == (2 * P, 2 * share, 4 * share)
     subject, layout = asked(mini, "lamb", strategy="fsdp2")
     rows = sum(-(-s[0] // W) * s[1:].numel() for s in facts.parameters.values())
-    assert memory(subject, facts, mini, layout)["base_state"] == 8 * rows
+    assert memory(subject, facts, layout)["base_state"] == 8 * rows
 
 
 def test_every_strategy_sends_what_it_says(mini: nn.Module) -> None:
@@ -230,6 +230,7 @@ def test_flops_are_what_torch_counts(mini: nn.Module) -> None:
     assert precondition_of(layer, subject) == pytest.approx(counted, rel=0.1)  # Z = X C_aᵀ is left out
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_near_what_a_pass_keeps(checkpointing: bool) -> None:
     """With fused attention, in fp32. The estimate knows no masks of the loss and no second copies."""

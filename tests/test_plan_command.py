@@ -12,7 +12,7 @@ import yaml
 from transformers import BertConfig, GPT2Config, ViTConfig
 
 from hf_soo import cli
-from hf_soo.experiments import plan_time
+from hf_soo.experiments import plan_model, plan_time
 from hf_soo.experiments.plan_time import PROFILES, Profile, load_profile
 
 SMALL = {"model": "bert-tiny", "gpus": "8", "batch": "64", "seq": "128"}
@@ -178,9 +178,14 @@ def test_models_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_model_that_is_nowhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def offline(name: str) -> None:
+        raise OSError("We couldn't connect to the hub.\nMore lines.")
+
     (tmp_path / "empty").mkdir()
     assert "has no config.json of a known model" in refused(capsys, model=str(tmp_path / "empty"))
+    monkeypatch.setattr(plan_model.AutoConfig, "from_pretrained", offline)
+    says = "model='owner/name' cannot be read from the hub (We couldn't connect to the hub.); give a folder with a "
+    assert refused(capsys, model="owner/name").startswith(says)
 
 
 def test_long_sequences_of_a_named_bert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

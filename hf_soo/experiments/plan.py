@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_soo.experiments import plan_dry_run, plan_memory, plan_messages
 from hf_soo.experiments.cycle import Kind
@@ -54,28 +53,25 @@ def run(config: PlanConfig) -> dict[str, Any]:
         "layout": dataclasses.asdict(layout),
         "profile": dataclasses.asdict(profile),
         "convention": CONVENTION,
-        "methods": [method_plan(subject, facts, model, layout, profile) for subject in methods],
-        "dry_run": dry_run(methods[0], facts, model, layout, config.model) if config.dry_run else None,
+        "methods": [method_plan(subject, facts, layout, profile) for subject in methods],
+        "dry_run": dry_run(methods[0], facts, layout, config.model) if config.dry_run else None,
     }
     if config.json:
         write_atomically(config.json, json.dumps(plan, indent=1) + "\n")
     return plan
 
 
-def method_plan(
-    subject: Subject, facts: ModelFacts, model: nn.Module, layout: Layout, profile: Profile
-) -> dict[str, Any]:
+def method_plan(subject: Subject, facts: ModelFacts, layout: Layout, profile: Profile) -> dict[str, Any]:
     """One column.
 
     Args:
         subject: the method.
-        facts: the model's numbers.
-        model: the model.
+        facts: the model.
         layout: the ranks.
         profile: the hardware.
     """
     found, amount = messages(subject, facts, layout), work(subject, facts, layout)
-    held = plan_memory.memory(subject, facts, model, layout)
+    held = plan_memory.memory(subject, facts, layout)
     mean = dict.fromkeys(plan_messages.KINDS, 0.0)
     for message in found:
         mean[message.kind] += message.bytes * frequency(message, subject, layout)
@@ -99,13 +95,12 @@ def method_plan(
     }
 
 
-def dry_run(subject: Subject, facts: ModelFacts, model: nn.Module, layout: Layout, name: str) -> dict[str, Any]:
+def dry_run(subject: Subject, facts: ModelFacts, layout: Layout, name: str) -> dict[str, Any]:
     """Count the bytes of the rank that keeps the most factors, with one micro-batch, and hold the plan against them.
 
     Args:
         subject: the method.
-        facts: the model's numbers.
-        model: the model.
+        facts: the model.
         layout: the ranks.
         name: the model's name.
     """
@@ -113,7 +108,7 @@ def dry_run(subject: Subject, facts: ModelFacts, model: nn.Module, layout: Layou
     rank, _ = plan_memory.factors(subject, layout)
     counted = plan_dry_run.count(subject, name, layout, rank)
     found = messages(subject, facts, layout, rank)
-    held = plan_memory.memory(subject, facts, model, layout, rank)
+    held = plan_memory.memory(subject, facts, layout, rank)
     steps = [step_compared(kind, counted.sent(kind), found) for kind in counted.steps]
     memory = compared(counted.memory, {kind: held[kind] for kind in counted.memory})
     return {

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import nn
-
 from hf_soo.engine.grouping import groups_of
 from hf_soo.engine.layers import RowLayer
 from hf_soo.experiments.plan_messages import FLOAT, padded_elements
@@ -17,7 +15,6 @@ from hf_soo.experiments.plan_model import ModelFacts
 from hf_soo.experiments.plan_request import Layout
 from hf_soo.experiments.plan_subject import Subject, bytes_of, matrix_of
 from hf_soo.optimizers.bases import BASES
-from hf_soo.registry import hidden_weights
 
 ADAMW_BYTES = 8  # what Muon's second optimizer keeps for a parameter that is no hidden matrix
 MAX_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -25,9 +22,7 @@ MASKED = 0.15  # of BERT's tokens go through the decoder
 TRANSIENT = ("capture_transient", "gradient_copies", "gathered_parameters", "activations")
 
 
-def memory(
-    subject: Subject, facts: ModelFacts, model: nn.Module, layout: Layout, rank: int | None = None
-) -> dict[str, int]:
+def memory(subject: Subject, facts: ModelFacts, layout: Layout, rank: int | None = None) -> dict[str, int]:
     """Bytes of the rank with the most, by kind; those of ``TRANSIENT`` are held for a part of a step alone.
 
     ``capture`` are the buffers that a window is summed in and that stay, ``capture_transient`` those of windows that
@@ -36,8 +31,7 @@ def memory(
 
     Args:
         subject: the method.
-        facts: the model's numbers.
-        model: the model.
+        facts: the model.
         layout: the ranks.
         rank: which one; None: the one with the most factors.
     """
@@ -51,7 +45,7 @@ def memory(
         "gradients": _gradients(facts, layout, stored),
         "ddp_buckets": facts.count * layout.weight_bytes if ddp else 0,
         "master_weights": layout.share(facts.count, "zero1", "zero2", "zero3") * FLOAT if master else 0,
-        "base_state": base_state(subject, facts, model, layout),
+        "base_state": base_state(subject, facts, layout),
         "factors": factors(subject, layout)[1] if rank is None else dict(_factors(subject, layout))[rank],
         "capture": 0 if transient else buffers,
         "capture_transient": buffers if transient else 0,
@@ -100,11 +94,11 @@ def _gradients(facts: ModelFacts, layout: Layout, stored: Callable[..., int]) ->
     return own
 
 
-def base_state(subject: Subject, facts: ModelFacts, model: nn.Module, layout: Layout) -> int:
+def base_state(subject: Subject, facts: ModelFacts, layout: Layout) -> int:
     """Bytes of the base optimizer's state."""
     each = float(BASES[subject.base].state_bytes)
     if subject.base == "muon":
-        hidden = sum(weight.numel() for weight in hidden_weights(model))
+        hidden = sum(shape.numel() for shape in facts.matrices)
         each += (ADAMW_BYTES - each) * (1 - hidden / facts.count)
     return round(each * _stored(facts, layout)("zero1", "zero2", "zero3"))
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, BertConfig, BertForPreTraining
+from transformers import (
+    MODEL_FOR_PRETRAINING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForPreTraining,
+)
 
 from hf_soo.experiments.bench import WEIGHT_DECAY
 from hf_soo.optimizers.bases import decay_groups
+from hf_soo.registry import hidden_weights
 
 
 def _bert(hidden: int, layers: int) -> dict[str, int]:
@@ -53,7 +62,7 @@ def build_model(name: str, seq: int) -> nn.Module:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq > positions:
         raise ValueError(f"seq={seq} is longer than the {positions} positions of {name!r}; give --seq {positions}.")
-    has_head = type(config) in AutoModelForPreTraining._model_mapping
+    has_head = type(config) in MODEL_FOR_PRETRAINING_MAPPING
     model = (AutoModelForPreTraining if has_head else AutoModel).from_config(config)  # type: ignore[no-untyped-call]
     if model.main_input_name != "input_ids":
         raise ValueError(f"model={name!r} takes {model.main_input_name!r}; the plan is for transformers over tokens.")
@@ -62,6 +71,9 @@ def build_model(name: str, seq: int) -> nn.Module:
 
 
 def _read_config(name: str) -> Any:
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns of every attempt, and we say what came of them
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -70,6 +82,8 @@ def _read_config(name: str) -> Any:
             f"model={name!r} {where} ({str(error).splitlines()[0]}); give a folder with a config.json, or one of "
             f"{', '.join(BERTS)}."
         ) from error
+    finally:
+        hub.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,7 @@ class ModelFacts:
         parameters: name -> shape, tied ones once.
         embeddings: parameters of embeddings among them.
         decayed: parameters with weight decay, which LAMB adapts one by one; how many tensors.
+        matrices: shapes of the hidden layers' weights, Muon's part.
         blocks: the names of the parameters of each block, what FSDP2 shards as one.
         hidden: length of a token's vector.
         heads: attention heads.
@@ -91,6 +106,7 @@ class ModelFacts:
     parameters: dict[str, torch.Size]
     embeddings: int
     decayed: int
+    matrices: list[torch.Size]
     blocks: list[list[str]]
     hidden: int
     heads: int
@@ -109,6 +125,7 @@ class ModelFacts:
             parameters={name: p.shape for name, p in model.named_parameters()},
             embeddings=sum(p.numel() for p in embedded.values()),
             decayed=len(decay_groups(model, WEIGHT_DECAY)[0]["params"]),
+            matrices=[weight.shape for weight in hidden_weights(model)],
             blocks=[[names[id(p)] for p in block.parameters()] for block in blocks_of(model)],
             hidden=hidden,
             heads=int(getattr(config, "num_attention_heads", 1)),

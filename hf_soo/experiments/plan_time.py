@@ -72,7 +72,7 @@ PROFILES = {
     # NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s bf16 dense, 19.5 TFLOP/s fp32 (no TF32), 2,039 GB/s, NVLink 600 GB/s
     # both ways. Efficiencies, all assumed: 50 % of bf16 (large transformers report 40-60 %), 80 % of fp32, of the
     # memory and of 300 GB/s one way; 1 TFLOP/s for factorisations of some thousand rows, whose kernels are small; one
-    # HDR InfiniBand card (200 Gbit/s) a node at 80 %; 20 µs a hop.
+    # HDR InfiniBand card (200 Gbit/s) a node at 80 %; 10 µs a hop.
     "a100-80gb-4": Profile(
         name="a100-80gb-4",
         source="NVIDIA's A100 80GB SXM datasheet times stated efficiencies; 4 GPUs and one HDR InfiniBand card a node",
@@ -83,7 +83,7 @@ PROFILES = {
         gpus_per_node=4,
         node_bandwidth=0.8 * 300e9,
         network_bandwidth=0.8 * 25e9,
-        latency=20e-6,
+        latency=10e-6,
     ),
     # One core of a server CPU with AVX2: 2 FMA units x 8 lanes x 2 x 3 GHz = 96 GFLOP/s at 70 %; half precision is no
     # faster without AMX; 20 GB/s is what one core sustains of eight DDR4-3200 channels; gloo over loopback 1 GB/s.

@@ -63,7 +63,7 @@ def work(subject: Subject, facts: ModelFacts, layout: Layout) -> Work:
     # The base reads gradient, parameter and state, and writes the latter two; LAMB writes its update too, and reads it.
     moved = own * (FLOAT * (5 if subject.base == "lamb" else 3) + 2 * BASES[subject.base].state_bytes)
     if subject.base == "muon":
-        base += sum(3 * 2 * NEWTON_SCHULZ * min(s) * s.numel() for s in facts.parameters.values() if len(s) == 2)
+        base += sum(6 * NEWTON_SCHULZ * min(shape) * shape.numel() for shape in facts.matrices)
     if transform is None or subject.cycle is None:
         return Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))
     counts = subject.cycle.counts
