@@ -230,6 +230,15 @@ def test_flops_are_what_torch_counts(mini: nn.Module) -> None:
     assert precondition_of(layer, subject) == pytest.approx(counted, rel=0.1)  # Z = X C_aᵀ is left out
 
 
+def test_a_sampled_loss_is_one_more_backward_pass(mini: nn.Module) -> None:
+    facts = ModelFacts.of(mini)
+    passes = [
+        work(subject, facts, layout).passes
+        for subject, layout in (asked(mini, "kfac_expand", f"fisher={fisher}") for fisher in ("empirical", "mc"))
+    ]
+    assert passes[1] == pytest.approx(passes[0] * (1 + 2 / 3 / 10))  # on every tenth step
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_near_what_a_pass_keeps(checkpointing: bool) -> None:

@@ -23,6 +23,7 @@ from hf_soo.optimizers.bases import BASES
 Operations = Iterable[Product | Factorisation]
 ELEMENTWISE = 10  # operations on an entry of a gradient by a method without matrix products, about
 BASE_OPERATIONS = {"lamb": 20, "adamw": 14, "sgd": 4, "rmsprop": 8, "muon": 4}  # on a parameter, about
+BACKWARD = 2 / 3  # of the two passes
 NEWTON_SCHULZ = 5  # Muon's iterations, each three products
 
 
@@ -69,8 +70,9 @@ def work(subject: Subject, facts: ModelFacts, layout: Layout) -> Work:
     counts = subject.cycle.counts
     updates, refreshes = counts["updates"] / counts["steps"], counts["refreshes"] / counts["steps"]
     share = _rows_share(subject, layout)
+    sampled = transform.recorder.phase is not None  # labels drawn from the model: one more backward pass
     return Work(
-        passes=passes,
+        passes=passes * (1 + updates * BACKWARD if sampled else 1),
         precondition=_of_workers(subject, layout) * share,
         statistics=updates * sum(statistics_of(layer, transform, layout.tokens) for layer in subject.layers),
         update=updates * share * sum(update_of(layer, subject) for layer in subject.layers),
