@@ -7,11 +7,8 @@ weight to the single process after six optimizer steps, or the words of the refu
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import importlib.metadata
-import json
 import os
 import re
 import tempfile
