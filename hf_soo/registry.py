@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_soo.engine.checks import require_range, unknown_key
+from hf_soo.engine.layers import full_shape
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Identity, Preconditioner
 from hf_soo.engine.selection import Selection, select_all_parameters, select_layers, select_parameters
@@ -154,17 +154,11 @@ def assemble(
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or no layer selected.
-        NotImplementedError: the parameters are sharded.
     """
     if name not in METHODS:
         raise ValueError(unknown_key("optimizer", name, list(METHODS)))
     method = METHODS[name]
     require_range("lr", lr, 0, float("inf"))
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise NotImplementedError(
-            f"{name} over sharded parameters (DTensor: FSDP2, tensor parallelism) is not supported in this version; "
-            "use DistributedDataParallel."
-        )
     if not any(group["params"] for group in groups):
         raise ValueError("the model has no trainable parameter; unfreeze some, or check requires_grad.")
     args = dict(base_args or {})
@@ -216,7 +210,7 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
         layers = select_layers(model, exclude=[HEADS.pattern]).layers
     except ValueError:  # the model has no such layer; a base that needs one says so itself
         return []
-    return [layer.weight for layer in layers if layer.weight.ndim == 2]
+    return [layer.weight for layer in layers if len(full_shape(layer.weight)) == 2]
 
 
 def bare_model(model: nn.Module) -> nn.Module:

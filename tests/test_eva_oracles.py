@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from twin_runs import assert_same_run, batches, run_library, tensor, twins
 
 import hf_soo
-from hf_soo.engine import linalg
+from hf_soo.engine import products
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.rescale import KLClip
@@ -33,7 +33,7 @@ def split(G: Array, bias: bool) -> tuple[Tensor, Tensor | None]:
 def apply(G: Array, bias: bool, *vectors: Array, damping: float = DAMPING) -> tuple[Array, Moved]:
     """The library's P of the joint gradients G [L, n, m]: Eva for two vectors, Eva-f for one."""
     weight_grad, bias_grad = split(G, bias)
-    product = linalg.eva_product if len(vectors) == 2 else linalg.eva_f_product
+    product = products.eva_product if len(vectors) == 2 else products.eva_f_product
     moved = product(weight_grad, bias_grad, *(tensor(v) for v in vectors), damping)
     return (weight_grad if bias_grad is None else torch.cat([weight_grad, bias_grad[..., None]], -1)).numpy(), moved
 

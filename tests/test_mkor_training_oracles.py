@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twin_runs import assert_same_run, batches, dense, half_squares, run_library, tensor, twins
 
 import hf_soo
-from hf_soo.engine import linalg
+from hf_soo.engine import products
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 
 # ---- applying the factors --------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ BIAS = pytest.mark.parametrize("bias", [True, False])
 def test_lowrank_product_is_the_dense_product(rng: np.random.Generator, bias: bool, left: bool, right: bool) -> None:
     G, b, C_left, C_right = product_cases(rng, bias, left, right)
     before = joint(G, b)
-    moved = linalg.lowrank_product(G, b, C_left, C_right)
+    moved = products.lowrank_product(G, b, C_left, C_right)
     after = joint(G, b)
     for i in range(len(before)):
         F_left = np.eye(before.shape[1]) if C_left is None else dense(C_left[i])
@@ -60,9 +60,9 @@ def test_lowrank_product_is_the_dense_product(rng: np.random.Generator, bias: bo
 def test_batched_product_is_the_looped_product(rng: np.random.Generator, bias: bool, left: bool, right: bool) -> None:
     case = product_cases(rng, bias, left, right)
     single = [[None if x is None else x[i : i + 1].clone() for x in case] for i in range(3)]
-    linalg.lowrank_product(*case)
+    products.lowrank_product(*case)
     for i, one in enumerate(single):
-        linalg.lowrank_product(*one)
+        products.lowrank_product(*one)
         # the same sums, perhaps in another order
         assert_close_report(joint(case[0], case[1])[i : i + 1], joint(one[0], one[1]), 1e-14, f"layer {i}")
 
@@ -75,7 +75,7 @@ def test_dense_product_is_the_kronecker_product(rng: np.random.Generator, bias: 
     W, X = rng.normal(size=(L, n, n)), rng.normal(size=(L, m + bias, m + bias))
     F_left, F_right = W @ W.swapaxes(1, 2), X @ X.swapaxes(1, 2)
     before = joint(G, b)
-    linalg.dense_product(G, b, tensor(F_left) if left else None, tensor(F_right) if right else None)
+    products.dense_product(G, b, tensor(F_left) if left else None, tensor(F_right) if right else None)
     for i in range(L):
         P = oracles.kronecker_product(
             F_left[i] if left else np.eye(n), before[i], F_right[i] if right else np.eye(m + bias)

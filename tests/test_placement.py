@@ -254,7 +254,7 @@ def test_what_is_sent(workers: int) -> None:
 def test_a_process_group_that_starts_late_is_refused() -> None:
     model = toy()
     optimizer = hf_soo.build_optimizer("kfac_expand", model, lr=0.05, grad_workers=1)
-    optimizer.placed_world, optimizer.steps = 2, 1
+    optimizer.placed, optimizer.steps = (2, "whole"), 1
     loss_of(model, batches(1)[0]).backward()
     with pytest.raises(RuntimeError, match="start the process group before the optimizer is built"):
         optimizer.step()

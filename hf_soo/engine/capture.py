@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_soo.engine.gradients import Grad, PlainGradients
+from hf_soo.engine.gradients import Grad, Gradients, Groups
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.placement import Placement
 
@@ -56,7 +56,7 @@ class Window:
 
     layers: Sequence[Layer]
     buffers: dict[str, Buffers]
-    gradients: PlainGradients
+    gradients: Gradients
     placement: Placement
     unit: float
 
@@ -99,11 +99,11 @@ class Recorder(Protocol):
     def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
         """The output, with a node behind it that adds to the buffers in the backward pass."""
 
-    def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
         """The layers that can be updated in this step."""
 
-    def collect(self, window: Window) -> Callable[[Sequence[Layer]], Statistics]:
-        """Sum over ranks; a function from layers of one shape to their statistics."""
+    def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
+        """Sum over ranks; a function from groups of layers of one shape to their statistics."""
 
 
 class GradientRecorder:
@@ -122,18 +122,15 @@ class GradientRecorder:
         """Not called: there are no hooks."""
         return output
 
-    def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
         """Those with a gradient."""
         return [layer for layer in layers if gradients.has(layer)]
 
-    def collect(self, window: Window) -> Callable[[Sequence[Layer]], Statistics]:
+    def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
         """The gradients themselves; they are averaged over ranks already."""
-
-        def of(group: Sequence[Layer]) -> Statistics:
-            grad = window.gradients.read(group)
-            return Statistics(rows=grad.weight.new_ones(len(group)), grad=grad)
-
-        return of
+        return lambda groups: [
+            Statistics(rows=grad.weight.new_ones(len(grad.weight)), grad=grad) for grad in window.gradients.read(groups)
+        ]
 
 
 class Capture:

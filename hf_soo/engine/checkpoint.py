@@ -78,17 +78,5 @@ def check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) -> 
             )
 
 
-def restore_layers(states: dict[str, LayerState], saved: LayerState) -> None:
-    """Copy saved tensors that ``check_layers`` passed into the states, in place.
-
-    Args:
-        states: the states of this run, or the part that this rank keeps.
-        saved: what ``layer_tensors`` gave.
-    """
-    for name, tensors in layer_tensors(states).items():
-        for key, tensor in tensors.items():
-            tensor.copy_(saved[name][key])
-
-
 def _signature(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {key: f"{tensor.dtype}{list(tensor.shape)}" for key, tensor in sorted(tensors.items())}

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 Group = dist.ProcessGroup | None
 
 
 class Communicator:
-    """Flat messages. The default process group is looked up at each call: it may start after construction."""
+    """Flat messages. The default process group is looked up at each call: it may start after construction.
+
+    Attributes:
+        traffic: bytes that this rank has handed to each kind of collective, "all_reduce", "reduce", "broadcast" and
+            "all_gather".
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing sent."""
+        self.traffic: Counter[str] = Counter()
 
     @property
     def world_size(self) -> int:
@@ -28,25 +41,45 @@ class Communicator:
         """A process group of some ranks; every rank must call it, in the same order."""
         return None if len(ranks) == self.world_size else dist.new_group(list(ranks))
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors of one dtype and device over all ranks, in place, in one flat all-reduce."""
+    def sum_(self, tensors: Sequence[Tensor], group: Group = None) -> None:
+        """Sum tensors of one device over all ranks (of a group), in place, in one flat all-reduce for each dtype."""
         if self.world_size > 1:
-            _flat(tensors, dist.all_reduce)
+            self._flat("all_reduce", tensors, lambda flat: dist.all_reduce(flat, group=group))
 
     def sum_at_(self, rank: int, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks in one flat reduction, in place; the result is defined at ``rank`` alone."""
-        _flat(tensors, lambda flat: dist.reduce(flat, dst=rank))
+        self._flat("reduce", tensors, lambda flat: dist.reduce(flat, dst=rank))
 
     def send_(self, source: int, tensors: Sequence[Tensor], group: Group) -> None:
         """Give every rank of a group the tensors of ``source``, in place, in one flat broadcast."""
-        _flat(tensors, lambda flat: dist.broadcast(flat, src=source, group=group))
+        self._flat("broadcast", tensors, lambda flat: dist.broadcast(flat, src=source, group=group))
 
+    def gather(self, piece: Tensor, group: Group, size: int) -> Tensor:
+        """The pieces of all ranks of a group, each of the same length.
 
-def _flat(tensors: Sequence[Tensor], message: Callable[[Tensor], object]) -> None:
-    """One message for all tensors of a dtype."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in mine])
-        message(flat)
-        for tensor, part in zip(mine, torch.split(flat, [tensor.numel() for tensor in mine]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        Args:
+            piece: this rank's, [d].
+            group: the ranks.
+            size: their number, W.
+
+        Returns:
+            [W, d].
+        """
+        pieces = piece.new_empty(size * piece.numel())
+        self._count("all_gather", piece)
+        dist.all_gather_into_tensor(pieces, piece, group=group)
+        return pieces.view(size, -1)
+
+    def _flat(self, kind: str, tensors: Sequence[Tensor], message: Callable[[Tensor], object]) -> None:
+        """One message for all tensors of a dtype."""
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            mine = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in mine])
+            self._count(kind, flat)
+            message(flat)
+            for tensor, part in zip(mine, torch.split(flat, [tensor.numel() for tensor in mine]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _count(self, kind: str, message: Tensor) -> None:
+        self.traffic[kind] += message.nbytes
+        logger.debug("%s of %d bytes (%d %s)", kind, message.nbytes, message.numel(), message.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, Phase, Statistics, Window
-from hf_soo.engine.gradients import PlainGradients, stack
+from hf_soo.engine.gradients import Gradients, Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.sums import NOISE_LEVEL
 
@@ -62,7 +62,7 @@ class FactorRecorder:
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
         d_out, d_in = layer.shape
-        m, n, weight = d_in + (layer.bias is not None), d_out if self.outputs else 0, layer.weight
+        m, n, weight = d_in + (layer.bias is not None), d_out if self.outputs else 0, layer.like
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
@@ -74,11 +74,11 @@ class FactorRecorder:
         x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
         return cast(Tensor, _CommitFactors.apply(output, x, layer, self, *buffers))  # type: ignore[no-untyped-call]
 
-    def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
         """All: a layer without rows is told so."""
         return list(layers)
 
-    def collect(self, window: Window) -> Callable[[Sequence[Layer]], Statistics]:
+    def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
         """Sum the counts over all ranks and the factors at each layer's owner, and hand out A and B.
 
         ``inputs`` is A [L, d_in (+ 1), d_in (+ 1)], ``outputs`` B [L, d_out, d_out], or None.
@@ -108,7 +108,7 @@ class FactorRecorder:
             is_noise = noise[:, 0] <= noise[:, 1] if self.reduce else None
             return Statistics(rows=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B, noise=is_noise)
 
-        return of
+        return lambda groups: [of(group) for group in groups]
 
     def _terms(self, live: Tensor) -> Tensor:
         """R, [1]: as given, or the rows with g ≠ 0 of the last layer that has any."""

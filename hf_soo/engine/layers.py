@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 
@@ -21,6 +23,8 @@ class Layer(ABC):
 
     The module is held, never its parameters: FSDP and others replace parameter objects after construction.
     """
+
+    rows_first: ClassVar[bool] = True  # whether as_matrix leaves the weight's first dimension in its place
 
     name: str
     module: nn.Module
@@ -40,6 +44,12 @@ class Layer(ABC):
     def weight(self) -> nn.Parameter:
         """The weight as the module holds it now."""
         return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def like(self) -> Tensor:
+        """A plain tensor with the weight's dtype and device, to make others from; its shape says nothing."""
+        weight = self.weight.detach()
+        return weight.to_local() if isinstance(weight, DTensor) else weight
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -64,7 +74,7 @@ class ParameterLayer(Layer):
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's."""
-        return tuple(self.weight.shape)
+        return full_shape(self.weight)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -120,6 +130,8 @@ class LinearLayer(RowLayer):
 
 class Conv1DLayer(LinearLayer):
     """transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [d_in, d_out]."""
+
+    rows_first = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -183,6 +195,11 @@ class Conv2dLayer(RowLayer):
         conv = self.module
         padded = F.pad(images, self._padding())
         return F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter; under ZeRO-3 it is (0,) where the parameter is not gathered."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 
 from hf_soo.engine import fisher
 from hf_soo.engine.capture import Capture
-from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors, restore_layers
+from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
-from hf_soo.engine.gradients import PlainGradients
+from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.grouping import stacked
 from hf_soo.engine.preconditioner import Preconditioner
-from hf_soo.engine.routing import routing
+from hf_soo.engine.routing import UNNAMED, Roster, routing
 from hf_soo.engine.selection import Selection
+from hf_soo.engine.shards import locate
 from hf_soo.engine.stages import Stages
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
         loss_scale: a function to the factor on the loss in the backward pass (fp16 GradScaler); read on update steps.
         batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU,
             and for methods whose factors are too large to be stacked.
+        driven: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and the
+            other calls ``precondition`` before and ``advance`` after it.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -73,11 +76,13 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self.name, self.config = name, config
         self.layers, self._left = selection.layers, dict(selection.left)
         self._parameter_names = {id(p): n for n, p in parameter_names.items()}
-        self.gradients = PlainGradients()
+        self.roster = Roster.of(base.param_groups, parameter_names, self.layers)
+        self.gradients: Gradients = PlainGradients()
         self.comm = Communicator()
         self.diagnostic = Diagnostics(preconditioner.side_names)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.batched: bool | None = None
+        self.driven = False
         self.carries_state = True
         self.switched = False
         self.steps = 0
@@ -104,22 +109,42 @@ class PreconditionedOptimizer(Stages, Optimizer):
                 loss = closure()
             if loss is not None:
                 self.report_loss(loss)
+        if self.driven:
+            self._step_base()
+        else:
+            self.precondition()
+            self._step_base()
+            self.advance()
+        return loss
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
         if self.layers:
             self._check_loss()
-            self._follow_world()
+            if not self.steps:
+                self._check_parameters()
+            self._follow_layout()
             with torch.autocast(self.layers[0].weight.device.type, enabled=False):
                 if self._updating:
                     self._update_factors(self.loss_scale() if self.capture.buffers else 1.0)
                 if self.preconditioner.refreshes_at(self.steps):
                     self._refresh_inverses()
                 self._transform_gradients()
+
+    def _step_base(self) -> None:
+        """Under ZeRO our groups are other ones than at construction, and one at a time."""
+        self.base.param_groups, self.base.state = self.param_groups, self.state
         self.base.step()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The part of ``step`` after the base's: it is done."""
         if self.layers and self.preconditioner.watches_loss:
             self._observe_loss()
         self.steps += 1
         self.diagnostic.check(self.steps, self.name)
         self._schedule()
-        return loss
 
     def _schedule(self) -> None:
         """Whether the next step updates factors, and so what the forward passes before it collect."""
@@ -127,20 +152,36 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._updating = self.preconditioner.updates_at(self.steps) and (bool(self.capture.buffers) or not hooks)
         self.capture.collect(self._updating and hooks)
 
-    def _follow_world(self) -> None:
-        """Place the factors anew if the process group was started after construction.
+    def _follow_layout(self) -> None:
+        """Place the factors anew if the process group was started, or the model sharded, after construction.
 
         Raises:
             RuntimeError: that happened after the first step.
         """
-        if self.placed_world == self.comm.world_size or self.preconditioner.workers(self.comm.world_size) is None:
+        self.gradients = locate(self.layers, self.gradients, self.comm)
+        if self.placed == self._layout():
             return
         if self.steps:
             raise RuntimeError(
-                f"{self.name} was built and has stepped at world size {self.placed_world}, but it is "
-                f"{self.comm.world_size} now; start the process group before the optimizer is built."
+                f"{self.name} was built and has stepped at (workers, gradients) {self.placed}, but it is "
+                f"{self._layout()} now; start the process group before the optimizer is built, and shard the model before its first step."
             )
         self._place()
+
+    def _check_parameters(self) -> None:
+        """Refuse to go on without the model's parameters.
+
+        Raises:
+            RuntimeError: somebody has replaced them.
+        """
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if not self.driven and not any(id(layer.weight) in held for layer in self.layers):
+            raise RuntimeError(
+                f"{self.name}: none of its layers' weights is in its parameter groups: they were replaced after "
+                "construction. Under DeepSpeed call hf_soo.integrations.deepspeed.attach(engine, optimizer) after "
+                "deepspeed.initialize; under FSDP2 build the optimizer after fully_shard, or let accelerate prepare "
+                "model and optimizer together."
+            )
 
     # ---- windows ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +273,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
     def routing(self) -> dict[str, str]:
         """Per parameter of the base: which rule moves it, and why a layer is left to the base."""
         return routing(
-            self.param_groups, self._parameter_names, self.layers, self._left, self.diagnostic.without_rows(),
+            self.param_groups, self.roster, self._left, self.diagnostic.without_rows(),
             method=self.name, base=type(self.base).__name__,
         )  # fmt: skip
 
@@ -283,7 +324,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
     def second_order_state(self) -> dict[str, Any]:
         """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
 
-        Where ranks share the work (K-FAC under several processes) every rank must call it: they exchange factors.
+        Where ranks share the work or the state (K-FAC under several processes, root-free RMSProp under FSDP2) every
+        rank must call it: they exchange factors.
         """
         return {
             "optimizer": self.name,
@@ -319,7 +361,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved.get("switched", False):
             self._switch_off()
-        restore_layers(self.states, saved["layers"])
+        self._follow_layout()
+        self._restore_states(saved["layers"])
         self.preconditioner.load_own_state(saved.get("own", {}))
         self.steps = int(saved["steps"])
         self._schedule()
@@ -345,4 +388,9 @@ class PreconditionedOptimizer(Stages, Optimizer):
         if base is None:  # called by Optimizer.__init__, on the base's own groups
             super().add_param_group(param_group)
         else:
+            known = len(base.param_groups)
             base.add_param_group(param_group)
+            self.roster.parameters.extend(
+                [self._parameter_names.get(id(p), UNNAMED) for p in group["params"]]
+                for group in base.param_groups[known:]
+            )

@@ -97,6 +97,10 @@ class Placement(Protocol):
     def world(self) -> int | None:
         """The world size it is for; None: any."""
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank preconditions every layer."""
+
     def owns(self, name: str) -> bool:
         """Whether this rank keeps and inverts the layer's factors."""
 
@@ -126,6 +130,7 @@ class Replicated:
     """Every rank keeps and does everything; only sums over ranks are communicated."""
 
     world: int | None = None
+    everywhere = True
 
     def __init__(self, comm: Communicator) -> None:
         """Take the means of communication."""
@@ -173,6 +178,7 @@ class Grid:
         """
         self.comm, self.plan, self.rank = comm, plan, comm.rank
         self.world: int | None = plan.world
+        self.everywhere = plan.columns == 1
         columns = [plan.column(c) for c in range(plan.columns)]
         rows = [plan.row(r * plan.columns) for r in range(plan.workers)]
         groups = {tuple(ranks): comm.group(ranks) for ranks in (*columns, *rows)}

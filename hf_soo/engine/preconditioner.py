@@ -15,6 +15,7 @@ from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved
+from hf_soo.engine.partial import Partial, finish
 from hf_soo.engine.rescale import NoRescale, Rescale
 
 Factor = dict[str, Tensor]
@@ -81,6 +82,8 @@ class Preconditioner(ABC):
         side_names: what diagnostics tell apart.
         shared: names of the tensors that ``transform`` needs; None: all. The others stay at a layer's owner.
         stacks: whether layers of one shape are worked on together on a GPU: few launches, but a copy of each factor.
+        row_wise: whether it can work on some rows of G, with small sums over the others (``RowWise``).
+        row_state: names of the tensors of its state that have the gradient's rows, and are kept where those are.
         watches_loss: whether it wants ``observe`` to be called.
     """
 
@@ -89,6 +92,8 @@ class Preconditioner(ABC):
     side_names: tuple[str, ...] = BOTH_SIDES
     shared: frozenset[str] | None = None
     stacks: bool = True
+    row_wise: bool = False
+    row_state: frozenset[str] = frozenset()
     watches_loss: bool = False
 
     @abstractmethod
@@ -135,6 +140,16 @@ class Preconditioner(ABC):
     def transform(self, state: LayerState, grad: Grad) -> Moved:
         """Replace G by P in place. Where P is not finite G stays, and ``Moved.after`` is not finite."""
 
+    def update_rows(self, state: LayerState, statistics: Statistics) -> Partial[tuple[LayerState, Updated]]:
+        """``update`` where ``statistics.grad`` may be rows; methods that learn from the gradient override it."""
+        yield from ()  # the statistics of other methods are whole
+        return self.update(state, statistics)
+
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+        """``transform`` where ``grad`` may be rows; as it is for a method that needs them all."""
+        yield from ()
+        return self.transform(state, grad)
+
     @abstractmethod
     def distances(self, state: LayerState) -> Tensor:
         """|F - I|_F of each side's inverse factor, [L, sides]; 0 where a side is not used."""
@@ -159,6 +174,24 @@ class Preconditioner(ABC):
         """Continue from ``own_state()``, whose tensors are filled in place; the argument is left as it is."""
         for name, tensor in self.own_state().items():
             tensor.copy_(saved[name])
+
+
+class RowWise(Preconditioner):
+    """A method whose ``transform_rows`` works on any rows."""
+
+    row_wise = True
+
+    @abstractmethod
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+        """Replace the rows of G that ``grad`` holds by those of P in place; the state is whole, but for ``row_state``.
+
+        Yields:
+            What it summed over its rows, to be summed over all.
+        """
+
+    def transform(self, state: LayerState, grad: Grad) -> Moved:
+        """``transform_rows`` on all rows."""
+        return finish(self.transform_rows(state, grad))
 
 
 class Identity(Preconditioner):

@@ -4,15 +4,58 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from hf_soo.engine.layers import Layer
+
+UNNAMED = "(unnamed)"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """What belongs together when the optimizer is built: FSDP2 and ZeRO replace the parameters later.
+
+    Args:
+        parameters: the names of the parameters of each group of the base.
+        layer: parameter name -> the layer that holds it.
+        group: layer name -> the index of its weight's group.
+    """
+
+    parameters: list[list[str]]
+    layer: dict[str, str]
+    group: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[Mapping[str, Any]], names: Mapping[str, nn.Parameter], layers: Sequence[Layer]
+    ) -> Roster:
+        """Take it down.
+
+        Args:
+            groups: the base's parameter groups.
+            names: parameter name -> the parameter.
+            layers: what the method moves.
+        """
+        name_of = {id(parameter): name for name, parameter in names.items()}
+        group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
+        return cls(
+            parameters=[[name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups],
+            layer={
+                name_of[id(p)]: layer.name
+                for layer in layers
+                for p in (layer.weight, layer.bias)
+                if p is not None and id(p) in name_of
+            },
+            group={layer.name: group_of[id(layer.weight)] for layer in layers if id(layer.weight) in group_of},
+        )
 
 
 def routing(
     groups: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
-    layers: Sequence[Layer],
+    roster: Roster,
     left: Mapping[str, str],
     idle: Collection[str],
     *,
@@ -23,26 +66,22 @@ def routing(
 
     Args:
         groups: the base's parameter groups.
-        names: id of a parameter -> its name.
-        layers: what the method moves.
+        roster: the parameters in them.
         left: module or parameter -> why it is not moved.
         idle: layers without statistics at the last update.
         method: the method's name.
         base: the base's name.
     """
-    rules: dict[int, str] = {}
-    for layer in layers:
-        note = " (no statistics: it got no input at the last update)" if layer.name in idle else ""
-        for parameter in (layer.weight, layer.bias):
-            if parameter is not None:
-                rules[id(parameter)] = f"{method} -> {base}{note}"
     table = {}
-    for group in groups:
-        for parameter in group["params"]:
-            name = names.get(id(parameter), "(unnamed)")
-            reason = left.get(name) or left.get(name.rpartition(".")[0])
-            rule = f"{base} ({group['algorithm']})" if "algorithm" in group else base
-            table[name] = rules.get(id(parameter), rule if reason is None else f"{rule}: {reason}")
+    for group, names in zip(groups, roster.parameters, strict=True):
+        rule = f"{base} ({group['algorithm']})" if "algorithm" in group else base
+        for name in names:
+            layer, reason = roster.layer.get(name), left.get(name) or left.get(name.rpartition(".")[0])
+            note = " (no statistics: it got no input at the last update)" if layer in idle else ""
+            if layer is not None and layer not in left:
+                table[name] = f"{method} -> {base}{note}"
+            else:
+                table[name] = rule if reason is None else f"{rule}: {reason}"
     return table
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +14,14 @@ from torch import Tensor
 from hf_soo.engine.capture import Capture, Window
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
-from hf_soo.engine.gradients import Grad, PlainGradients
+from hf_soo.engine.gradients import Grad, Gradients, Groups
 from hf_soo.engine.grouping import groups_of, stacked, unstack_
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved
+from hf_soo.engine.partial import Partial, together
 from hf_soo.engine.placement import Placement, held, place
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, Updated
+from hf_soo.engine.routing import Roster
 
 
 class Stages:
@@ -26,27 +31,46 @@ class Stages:
     layers: list[Layer]
     states: dict[str, LayerState]
     placement: Placement
-    placed_world: int
+    placed: tuple[object, object]
     capture: Capture
-    gradients: PlainGradients
+    gradients: Gradients
     comm: Communicator
     diagnostic: Diagnostics
     batched: bool | None
     param_groups: list[dict[str, Any]]
+    roster: Roster
+
+    def _layout(self) -> tuple[object, object]:
+        """What the placement follows from: the ranks that share work, and where gradients lie."""
+        return self.preconditioner.workers(self.comm.world_size) and self.comm.world_size, self.gradients.layout
 
     def _place(self) -> None:
         """Decide which rank keeps what, and start the states."""
-        self.placement, self.placed_world = place(self.layers, self.preconditioner, self.comm), self.comm.world_size
+        self.placement, self.placed = place(self.layers, self.preconditioner, self.comm), self._layout()
+        self.gradients.row_wise = self.preconditioner.row_wise and self.placement.everywhere
         names = self.preconditioner.shared
-        self.states = {
-            layer.name: held(self.placement, layer.name, self.preconditioner.init(layer), names)
-            for layer in self.layers
-        }
+        self.states = {}
+        for layer in self.layers:
+            state = held(self.placement, layer.name, self.preconditioner.init(layer), names)
+            self.states[layer.name] = {
+                side: {key: self._own_rows(layer, key, tensor) for key, tensor in factor.items()}
+                for side, factor in state.items()
+            }
 
-    def _groups(self, layers: list[Layer]) -> Iterator[list[Layer]]:
-        """Layers to work on together."""
+    def _own_rows(self, layer: Layer, key: str, tensor: Tensor) -> Tensor:
+        """What this rank keeps of a tensor of a layer's state."""
+        rows = self.gradients.rows(layer)
+        if key not in self.preconditioner.row_state or rows == slice(None):
+            return tensor
+        return tensor[rows].clone()
+
+    def _groups(self, layers: list[Layer]) -> Groups:
+        """Layers to work on together: preconditioned by the same ranks, and whole or by rows alike."""
         together = self.batched if self.preconditioner.stacks or self.batched is not None else False
-        return groups_of(layers, together)
+        alike: dict[tuple[int, bool], list[Layer]] = defaultdict(list)
+        for layer in layers:
+            alike[self.placement.column(layer.name), self.gradients.by_rows(layer)].append(layer)
+        return [group for key in sorted(alike) for group in groups_of(alike[key], together)]
 
     def _update_factors(self, loss_scale: float) -> None:
         self.capture.to_weights(self.layers)
@@ -58,11 +82,16 @@ class Stages:
         self.diagnostic.begin_update()
         owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
         records = []
-        for group in self._groups(recorder.ready(owned, self.gradients)):
-            states = [self.states[layer.name] for layer in group]
-            new, updated = self.preconditioner.update(stacked(states, group), of(group))
-            unstack_(states, new)
-            records.append(([layer.name for layer in group], updated))
+        for batch in self.gradients.batches(self._groups(recorder.ready(owned, self.gradients))):
+            states = [[self.states[layer.name] for layer in group] for group in batch]
+            computations = [
+                self.preconditioner.update_rows(stacked(state, group), statistics)
+                for state, group, statistics in zip(states, batch, of(batch), strict=True)
+            ]
+            done = together(computations, partial(self.gradients.sum_, batch))
+            for state, group, (new, updated) in zip(states, batch, done, strict=True):
+                unstack_(state, new)
+                records.append(([layer.name for layer in group], updated))
         for names, updated in self._seen_by_all(records):
             self.diagnostic.record_update(names, updated)
         self.capture.clear()
@@ -102,32 +131,28 @@ class Stages:
             )
 
     def _transform_gradients(self) -> None:
-        """G -> P for every layer that has a gradient, then the rescale; jointly if something couples the layers."""
+        """G -> P for every layer that has a gradient, then the rescale; jointly if the rule couples the layers."""
         self.diagnostic.begin_transform()
-        layers = [layer for layer in self.layers if self.gradients.has(layer)]
-        columns = sorted({self.placement.column(layer.name) for layer in layers})
-        groups = [  # the same on every rank, so that all sum in one order
-            group
-            for column in columns
-            for group in self._groups([r for r in layers if self.placement.column(r.name) == column])
-        ]
-        coupled = self.preconditioner.rescale.joint or self.placement.world is not None
-        for batch in [groups] if coupled and groups else [[group] for group in groups]:
-            grads = [self.gradients.read(group) for group in batch]
-            moved = [self._transform(group, grad) for group, grad in zip(batch, grads, strict=True)]
+        joint, waiting = self.preconditioner.rescale.joint, _Waiting([], [], [])
+        groups = self._groups([layer for layer in self.layers if self.gradients.has(layer)])
+        for batch in self.gradients.batches(groups, joined=self.placement.world is not None):
+            grads = self.gradients.read(batch)
+            computations = [self._transform(group, grad) for group, grad in zip(batch, grads, strict=True)]
+            moved = together(computations, partial(self.gradients.sum_, batch))
             self._share_directions(batch, grads, moved)
-            self._rescale(batch, grads, moved)
-            for group, grad, record in zip(batch, grads, moved, strict=True):
-                self.gradients.write(group, grad)
-                self.diagnostic.record_transform([layer.name for layer in group], record)
+            waiting.add(batch, self.gradients.own(batch, grads), moved)
+            if not joint:
+                waiting = self._write(waiting)
+        self._write(waiting)
 
-    def _transform(self, group: list[Layer], grad: Grad) -> Moved:
+    def _transform(self, group: list[Layer], grad: Grad) -> Partial[Moved]:
         if not self.placement.works(group[0].name):
             return Moved.nothing(grad.weight)  # it comes from a rank that does
         states = [self.states[layer.name] for layer in group]
-        return self.preconditioner.transform(stacked(states, group, self.preconditioner.shared), grad)
+        state = stacked(states, group, self.preconditioner.shared)
+        return (yield from self.preconditioner.transform_rows(state, grad))
 
-    def _share_directions(self, batch: list[list[Layer]], grads: list[Grad], moved: list[Moved]) -> None:
+    def _share_directions(self, batch: Groups, grads: list[Grad], moved: list[Moved]) -> None:
         """P, and what was measured on it, from the ranks that made it to those that did not."""
         if self.placement.world is None:
             return
@@ -138,26 +163,65 @@ class Stages:
         }
         self.placement.share_directions({layer.name: of[layer.name] for layer in self.layers if layer.name in of})
 
-    def _rescale(self, batch: list[list[Layer]], grads: list[Grad], moved: list[Moved]) -> None:
+    def _write(self, waiting: _Waiting) -> _Waiting:
+        """Give P its length and store it; then nothing waits."""
         rule = self.preconditioner.rescale
-        scales = rule.scales(moved, self._learning_rates(batch, moved) if rule.joint else [])
-        if scales is not None:
-            for grad, scale in zip(grads, scales, strict=True):
-                grad.scale_(scale)
+        rates = self._learning_rates(waiting) if rule.joint else []
+        scales = rule.scales(waiting.moved, rates) if waiting.groups else None
+        for i, (group, grad, record) in enumerate(zip(waiting.groups, waiting.grads, waiting.moved, strict=True)):
+            if scales is not None:
+                grad.scale_(scales[i])
+            self.gradients.write(group, grad)
+            self.diagnostic.record_transform([layer.name for layer in group], record)
+        return _Waiting([], [], [])
 
-    def _learning_rates(self, batch: list[list[Layer]], moved: list[Moved]) -> list[Tensor]:
+    def _learning_rates(self, waiting: _Waiting) -> list[Tensor]:
         """The scheduled learning rate of each layer's weight, [L] for each group."""
-        of = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
-        rates = ([of.get(id(layer.weight), 0.0) for layer in group] for group in batch)
-        return [m.inner.new_tensor(rate) for m, rate in zip(moved, rates, strict=True)]
+        rate_of = {name: float(self.param_groups[i]["lr"]) for name, i in self.roster.group.items()}
+        rates = ([rate_of.get(layer.name, 0.0) for layer in group] for group in waiting.groups)
+        return [m.inner.new_tensor(rate) for m, rate in zip(waiting.moved, rates, strict=True)]
 
     def _whole_state(self, layer: Layer) -> LayerState:
         """A layer's state with what other ranks keep."""
+        own = self.states[layer.name]
         if self.placement.world is None:
-            return self.states[layer.name]
+            return {
+                side: {
+                    key: self.gradients.gather(layer, tensor) if key in self.preconditioner.row_state else tensor
+                    for key, tensor in factor.items()
+                }
+                for side, factor in own.items()
+            }
         whole = self.preconditioner.init(layer)
-        for side, factor in self.states[layer.name].items() if self.placement.owns(layer.name) else ():
+        for side, factor in own.items() if self.placement.owns(layer.name) else ():
             for key, tensor in factor.items():
                 whole[side][key].copy_(tensor)
         self.placement.from_owner(layer.name, [tensor for factor in whole.values() for tensor in factor.values()])
         return whole
+
+    def _restore_states(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill the states with what ``layer_tensors`` gave, as far as this rank keeps it."""
+        for layer in self.layers:
+            for side, factor in self.states[layer.name].items():
+                for key, tensor in factor.items():
+                    tensor.copy_(self._own_rows(layer, key, saved[layer.name][f"{side}.{key}"]))
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Groups whose P is computed and not yet stored.
+
+    Args:
+        groups: layers of one shape.
+        grads: what this rank stores of their P.
+        moved: the norms of the whole.
+    """
+
+    groups: Groups
+    grads: list[Grad]
+    moved: list[Moved]
+
+    def add(self, groups: Groups, grads: list[Grad], moved: list[Moved]) -> None:
+        self.groups += groups
+        self.grads += grads
+        self.moved += moved

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, Statistics, Window
-from hf_soo.engine.gradients import PlainGradients, stack
+from hf_soo.engine.gradients import Gradients, Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
 
 NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
@@ -65,7 +65,7 @@ class SumRecorder:
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
         d_out, d_in = layer.shape
-        weight, groups = layer.weight, self.groups
+        weight, groups = layer.like, self.groups
         from_bias = layer.bias is not None and groups == 1
 
         def zeros(*shape: int) -> Tensor:
@@ -84,16 +84,17 @@ class SumRecorder:
         counts = group_sizes(rows, self.groups, buffers[0])
         return cast(Tensor, _CommitSums.apply(output, inputs, counts, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
-    def ready(self, layers: Sequence[Layer], gradients: PlainGradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
         """All: a layer without rows is told so."""
         return list(layers)
 
-    def collect(self, window: Window) -> Callable[[Sequence[Layer]], Statistics]:
+    def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
         """Sum the buffers over ranks in one flat all-reduce, and hand out means group by group.
 
         ``inputs`` is [L, groups, d_in (+ 1)] with the constant 1 of the bias last, ``outputs`` [L, groups, d_out].
         """
         window.placement.sum_([tensor for layer in window.layers for tensor in window.buffers[layer.name]])
+        outputs = self._output_means(window) if self.outputs else {}
 
         def of(group: Sequence[Layer]) -> Statistics:
             buffers = [window.buffers[layer.name] for layer in group]
@@ -101,11 +102,26 @@ class SumRecorder:
             return Statistics(
                 rows=rows.sum(-1),
                 inputs=_input_means(group, stack([b[1] for b in buffers]), rows) if self.inputs else None,
-                outputs=stack([_output_mean(layer, window) for layer in group]) if self.outputs else None,
+                outputs=stack([outputs[layer.name] for layer in group]) if self.outputs else None,
                 noise=_is_noise(stack([b[3] for b in buffers])) if self.noise else None,
             )
 
-        return of
+        return lambda groups: [of(group) for group in groups]
+
+    def _output_means(self, window: Window) -> dict[str, Tensor]:
+        """Mean output gradient of each group of rows, [groups, d_out]; zeros where a layer has no gradient."""
+        means = {}
+        for layer in window.layers:
+            rows, _, outputs, _ = window.buffers[layer.name]
+            means[layer.name] = outputs * window.unit if outputs.numel() else rows.new_zeros(1, layer.shape[0])
+        of_bias = [
+            layer
+            for layer in window.layers
+            if not window.buffers[layer.name][2].numel() and window.gradients.has(layer)
+        ]
+        for layer, bias in zip(of_bias, window.gradients.biases(of_bias), strict=True):
+            means[layer.name] = bias[None]
+        return {name: mean / window.buffers[name][0].clamp(min=1)[:, None] for name, mean in means.items()}
 
 
 class _CommitSums(torch.autograd.Function):
@@ -156,17 +172,6 @@ def _input_means(group: Sequence[Layer], sums: Tensor, rows: Tensor) -> Tensor:
     if group[0].bias is None:
         return means
     return torch.cat([means, (rows > 0).to(means)[..., None]], dim=-1)
-
-
-def _output_mean(layer: Layer, window: Window) -> Tensor:
-    """Mean output gradient of each group of rows, [groups, d_out]; zeros where the layer has no gradient."""
-    rows, _, outputs, _ = window.buffers[layer.name]
-    if outputs.numel():
-        return outputs * window.unit / rows.clamp(min=1)[:, None]
-    if not window.gradients.has(layer) or layer.bias is None or layer.bias.grad is None:
-        return torch.zeros(1, layer.shape[0], dtype=rows.dtype, device=rows.device)
-    bias_grad = layer.bias.grad
-    return bias_grad.to(accumulation_dtype(bias_grad.dtype))[None] / rows.clamp(min=1)[:, None]
 
 
 def _is_noise(noise: Tensor) -> Tensor:

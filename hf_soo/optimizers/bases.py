@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_soo.engine.checks import unknown_key
@@ -129,8 +130,58 @@ def build_base(
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
     if isinstance(optimizer, torch.optim.SGD):
+        optimizer.register_step_pre_hook(_unfuse_sharded)
         optimizer.register_step_pre_hook(_start_late_momenta)
     return optimizer
+
+
+def _unfuse_sharded(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Leave torch's fused SGD where parameters have become DTensors (FSDP2): it has no rule for them (torch 2.13)."""
+    for group in optimizer.param_groups:
+        if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
+            group["fused"] = False
+
+
+ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    )
+)  # fmt: skip
+"""torch's optimizers that treat every entry of a parameter alike, whatever tensor it lies in."""
+
+
+def check_flat(base: Optimizer, where: str) -> None:
+    """Refuse a base that cannot step on flat pieces of many parameters.
+
+    Args:
+        base: the base optimizer.
+        where: what makes the pieces, for the message.
+
+    Raises:
+        NotImplementedError: it needs whole tensors.
+    """
+    if not isinstance(base, (*ELEMENTWISE, Lamb)):
+        raise NotImplementedError(
+            f"base {type(base).__name__} under {where}, which hands it flat pieces of many parameters: it may need "
+            f"whole tensors; use {', '.join(cls.__name__ for cls in (*ELEMENTWISE, Lamb))}, or stage 0, DDP or FSDP2."
+        )
+
+
+def check_row_shards(base: Optimizer) -> None:
+    """Refuse a base that cannot step on FSDP2's row shards (DTensors).
+
+    Args:
+        base: the base optimizer.
+
+    Raises:
+        NotImplementedError: it needs whole tensors.
+    """
+    if isinstance(base, Muon):
+        raise NotImplementedError(
+            "base Muon under FSDP2: torch's Muon cannot update sharded matrices (torch 2.13); use AdamW or Lamb, or "
+            "DistributedDataParallel."
+        )
 
 
 def _start_late_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -22,24 +22,41 @@ half-precision parameters keep fp32 moments; the step counter is kept per parame
 How it is fast: a tensor is walked in pieces (pieces.py) that stay in cache while all of the above happens to them.
 torch's fused Adam kernel turns a piece that holds -κw into -u, and -u waits in the gradient's own memory until the
 tensor's ratio is known. **So `.grad` is scratch space: after `step` its content is unspecified** (as with apex).
+
+Where ranks hold pieces of a parameter (partition.py: DTensors, ZeRO's flat tensors), all pieces are turned into -u
+first, and one all-reduce makes their norms those of whole parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_soo.optimizers.pieces import Slot, bundles, cut, flat, piece_size, wide_dtype
+from hf_soo.optimizers.partition import Job, Partition, Share, divide, piece_norms, whole_norms
+from hf_soo.optimizers.pieces import Slot, bundles, cut, piece_size, wide_dtype
+
+
+@dataclass(slots=True)
+class Update:
+    """A bundle whose gradients hold -u; the norms are None where no ratio is wanted."""
+
+    group: dict[str, Any]
+    slots: list[Slot]
+    pieces: list[list[Slot]]
+    norms: Tensor | None  # ‖w‖ and ‖u‖ of the slots, [2, slots]
 
 
 class Lamb(Optimizer):
     """LAMB over per-tensor trust ratios; no host synchronisation in `step`."""
+
+    partition: Partition | None = None
+    """What the parameters are pieces of, if they are flat partitions; copies of the optimizer do not keep it."""
 
     def __init__(
         self,
@@ -96,10 +113,13 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        excess = self._clip_divisor()
-        for group in self.param_groups:
-            for params in _by_device_and_dtype(group["params"]):
-                self._step_params(group, params, excess)
+        whole, shares = divide(self.param_groups, self.partition)
+        excess = self._clip_divisor(whole, shares)
+        for job in whole:
+            for update in self._updates(job, excess):
+                apply_(update, None if update.norms is None else trust_ratio(update.norms))
+        for share in shares:
+            self._step_pieces(share, excess)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -115,48 +135,55 @@ class Lamb(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[param][name] = value.to(param.device)
 
-    def _clip_divisor(self) -> Tensor | None:
-        """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip.
-
-        The norm is summed over pieces: on CPU one fp32 reduction over 31M elements comes out 1.6e-3 too small.
-        """
+    def _clip_divisor(self, whole: list[Job], shares: list[Share]) -> Tensor | None:
+        """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip."""
         limit = self.defaults["max_grad_norm"]
         if limit is None:
             return None
-        norms: list[Tensor] = []
-        for params in _by_device_and_dtype(chain.from_iterable(group["params"] for group in self.param_groups)):
-            size = piece_size(params[0])
-            grads = chain.from_iterable(torch.split(flat(p.grad), size) for p in params if p.grad is not None)
-            norms.extend(torch._foreach_norm(list(grads), 2, dtype=wide_dtype(params[0])))
+        norms = [norm for job in whole for norm in piece_norms(job.params)]
+        norms += [share.partition.grad_norm() for share in shares]
         if not norms:
             return None
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return torch.clamp(total / limit, min=1.0)
 
-    def _step_params(self, group: dict[str, Any], params: list[Tensor], excess: Tensor | None) -> None:
-        """Step parameters of one device and dtype."""
-        size = piece_size(params[0])
+    def _step_pieces(self, share: Share, excess: Tensor | None) -> None:
+        """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
+        updates = [update for job in share.jobs for update in self._updates(job, excess, share.partition)]
+        known = [(update.slots, update.norms) for update in updates if update.norms is not None]
+        ratios = trust_ratio(whole_norms(known, share)).unbind()
+        for update in reversed(updates):
+            adapt = update.norms is not None
+            apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
+
+    def _updates(self, job: Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[Update]:
+        """Update moments bundle by bundle, each when it is asked for: what is applied at once is still in cache."""
+        size = piece_size(job.params[0])
         if excess is not None:
-            excess = excess.to(params[0].device)
-        scratch = torch.empty(size, dtype=wide_dtype(params[0]), device=params[0].device)
-        steps = [self._state(p)["step"] for p in params]
+            excess = excess.to(job.params[0].device)
+        scratch = torch.empty(size, dtype=wide_dtype(job.params[0]), device=job.params[0].device)
+        steps = [self._state(p)["step"] for p in job.params]
         torch._foreach_add_(steps, 1)
-        for bundle in bundles(params, size):
-            slots = [Slot.of(p, self.state[p]) for p in bundle]
+        for slots in bundles(chain.from_iterable(self._slots(p, partition) for p in job.params), size):
             pieces = cut(slots, size)
-            norms = [update_(piece, scratch, group, excess) for piece in pieces]
-            apply_(pieces, norms, group)
-            for param, slot in zip(bundle, slots, strict=True):
-                if not param.is_contiguous():  # the flat tensor was a copy
-                    param.copy_(slot.param.view(param.shape))
+            found = [update_(piece, scratch, job.group, excess) for piece in pieces]
+            norms = [norm for norm in found if norm is not None]
+            total = torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else None
+            yield Update(job.group, slots, pieces, total)
+
+    def _slots(self, param: Tensor, partition: Partition | None) -> list[Slot]:
+        slot = Slot.of(param, self.state[param])
+        if partition is None:
+            return [slot]
+        return [slot.part(f.start, f.length, f.tensor) for f in partition.fragments(param) if f.length > 0]
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
             dtype = wide_dtype(param)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-            state["exp_avg_sq"] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+            for name in ("exp_avg", "exp_avg_sq"):  # like the parameter: of a DTensor, a DTensor
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         return state
 
 
@@ -209,55 +236,40 @@ def update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: T
     return torch.stack(norms).view(2, len(piece)) if adapt else None
 
 
-def apply_(pieces: list[list[Slot]], norms: list[Tensor | None], group: dict[str, Any]) -> None:
+def apply_(update: Update, ratios: Tensor | None) -> None:
     """W ← w - η r u over the pieces of one bundle, the latest first: it is still in cache.
 
     Args:
-        pieces: Slots whose gradients hold -u.
-        norms: What `update_` returned for each piece.
-        group: The hyperparameters.
+        update: Its gradients hold -u.
+        ratios: r of each slot, [slots]; None: 1.
     """
-    known = [norm for norm in norms if norm is not None]
-    rates = (group["lr"] * trust_ratio(torch.stack(known))).unbind() if known else None
-    for piece in reversed(pieces):
+    lr = update.group["lr"]
+    rates = None if ratios is None else (lr * ratios).unbind()
+    for piece in reversed(update.pieces):
         if rates is None:
-            torch._foreach_add_([slot.param for slot in piece], [slot.grad for slot in piece], alpha=group["lr"])
+            torch._foreach_add_([slot.param for slot in piece], [slot.grad for slot in piece], alpha=lr)
             continue
         for slot, rate in zip(piece, rates, strict=True):
             slot.param.addcmul_(slot.grad, rate)
+    for slot in update.slots:
+        slot.write_back()
 
 
 def trust_ratio(norms: Tensor) -> Tensor:
     """‖w‖ / ‖u‖ of each tensor, 1 where either is 0.
 
     Args:
-        norms: ‖w‖ and ‖u‖ of the pieces, [pieces, 2, tensors].
+        norms: ‖w‖ and ‖u‖, [2, tensors].
 
     Returns:
         The ratios, [tensors].
     """
-    w_norm, u_norm = torch.linalg.vector_norm(norms, dim=0)
+    w_norm, u_norm = norms
     return torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
 
 
 def _adapts(group: dict[str, Any]) -> bool:
     return bool(group["weight_decay"] != 0 or group["always_adapt"])
-
-
-def _by_device_and_dtype(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The parameters that have a gradient, gathered by device and dtype."""
-    gathered: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        if param.grad is None:
-            continue
-        if param.grad.is_sparse:
-            raise ValueError("Lamb: a sparse gradient is not supported; build the embedding with sparse=False")
-        if isinstance(param, DTensor):
-            raise NotImplementedError(
-                "Lamb: the norm of a sharded tensor (DTensor) is not supported; use DDP, or base='adamw'"
-            )
-        gathered.setdefault((param.device, param.dtype), []).append(param)
-    return list(gathered.values())
 
 
 def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -105,8 +105,9 @@ def applied(G: Tensor, matrices: Sequence[Tensor | None], transpose: bool = Fals
 def unfolded(X: Tensor, axis: int) -> Tensor:
     """The unfolding X₍ₙ₎ [L, d, product of the other axes], in some order of its columns."""
     if axis > 0 and axis == X.ndim - 2:
-        return X.reshape(len(X), -1, X.shape[-1]).mT
-    return X.movedim(axis + 1, 1).reshape(len(X), X.shape[axis + 1], -1)
+        return X.flatten(1, -2).mT
+    moved = X.movedim(axis + 1, 1)
+    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))  # not -1: a shard may have no rows
 
 
 def along(vector: Tensor, X: Tensor, axis: int) -> Tensor:
@@ -125,7 +126,7 @@ def inner(X: Tensor, Y: Tensor) -> Tensor:
     """⟨X, Y⟩ over all axes, [L]."""
     if len(X) == 1:
         return torch.dot(X.reshape(-1), Y.reshape(-1)).view(1)
-    return torch.bmm(X.reshape(len(X), 1, -1), Y.reshape(len(Y), -1, 1)).view(-1)
+    return torch.bmm(X.flatten(1)[:, None], Y.flatten(1)[..., None]).view(-1)
 
 
 def layerwise(values: Tensor, X: Tensor) -> Tensor:

@@ -29,13 +29,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soo.engine import linalg
+from hf_soo.engine import products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
-from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, Preconditioner, Side, Updated
+from hf_soo.engine.partial import Partial
+from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
@@ -77,7 +78,7 @@ class EvaConfig(Periodic):
         make_rescale(self.rescale, self.kl_clip)
 
 
-class Eva(Preconditioner):
+class Eva(RowWise):
     """Eva as a gradient transform; state: the running vectors "input" [d_in + bias] and "output" [d_out]."""
 
     sides: tuple[Side, ...] = (Side.INPUT, Side.OUTPUT)
@@ -101,7 +102,7 @@ class Eva(Preconditioner):
         """Zero vectors: P = G/γ until the first statistics."""
         d_out, d_in = layer.shape
         sizes = {Side.OUTPUT: d_out, Side.INPUT: d_in + (layer.bias is not None)}
-        return {_key(side): self._vector(sizes[side], layer.weight) for side in self.sides}
+        return {_key(side): self._vector(sizes[side], layer.like) for side in self.sides}
 
     @staticmethod
     def _vector(d: int, like: Tensor) -> Factor:
@@ -125,10 +126,10 @@ class Eva(Preconditioner):
                 }
         return new, updated(outcomes, sizes)
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """Equation (4) of the module's docstring, as one rank-1 step in place."""
         a, b = state["input"]["vector"], state["output"]["vector"]
-        return linalg.eva_product(grad.weight, grad.bias, a, b, self.config.damping)
+        return products.eva_steps(grad.weight, grad.bias, a, b, self.config.damping, grad.rows)
 
     def distances(self, state: LayerState) -> Tensor:
         """|F - I| of F = I - vvᵀ/(γ + |v|²), each side alone: |v|²/(γ + |v|²), [L, 2]."""
@@ -143,9 +144,9 @@ class EvaF(Eva):
 
     sides = (Side.INPUT,)
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """P = G (aaᵀ + γI)⁻¹, as one rank-1 step in place."""
-        return linalg.eva_f_product(grad.weight, grad.bias, state["input"]["vector"], self.config.damping)
+        return products.eva_f_steps(grad.weight, grad.bias, state["input"]["vector"], self.config.damping)
 
 
 def _key(side: Side) -> str:

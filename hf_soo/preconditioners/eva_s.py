@@ -25,6 +25,7 @@ so is "sum" on a transformer: cos(G, P) is 1.000000 in every layer (results/eva_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,13 +33,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine import linalg
+from hf_soo.engine import products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved, squared_norm
-from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Outcome, Preconditioner, Updated
+from hf_soo.engine.partial import Partial, finish
+from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Outcome, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import NOISE_LEVEL
 from hf_soo.preconditioners.axes import inner, put_back, squeezed, unfolded
@@ -93,7 +95,7 @@ class EvaSConfig(Periodic):
             raise ValueError(f"exponent={self.exponent} has no effect with form='joint'; set form='separable'.")
 
 
-class EvaS(Preconditioner):
+class EvaS(RowWise):
     """Eva-s as a gradient transform of single tensors; state "axis{i}": an axis's running vector."""
 
     side_names = ONE_SIDE
@@ -117,7 +119,7 @@ class EvaS(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """Zero vectors: P = G/γ (or γ⁻ᵏᵖG) until the first gradient."""
-        weight = layer.weight
+        weight = layer.like
         return {
             f"axis{axis}": {
                 "vector": weight.new_zeros(d, dtype=accumulation_dtype(weight.dtype)),
@@ -127,13 +129,19 @@ class EvaS(Preconditioner):
         }
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
+        """``update_rows`` on all rows."""
+        return finish(self.update_rows(state, statistics))
+
+    def update_rows(self, state: LayerState, statistics: Statistics) -> Partial[tuple[LayerState, Updated]]:
         """V ← (1-ξ)v + ξ v_new; the first v_new as it is. An axis whose v_new is rounding noise keeps its v."""
         assert statistics.grad is not None
-        G = _axes(statistics.grad.weight)
-        size = inner(G, G)
+        G = _axes(statistics.grad.weight, len(state))
+        size, sums = inner(G, G), axis_sums(G, [factor["vector"] for factor in state.values()], statistics.grad.rows)
+        yield [size, *sums]
+        entries = math.prod(v.shape[-1] for v in sums)
         valid, noisy = size.isfinite(), torch.zeros_like(size, dtype=torch.bool)
-        for axis, factor in enumerate(state.values()):
-            v, noise = axis_vector(G, axis, self.config.kv_scale, size)
+        for total, factor in zip(sums, state.values(), strict=True):
+            v, noise = axis_vector(total, entries, self.config.kv_scale, size)
             noisy = noisy | noise
             xi = torch.where(factor["seen"], v.new_tensor(self.config.kv_new_weight), v.new_ones(()))[:, None]
             mixed = (1 - xi) * factor["vector"] + xi * v
@@ -144,15 +152,16 @@ class EvaS(Preconditioner):
         updated.outcomes.copy_(torch.where((valid & noisy)[:, None], Outcome.NOISE.value, updated.outcomes))
         return state, updated
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """The form's equation of the module's docstring, in place."""
-        G, vectors = _axes(grad.weight), [factor["vector"] for factor in state.values()]
+        G, vectors = _axes(grad.weight, len(state)), [factor["vector"] for factor in state.values()]
+        damping, p, rows = self.config.damping, self.config.exponent, grad.rows
         if self.config.form == "joint":
-            moved = joint_product(G, vectors, self.config.damping)
+            moved = yield from joint_steps(G, vectors, damping, rows)
         elif len(vectors) == 2:
-            moved = separable_matrix_product(G, vectors[0], vectors[1], self.config.damping, self.config.exponent)
+            moved = yield from separable_matrix_steps(G, vectors[0], vectors[1], damping, p, rows)
         else:
-            moved = separable_product(G, vectors, self.config.damping, self.config.exponent)
+            moved = yield from separable_steps(G, vectors, damping, p, rows)
         put_back(grad.weight, G)
         return moved
 
@@ -166,42 +175,63 @@ class EvaS(Preconditioner):
         return 1 - (1 + sizes.amax(-1, keepdim=True) / gamma) ** -p
 
 
-def axis_vector(G: Tensor, axis: int, scale: KVScale, size: Tensor) -> tuple[Tensor, Tensor]:
+def axis_sums(G: Tensor, like: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """For each axis, the sum of these rows of G over all other axes.
+
+    Args:
+        G: rows of gradients, [L, d, d_2, …, d_k].
+        like: tensors [L, d_i] of all rows.
+        rows: which rows of the first axis these are.
+
+    Returns:
+        k tensors [L, d_i]; the first is 0 at the other rows.
+    """
+    axes = range(1, G.ndim)
+    of_rows, *rest = [G.sum([other for other in axes if other != axis]) for axis in axes]
+    first = of_rows.new_zeros(like[0].shape)
+    first[:, rows] = of_rows
+    return [first, *rest]
+
+
+def axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of G over all axes but one, and whether it is rounding noise that a scale would blow up.
 
     Means over inputs that a LayerNorm centres, for one, are 0 but for rounding.
 
     Args:
-        G: gradients, [L, d_1, …, d_k].
-        axis: the axis that stays, from 0.
+        v: the sum of G over the other axes, [L, d].
+        entries: of G.
         scale: "mean", "sum", or "unit" for |v|² = d.
         size: |G|², [L].
 
     Returns:
         [L, d] and bool [L].
     """
-    v = G.sum([other for other in range(1, G.ndim) if other != axis + 1])
     if scale != "unit":
-        share = v[0].numel() / G[0].numel() if scale == "mean" else 1.0
+        share = v.shape[-1] / entries if scale == "mean" else 1.0
         return v * share, torch.zeros_like(size, dtype=torch.bool)
     length = torch.linalg.vector_norm(v, dim=-1)
-    noise = length <= NOISE_LEVEL[G.dtype] * size.sqrt()
+    noise = length <= NOISE_LEVEL[v.dtype] * size.sqrt()
     return v * (v.shape[-1] ** 0.5 / torch.where(noise, 1.0, length))[:, None], noise
 
 
-def joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float) -> Moved:
+def joint_steps(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: slice) -> Partial[Moved]:
     """In place: Eva's formula with b the first axis's vector and a the others', multiplied out.
 
     Args:
-        G: gradients, [L, d_1, …, d_k], k >= 2.
+        G: rows of gradients, [L, d, d_2, …, d_k], k >= 2.
         vectors: k tensors [L, d_i].
         damping: γ.
+        rows: which rows of the first axis these are.
+
+    Yields:
+        Sums over rows.
     """
     a = vectors[1]
     for v in vectors[2:]:
         a = (a[..., None] * v[:, None]).flatten(1)
-    matrix = G.reshape(*G.shape[:2], -1)
-    moved = linalg.eva_product(matrix, None, a, vectors[0], damping)
+    matrix = G.flatten(2)
+    moved = yield from products.eva_steps(matrix, None, a, vectors[0], damping, rows)
     put_back(G, matrix)
     return moved
 
@@ -219,25 +249,33 @@ def shrinking(v: Tensor, damping: float, exponent: float) -> Tensor:
     return torch.where(size > 0, e, 0.0)
 
 
-def separable_matrix_product(G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float) -> Moved:
+def separable_matrix_steps(
+    G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float, rows: slice
+) -> Partial[Moved]:
     """In place: γ⁻²ᵖ(I + e rrᵀ) G (I + f ccᵀ), as one rank-2 step.
 
     Args:
-        G: gradients, [L, n, m].
+        G: rows of gradients, [L, ·, m].
         r: [L, n].
         c: [L, m].
         damping: γ.
         exponent: p.
+        rows: which of the n rows these are.
+
+    Yields:
+        Sums over rows: Gᵀr, and the parts of the norms.
 
     Returns:
         Norms and inner product, from |G|², |Gᵀr|², |Gc|² and rᵀGc alone.
     """
     e, f, alpha = shrinking(r, damping, exponent), shrinking(c, damping, exponent), damping ** (-2 * exponent)
-    x, y = (r[:, None] @ G).squeeze(1), (G @ c[..., None]).squeeze(-1)  # Gᵀr, Gc
-    z = inner(y, r)  # rᵀGc
-    parts = (inner(G, G), inner(x, x), inner(y, y), z.square())
+    mine = r[:, rows]
+    x, y = (mine[:, None] @ G).squeeze(1), (G @ c[..., None]).squeeze(-1)  # Gᵀr, Gc
+    g_norm, y_norm, z = inner(G, G), inner(y, y), inner(y, mine)  # z = rᵀGc
+    yield [x, g_norm, y_norm, z]
+    parts = (g_norm, inner(x, x), y_norm, z.square())
     after = quadratic(*parts, *(2 * each + each.square() * inner(v, v) for each, v in ((e, r), (f, c))))
-    columns = torch.stack([e[:, None] * r, f[:, None] * y + (e * f * z)[:, None] * r], -1)
+    columns = torch.stack([e[:, None] * mine, f[:, None] * y + (e * f * z)[:, None] * mine], -1)
     G.baddbmm_(columns, torch.stack([x, c], -2), beta=alpha, alpha=alpha)
     return Moved(parts[0], alpha**2 * after, alpha * quadratic(*parts, e, f))
 
@@ -247,28 +285,40 @@ def quadratic(g: Tensor, x: Tensor, y: Tensor, z: Tensor, e: Tensor, f: Tensor) 
     return g + e * x + f * y + e * f * z
 
 
-def separable_product(G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float) -> Moved:
+def separable_steps(
+    G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float, rows: slice
+) -> Partial[Moved]:
     """In place: one rank-1 step for each axis of a tensor with more than two.
 
     Args:
-        G: gradients, [L, d_1, …, d_k].
+        G: rows of gradients, [L, d, d_2, …, d_k].
         vectors: k tensors [L, d_i].
         damping: γ.
         exponent: p.
+        rows: which rows of the first axis these are.
+
+    Yields:
+        Sums over rows: the first axis's product; then the norms.
     """
-    before, P = inner(G, G), G.clone()
+    P = G.clone()
     for axis, v in enumerate(vectors):
         matrix = unfolded(P, axis).contiguous()
-        e = shrinking(v, damping, exponent)
-        matrix.baddbmm_((e[:, None] * v)[..., None], v[:, None] @ matrix)
-        moved = P.movedim(axis + 1, 1)
-        P = matrix.view(moved.shape).movedim(1, axis + 1)
+        e, mine = shrinking(v, damping, exponent), v[:, rows] if axis == 0 else v
+        x = mine[:, None] @ matrix
+        if axis == 0:
+            yield [x]
+        matrix.baddbmm_((e[:, None] * mine)[..., None], x)
+        shape = P.movedim(axis + 1, 1).shape
+        P = matrix.view(shape).movedim(1, axis + 1)
     P = P.contiguous().mul_(damping ** (-len(vectors) * exponent))
-    after, cross = squared_norm(P), inner(P, G)
+    moved = Moved(inner(G, G), squared_norm(P), inner(P, G))
+    yield list(moved.tensors())
     G.copy_(P)
-    return Moved(before, after, cross)
+    return moved
 
 
-def _axes(tensor: Tensor) -> Tensor:
-    """[L, axes longer than 1]; a view."""
-    return tensor.reshape(len(tensor), *squeezed(tensor.shape[1:]))
+def _axes(tensor: Tensor, count: int) -> Tensor:
+    """[L, the ``count`` axes that are longer than 1]; a view. The first of them may have any number of rows here."""
+    rest = [d for d in tensor.shape[2:] if d != 1]
+    first = tensor.shape[1:2] if len(rest) < count else ()
+    return tensor.reshape(len(tensor), *first, *rest)

@@ -166,15 +166,15 @@ class IFShampoo(Preconditioner):
             ValueError: a factor could not grow in bfloat16.
         """
         cut, kinds = cut_of(tuple(layer.shape), self.config)
-        dtype = stored_dtype(self.config.state_dtype, layer.weight.dtype)
+        dtype = stored_dtype(self.config.state_dtype, layer.like.dtype)
         state: LayerState = {}
         for block, sizes in enumerate(cut.sizes()):
             for axis, (d, kind) in enumerate(zip(sizes, kinds, strict=True)):
                 if kind == "dense":
                     self._check_growth(layer.name, d)
-                    state[cut.name(block, axis)] = _dense(d, layer.weight, dtype)
+                    state[cut.name(block, axis)] = _dense(d, layer.like, dtype)
                 elif kind == "diagonal":
-                    state[cut.name(block, axis)] = _diagonal(d, layer.weight)
+                    state[cut.name(block, axis)] = _diagonal(d, layer.like)
         return state
 
     def _check_growth(self, name: str, d: int) -> None:

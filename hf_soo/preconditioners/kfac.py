@@ -50,13 +50,14 @@ from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
-from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, Preconditioner, Side, Updated, keep_where
+from hf_soo.engine.partial import Partial
+from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated, keep_where
 from hf_soo.engine.rescale import make_rescale
 from hf_soo.preconditioners.kfac_config import FactorConfig
 from hf_soo.preconditioners.kfac_inverse import Cholesky, Curvature, Eigen, Inverse, side_key
 
 
-class KFAC(Preconditioner):
+class KFAC(RowWise):
     """K-FAC, "expand"; state "input" and "output": "factor" S, "updates" u, and the tensors of the inverse."""
 
     sides: tuple[Side, ...] = (Side.INPUT, Side.OUTPUT)
@@ -70,6 +71,7 @@ class KFAC(Preconditioner):
             config: its settings.
         """
         self.config = config
+        self.row_wise = self.sides == (Side.INPUT,)  # the output side's inverse needs all rows
         self.form: Inverse = Cholesky(config) if config.inverse == "cholesky" else Eigen(config)
         self.shared = self.form.names
         self.rescale = make_rescale(config.rescale, config.kl_clip)
@@ -124,7 +126,7 @@ class KFAC(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """S = 0 (or I), and P = G until the first inverse."""
-        like = layer.weight
+        like = layer.like
 
         def factor(d: int) -> Factor:
             S = torch.zeros(d, d, dtype=accumulation_dtype(like.dtype), device=like.device)
@@ -176,7 +178,7 @@ class KFAC(Preconditioner):
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         return torch.where((u > 0)[:, None, None], S / weight[:, None, None], eye)
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """The damped inverse of the Kronecker product, applied to G."""
         return self.form.transform(state, grad)
 

@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_soo.engine import linalg, spd
+from hf_soo.engine import products, spd
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import accumulation_dtype
 from hf_soo.engine.linalg import Moved
+from hf_soo.engine.partial import Partial
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
 from hf_soo.preconditioners.kfac_config import FactorConfig
 
@@ -43,7 +44,7 @@ class Inverse(Protocol):
     def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
         """The tensors of each side, and whether each layer's succeeded, bool [L]."""
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """G -> P in place."""
 
     def distance(self, factor: Factor) -> Tensor:
@@ -84,10 +85,10 @@ class Cholesky(Inverse):
         split = {Side.INPUT: pi * damping**0.5, Side.OUTPUT: damping**0.5 / pi}
         return {side: torch.maximum(each, LEAST_SHARE * mean[side]) for side, each in split.items()}
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """Two products."""
         left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
-        return linalg.dense_product(grad.weight, grad.bias, left, state[side_key(Side.INPUT)]["inverse"])
+        return products.dense_steps(grad.weight, grad.bias, left, state[side_key(Side.INPUT)]["inverse"])
 
     def distance(self, factor: Factor) -> Tensor:
         """See ``Inverse``."""
@@ -128,10 +129,10 @@ class Eigen(Inverse):
             new[side] = {"vectors": vectors, "values": values.clamp(min=0), "damping": damping}
         return new, ok
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """Four products."""
         right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
-        return linalg.eigen_product(
+        return products.eigen_steps(
             grad.weight, grad.bias, None if left is None else (left["vectors"], left["values"]),
             (right["vectors"], right["values"]), right["damping"],
         )  # fmt: skip

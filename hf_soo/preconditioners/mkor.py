@@ -32,14 +32,15 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from hf_soo.engine import linalg
+from hf_soo.engine import linalg, products
 from hf_soo.engine.bare import BareProducts, Product
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
-from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, Preconditioner, Side, Updated
+from hf_soo.engine.partial import Partial
+from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import MatchNorm
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
@@ -128,7 +129,7 @@ class Representation(Protocol):
     def update(self, factor: Factor, V: Tensor, valid: Tensor) -> Factor:
         """The factor after V, where ``valid`` [L]."""
 
-    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Moved:
+    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Partial[Moved]:
         """G -> P in place; a side that is None is the identity."""
 
     def distance(self, factor: Factor) -> Tensor:
@@ -154,10 +155,10 @@ class LowRank(Representation):
         columns, head = linalg.lowrank_update(factor["columns"], factor["head"], V, self.config.factor_decay, valid)
         return {"columns": columns, "head": head}
 
-    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Moved:
-        """Thin products."""
-        columns = [None if factor is None else factor["columns"] for factor in (left, right)]
-        return linalg.lowrank_product(grad.weight, grad.bias, *columns)
+    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Partial[Moved]:
+        """Thin products, on any rows."""
+        C_left = None if left is None else left["columns"][..., grad.rows]
+        return products.lowrank_steps(grad.weight, grad.bias, C_left, None if right is None else right["columns"])
 
     def distance(self, factor: Factor) -> Tensor:
         """|CCᵀ|_F = |CᵀC|_F."""
@@ -190,10 +191,10 @@ class Dense(Representation):
         valid = valid & new.isfinite().all(-1).all(-1)
         return {"inverse": torch.where(valid[:, None, None], new, F)}
 
-    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Moved:
-        """Two full products."""
+    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Partial[Moved]:
+        """Two full products, on all rows."""
         inverses = [None if factor is None else factor["inverse"] for factor in (left, right)]
-        return linalg.dense_product(grad.weight, grad.bias, *inverses)
+        return products.dense_steps(grad.weight, grad.bias, *inverses)
 
     def distance(self, factor: Factor) -> Tensor:
         """|F - I|_F."""
@@ -205,7 +206,7 @@ class Dense(Representation):
 SIDE_NAMES = {Side.INPUT: "right", Side.OUTPUT: "left"}
 
 
-class MKOR(Preconditioner):
+class MKOR(RowWise):
     """MKOR as a gradient transform; state "left" [d_out] and "right" [d_in + bias] for each layer."""
 
     rescale = MatchNorm()
@@ -217,7 +218,7 @@ class MKOR(Preconditioner):
             config: its settings.
         """
         self.config = config
-        self.stacks = config.representation == "lowrank"
+        self.stacks = self.row_wise = config.representation == "lowrank"
         self.form: Representation = LowRank(config) if config.representation == "lowrank" else Dense(config)
         self.sides = [
             side
@@ -239,15 +240,15 @@ class MKOR(Preconditioner):
     def init(self, layer: Layer) -> LayerState:
         """Identity factors."""
         sizes = _sizes(layer)
-        return {SIDE_NAMES[side]: self.form.init(sizes[side], layer.weight) for side in self.sides}
+        return {SIDE_NAMES[side]: self.form.init(sizes[side], layer.like) for side in self.sides}
 
     def bare_products(self, layer: Layer) -> BareProducts | None:
         """F_b G and (F_b G) F_a of the dense form; the low-rank form's products are thin."""
         if not isinstance(self.form, Dense):
             return None
         n, m = _sizes(layer)[Side.OUTPUT], _sizes(layer)[Side.INPUT]
-        products = {Side.OUTPUT: Product(n, n, m), Side.INPUT: Product(n, m, m)}
-        return BareProducts(every=[product for side, product in products.items() if side in self.sides])
+        both = {Side.OUTPUT: Product(n, n, m), Side.INPUT: Product(n, m, m)}
+        return BareProducts(every=[product for side, product in both.items() if side in self.sides])
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """One rank-r update of each side."""
@@ -261,7 +262,7 @@ class MKOR(Preconditioner):
                 new[name] = self.form.update(state[name], V, valid)
         return new, updated(outcomes, sizes)
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """P = F_b G F_a."""
         return self.form.transform(state.get("left"), state.get("right"), grad)
 

@@ -36,7 +36,8 @@ from hf_soo.engine.checks import require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved, squared_norm
-from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Preconditioner, Updated
+from hf_soo.engine.partial import Partial, finish
+from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, RowWise, Updated
 from hf_soo.optimizers.pieces import piece_size
 from hf_soo.preconditioners.axes import inner, layerwise, total
 from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
@@ -78,10 +79,11 @@ class RMSPropConfig:
             )
 
 
-class RMSProp(Preconditioner):
+class RMSProp(RowWise):
     """Root-free RMSProp as a gradient transform of single parameters; state "gradient": ŝ in the parameter's shape."""
 
     side_names = ONE_SIDE
+    row_state = frozenset({"second_moment"})
 
     def __init__(self, config: RMSPropConfig) -> None:
         """Make the transform.
@@ -98,14 +100,19 @@ class RMSProp(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """ŝ = 1."""
-        dtype = stored_dtype(self.config.state_dtype, layer.weight.dtype)
-        return {"gradient": {"second_moment": layer.weight.new_ones(layer.shape, dtype=dtype)}}
+        dtype = stored_dtype(self.config.state_dtype, layer.like.dtype)
+        return {"gradient": {"second_moment": layer.like.new_ones(layer.shape, dtype=dtype)}}
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
+        """``update_rows`` on all rows."""
+        return finish(self.update_rows(state, statistics))
+
+    def update_rows(self, state: LayerState, statistics: Statistics) -> Partial[tuple[LayerState, Updated]]:
         """ŝ ← (1-β)ŝ + βBg², in place; β = 0 for a layer whose gradient is not finite."""
         assert statistics.grad is not None
         grad, rate = statistics.grad.weight, self.config.factor_lr
         size = inner(grad, grad)
+        yield [size]
         valid = self.batch_size * size < math.inf
         used = valid.to(grad.dtype)
         keep, root = 1 - rate * used, (rate * self.batch_size) ** 0.5 * used
@@ -116,7 +123,7 @@ class RMSProp(Preconditioner):
                 s.copy_(wide)
         return state, learned(size, valid)
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
         """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""
         eps = max(self.config.eps, torch.finfo(grad.weight.dtype).tiny)
         norms: list[Moved] = []
@@ -124,7 +131,9 @@ class RMSProp(Preconditioner):
             P = torch.div(g, torch.add(s.to(g.dtype), eps, out=scratch), out=scratch)
             norms.append(Moved(inner(g, g), inner(P, P), inner(P, g)))
             g.copy_(P)
-        return total(norms)
+        moved = total(norms)
+        yield list(moved.tensors())
+        return moved
 
     def distances(self, state: LayerState) -> Tensor:
         """|F - I| of the diagonal F = 1/(ŝ + ε), [L, 1]."""

@@ -139,16 +139,16 @@ class Shampoo(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """L = 0, R = I."""
-        cut, dtype = cut_of(tuple(layer.shape), self.config.max_dim), accumulation_dtype(layer.weight.dtype)
+        cut, dtype = cut_of(tuple(layer.shape), self.config.max_dim), accumulation_dtype(layer.like.dtype)
         state = {
-            cut.name(block, axis): _axis(d, layer.weight, dtype)
+            cut.name(block, axis): _axis(d, layer.like, dtype)
             for block, sizes in enumerate(cut.sizes())
             for axis, d in enumerate(sizes)
         }
         if self.config.grafting == "adam":
             state[GRAFT] = {
-                "second_moment": layer.weight.new_zeros(layer.shape, dtype=dtype),
-                "updates": _count(layer.weight),
+                "second_moment": layer.like.new_zeros(layer.shape, dtype=dtype),
+                "updates": _count(layer.like),
             }
         return state
 

@@ -1,0 +1,311 @@
+"""Gradients of which each rank stores a piece: FSDP2's row shards, and ZeRO's fragments.
+
+A piece is a range of the flat gradient. Methods that can (``Preconditioner.row_wise``) work on row shards where they
+lie; for the others, and for pieces that are no rows, whole gradients are gathered some layers at a time, and each rank
+keeps its piece of P.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hf_soo.engine.comm import Communicator, Group
+from hf_soo.engine.gradients import ALL_ROWS, Grad, Gradients, Groups, PlainGradients, computed, stack
+from hf_soo.engine.layers import Layer, accumulation_dtype, full_shape
+
+GATHER_BYTES = 2**28
+"""The most that is gathered in one message, unless a single layer is larger."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a flat tensor: its first element and its length."""
+
+    start: int
+    length: int
+
+
+class Source(Protocol):
+    """Where the pieces are.
+
+    Attributes:
+        layout: what distinguishes this source from others.
+        in_rows: whether pieces are whole rows of the first dimension.
+        group: the ranks that hold the pieces of a gradient.
+    """
+
+    layout: object
+    in_rows: bool
+    group: Group
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the stored gradients."""
+
+    def has(self, layer: Layer) -> bool:
+        """See ``Gradients``."""
+
+    def spans(self, parameter: Tensor) -> list[Span]:
+        """The piece of each rank of the group."""
+
+    def piece(self, parameter: Tensor) -> Tensor:
+        """This rank's piece of the gradient where it is stored, in any shape."""
+
+
+class ShardedGradients:
+    """The accessor of gradients in pieces. See ``Gradients`` for its methods."""
+
+    row_wise = False
+
+    def __init__(self, source: Source, comm: Communicator) -> None:
+        """Take the source.
+
+        Args:
+            source: where the pieces are.
+            comm: the means of communication.
+        """
+        self.source, self.comm = source, comm
+        self.layout: object = source.layout
+        self._rank, self._size = dist.get_rank(source.group), dist.get_world_size(source.group)
+
+    def has(self, layer: Layer) -> bool:
+        """As the source says."""
+        return self.source.has(layer)
+
+    def by_rows(self, layer: Layer) -> bool:
+        """Whether both the method and the pieces allow it. A single row is no axis to methods that work by axes."""
+        return self.row_wise and self.source.in_rows and layer.rows_first and full_shape(layer.weight)[0] > 1
+
+    def rows(self, layer: Layer) -> slice:
+        """From the piece of the weight; the bias is cut alike."""
+        if not self.by_rows(layer):
+            return ALL_ROWS
+        mine, width = self.source.spans(layer.weight)[self._rank], math.prod(full_shape(layer.weight)[1:])
+        return slice(mine.start // width, (mine.start + mine.length) // width)
+
+    def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
+        """All row shards at once; layers to be gathered one by one, as many in a portion as ``GATHER_BYTES`` allow."""
+        by_rows = [group for group in groups if self.by_rows(group[0])]
+        return ([by_rows] if by_rows else []) + list(self._portions(groups))
+
+    def _portions(self, groups: Groups) -> Iterator[Groups]:
+        portion: Groups = []
+        size = 0
+        for layer in (layer for group in groups if not self.by_rows(group[0]) for layer in group):
+            bytes_ = math.prod(full_shape(layer.weight)) * accumulation_dtype(layer.weight.dtype).itemsize
+            if portion and size + bytes_ > GATHER_BYTES:
+                yield portion
+                portion, size = [], 0
+            portion.append([layer])
+            size += bytes_
+        if portion:
+            yield portion
+
+    def read(self, groups: Groups) -> list[Grad]:
+        """Views of the shards, or one message."""
+        if groups and self.by_rows(groups[0][0]):
+            return [self._read_rows(group) for group in groups]
+        layers = [layer for (layer,) in groups]
+        parameters = [(layer.weight, layer.bias) for layer in layers]
+        whole = iter(self._gather([p for pair in parameters for p in pair if p is not None]))
+        return [
+            Grad(layer.as_matrix(next(whole))[None], None if bias is None else next(whole)[None])
+            for layer, (_, bias) in zip(layers, parameters, strict=True)
+        ]
+
+    def _read_rows(self, layers: Sequence[Layer]) -> Grad:
+        weights = [computed(layer.as_matrix(self.source.piece(layer.weight))) for layer in layers]
+        biases = [computed(self.source.piece(layer.bias)) for layer in layers if layer.bias is not None]
+        return Grad(stack(weights), stack(biases) if biases else None, self.rows(layers[0]))
+
+    def own(self, groups: Groups, grads: Sequence[Grad]) -> list[Grad]:
+        """The rows, or this rank's flat pieces of a whole P."""
+        return [
+            grad if self.by_rows(group[0]) else self._own(group[0], grad)
+            for group, grad in zip(groups, grads, strict=True)
+        ]
+
+    def _own(self, layer: Layer, grad: Grad) -> Grad:
+        shaped = torch.empty(full_shape(layer.weight), device="meta")
+        weight = self._cut(layer.weight, layer.from_matrix(grad.weight[0], shaped))
+        if layer.bias is None or grad.bias is None:
+            return Grad(weight, None)
+        return Grad(weight, self._cut(layer.bias, grad.bias[0]))
+
+    def _cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor, [1, length]; a copy, so that the whole can be freed."""
+        mine = self.source.spans(parameter)[self._rank]
+        return whole.reshape(1, -1)[:, mine.start : mine.start + mine.length].clone()
+
+    def write(self, group: list[Layer], grad: Grad) -> None:
+        """Into the pieces."""
+        scale = self.source.loss_scale
+        for i, layer in enumerate(group):
+            for parameter, new in ((layer.weight, grad.weight), (layer.bias, grad.bias)):
+                if parameter is not None and new is not None:
+                    piece = self.source.piece(parameter)
+                    if piece.data_ptr() != new[i].data_ptr():  # else it was changed in place
+                        piece.copy_((new[i] * scale if scale != 1.0 else new[i]).reshape(piece.shape))
+
+    def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """One message."""
+        return self._gather([layer.bias for layer in layers if layer.bias is not None])
+
+    def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
+        """One message, if the groups were read by rows."""
+        if self.by_rows(groups[0][0]):
+            self.comm.sum_(tensors, self.source.group)
+
+    def gather(self, layer: Layer, rows: Tensor) -> Tensor:
+        """One message, if the layer is read by rows."""
+        if not self.by_rows(layer):
+            return rows
+        width = math.prod(full_shape(layer.weight)[1:])
+        own_width = math.prod(rows.shape[1:])
+        spans = [
+            Span(span.start // width * own_width, span.length // width * own_width)
+            for span in self.source.spans(layer.weight)
+        ]
+        (whole,) = self._assemble([rows], [spans])
+        return whole.view(-1, *rows.shape[1:])
+
+    def _gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Whole gradients in the accumulation dtype, free of the loss scale, in one message."""
+        if not parameters:
+            return []
+        scale = self.source.loss_scale
+        pieces = [computed(self.source.piece(parameter)) for parameter in parameters]
+        if scale != 1.0:
+            pieces = [piece / scale for piece in pieces]
+        whole = self._assemble(pieces, [self.source.spans(parameter) for parameter in parameters])
+        return [tensor.view(full_shape(p)) for tensor, p in zip(whole, parameters, strict=True)]
+
+    def _assemble(self, pieces: Sequence[Tensor], spans: Sequence[list[Span]]) -> list[Tensor]:
+        """Flat whole tensors from the pieces of all ranks.
+
+        Args:
+            pieces: this rank's, one of each tensor.
+            spans: of each tensor, the piece of each rank.
+        """
+        slots = [_slots(each) for each in spans]
+        lengths = [sum(slot[rank] for slot in slots) for rank in range(self._size)]
+        dtype = reduce(torch.promote_types, (piece.dtype for piece in pieces))
+        message = pieces[0].new_zeros(max(lengths), dtype=dtype)
+        offset = 0
+        for piece, slot in zip(pieces, slots, strict=True):
+            message[offset : offset + piece.numel()] = piece.reshape(-1)
+            offset += slot[self._rank]
+        gathered = self.comm.gather(message, self.source.group, self._size)
+        offsets = [0] * self._size
+        whole = []
+        for each, slot in zip(spans, slots, strict=True):
+            whole.append(_joined(gathered, offsets, each))
+            offsets = [offset + length for offset, length in zip(offsets, slot, strict=True)]
+        return whole
+
+
+def _cut_evenly(spans: list[Span]) -> bool:
+    """Whether all pieces but the last ones, which may be shorter or empty, have one length and follow one another."""
+    longest, total = max(span.length for span in spans), sum(span.length for span in spans)
+    return all(span.start == min(rank * longest, total) for rank, span in enumerate(spans))
+
+
+def _slots(spans: list[Span]) -> list[int]:
+    """The room of each rank's piece in a message: equal for all if the tensor is cut evenly."""
+    lengths = [span.length for span in spans]
+    return [max(lengths)] * len(lengths) if _cut_evenly(spans) else lengths
+
+
+def _joined(gathered: Tensor, offsets: list[int], spans: list[Span]) -> Tensor:
+    """One flat tensor out of a message, [numel]; in one copy if it was cut evenly and its pieces lie alike."""
+    total = sum(span.length for span in spans)
+    if _cut_evenly(spans) and len(set(offsets)) == 1:
+        return gathered[:, offsets[0] : offsets[0] + spans[0].length].reshape(-1)[:total]
+    whole = gathered.new_empty(total)
+    for rank, span in enumerate(spans):
+        whole[span.start : span.start + span.length] = gathered[rank, offsets[rank] : offsets[rank] + span.length]
+    return whole
+
+
+class RowShards:
+    """DTensors, as FSDP2's ``fully_shard`` makes them: the first dimension is cut, over one dimension of the mesh."""
+
+    layout: object = "row shards"
+    in_rows = True
+    loss_scale = 1.0
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        """Look at the layers' parameters.
+
+        Args:
+            layers: all of them.
+
+        Raises:
+            NotImplementedError: some are no DTensors, or sharded in another way, or over several meshes.
+        """
+        parameters = [(layer.name, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        groups = {self._group(name, parameter) for name, parameter in parameters}
+        if len(groups) != 1:
+            raise NotImplementedError("layers sharded over several device meshes are not supported; use one mesh.")
+        (self.group,) = groups
+        self._spans: dict[tuple[int, ...], list[Span]] = {}
+
+    @staticmethod
+    def _group(name: str, parameter: Tensor) -> Group:
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        sharded = [dim for dim, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+        if not isinstance(parameter, DTensor) or len(sharded) != 1 or placements[sharded[0]] != Shard(0):
+            raise NotImplementedError(
+                f"{name!r} is placed as {tuple(placements) or 'an ordinary tensor'} beside sharded parameters; allowed "
+                "are Shard(0) over one dimension of the mesh (FSDP2) and Replicate() over others. Shard all layers "
+                "with fully_shard, without tensor parallelism, or exclude them."
+            )
+        return parameter.device_mesh.get_group(sharded[0])
+
+    def has(self, layer: Layer) -> bool:
+        """See ``Gradients``; the same on every rank of FSDP2."""
+        return layer.weight.grad is not None and (layer.bias is None or layer.bias.grad is not None)
+
+    def spans(self, parameter: Tensor) -> list[Span]:
+        """As ``torch.chunk`` cuts the first dimension."""
+        shape = full_shape(parameter)
+        if shape not in self._spans:
+            size, width = dist.get_world_size(self.group), math.prod(shape[1:])
+            chunk = math.ceil(shape[0] / size)
+            cuts = [min(rank * chunk, shape[0]) for rank in range(size + 1)]
+            self._spans[shape] = [Span(a * width, (b - a) * width) for a, b in pairwise(cuts)]
+        return self._spans[shape]
+
+    def piece(self, parameter: Tensor) -> Tensor:
+        """The local tensor."""
+        assert isinstance(parameter.grad, DTensor)
+        return parameter.grad.to_local()
+
+
+def locate(layers: Sequence[Layer], current: Gradients, comm: Communicator) -> Gradients:
+    """The accessor for where the layers' gradients are now.
+
+    Args:
+        layers: all layers.
+        current: the accessor until now.
+        comm: the means of communication.
+
+    Returns:
+        ``current``, unless it is for plain gradients and the model has been sharded by FSDP2.
+
+    Raises:
+        NotImplementedError: some layers are no DTensors, or sharded in another way, or over several meshes.
+    """
+    if isinstance(current, PlainGradients) and any(isinstance(layer.weight, DTensor) for layer in layers):
+        return ShardedGradients(RowShards(layers), comm)
+    return current
