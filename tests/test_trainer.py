@@ -383,12 +383,19 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
         trainer.create_optimizer()
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-@pytest.mark.parametrize("name", ["mkor", "lamb"])
-def test_sharded_gradients_are_refused(kind: DistributedType, name: str) -> None:
-    accelerator: Any = SimpleNamespace(distributed_type=kind, scaler=None)
-    optimizer = hf_soo.build_optimizer(name, nn.Linear(3, 2), lr=0.01, weight_decay=0.01)
-    with pytest.raises(NotImplementedError, match=f"{name} under {kind.value.upper()}"):
+@pytest.mark.parametrize(
+    "kind, version, name, message",
+    [
+        (DistributedType.MEGATRON_LM, 0, "mkor", "mkor under Megatron-LM"),
+        (DistributedType.FSDP, 1, "lamb", "lamb under FSDP version 1"),
+        (DistributedType.FSDP, 2, "muon", "Muon under FSDP2"),
+    ],
+)
+def test_shards_that_are_refused(kind: DistributedType, version: int, name: str, message: str) -> None:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    accelerator: Any = SimpleNamespace(distributed_type=kind, scaler=None, state=state)
+    optimizer = hf_soo.build_optimizer(name, nn.Sequential(nn.Linear(3, 2)), lr=0.01, weight_decay=0.01)
+    with pytest.raises(NotImplementedError, match=message):
         bind(accelerator, optimizer)
 
 
@@ -426,7 +433,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.
     (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 0.')  # cut off in the last file
     os.remove(tmp_path / "checkpoint-4" / "trainer_state.json")  # cut off before it
     resumed = run_trainer(str(tmp_path), resume=True, **keep)
-    assert "checkpoint-6 was not written to its end" in caplog.text
+    assert "checkpoint-6 is passed over: it was not written to its end" in caplog.text
     assert torch.equal(final_weights(whole), final_weights(resumed))
     damaged = tmp_path / "checkpoint-2" / "preconditioner.pt"
     damaged.write_bytes(damaged.read_bytes()[:1000])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.optimizers.bases import check_row_shards
 
 
 def unwrap_optimizer(optimizer: Any) -> PreconditionedOptimizer | None:
@@ -33,12 +34,18 @@ def bind(accelerator: Accelerator, optimizer: Any) -> None:
     ours = unwrap_optimizer(optimizer)
     if ours is None:
         return
-    kind = str(accelerator.distributed_type.value).upper()
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise NotImplementedError(
-            f"{ours.name} under {kind} is not supported in this version: it needs whole gradients; "
-            "use DistributedDataParallel (accelerate launch --multi_gpu)."
+            f"{ours.name} under Megatron-LM is not supported: it cuts layers; use DDP, FSDP2 or DeepSpeed."
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        version = accelerator.state.fsdp_plugin.fsdp_version
+        if version != 2:
+            raise NotImplementedError(
+                f"{ours.name} under FSDP version {version}, which flattens parameters, is not supported; set "
+                "fsdp_version: 2."
+            )
+        check_row_shards(ours.base)
     scaler = accelerator.scaler
     if scaler is not None:
         ours.loss_scale = lambda: float(scaler.get_scale())
