@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
@@ -31,7 +32,10 @@ TOLERANCE = 1e-6  # fp32: weights of order 0.1 to 1, moved by about 6 x lr = 6e-
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a run is spread: ``kind`` is "single", "ddp", "fsdp2" or "zero"; ``stage`` is ZeRO's, ``extra`` more of its config."""
+    """How a run is spread: ``kind`` is "single", "ddp", "fsdp2" or "zero"; ``stage`` is ZeRO's.
+
+    ``extra`` is more of DeepSpeed's config.
+    """
 
     name: str
     kind: str
@@ -166,6 +170,7 @@ def forget(strategy: Strategy) -> None:
     GradientState._reset_state()
     unset_hf_deepspeed_config()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     if strategy.kind != "zero":  # accelerate has no DeepSpeed with this variable, and the arguments say it too
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
@@ -217,6 +222,8 @@ def run_cell(strategy: Strategy, method: Method, way: str, folder: Path, data: D
         return str(refusal)
     assert trainer.state.global_step == STEPS
     assert_spread(strategy, trainer)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert (graphs > 0) == (way == "compile"), f"{graphs} compiled graphs"
     if method.name == "mkor_h":
         assert trainer.second_order.switched, "the switch is what this column is about"
     return whole_weights(trainer)
@@ -225,7 +232,7 @@ def run_cell(strategy: Strategy, method: Method, way: str, folder: Path, data: D
 def assert_spread(strategy: Strategy, trainer: Any) -> None:
     """The run was what the strategy's name says: accelerate falls back to something else without a word."""
     assert trainer.args.world_size == strategy.world, (trainer.args.world_size, strategy)
-    wrapped, model = trainer.model_wrapped, bare(trainer)
+    wrapped, model = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped), bare(trainer)
     kind, parameters = type(wrapped).__name__, list(model.parameters())
     sharded = [isinstance(parameter, DTensor) for parameter in parameters]
     if strategy.kind in ("single", "ddp"):

@@ -9,9 +9,24 @@ import pytest
 
 from tests import equality
 from tests.equality import (
-    CONTROL, METHODS, OTHER_WAYS, PLAIN, SINGLE, SOME, STRATEGIES, SUMS_IN_FP32, TOLERANCE, Cell, Result, Row,
-    Strategy, cells_of, differences, distance, run,
-)  # fmt: skip
+    CONTROL,
+    METHODS,
+    OTHER_WAYS,
+    PLAIN,
+    SINGLE,
+    SOME,
+    STRATEGIES,
+    SUMS_IN_FP32,
+    TOLERANCE,
+    Cell,
+    Result,
+    Row,
+    Strategy,
+    cells_of,
+    differences,
+    distance,
+    run,
+)
 
 # (strategy, method, way) -> what the refusal says
 REFUSALS: dict[tuple[str, str, str], str] = {}
