@@ -382,7 +382,10 @@ def report(table: dict[str, Row]) -> dict[str, Any]:
 
 SOME = ("mkor", "eva", "kfac_expand")
 PLAIN: list[Cell] = [(method, "plain") for method in [*METHODS, CONTROL.name]]
-OTHER_WAYS: list[Cell] = [(m, w) for w in ("checkpointing", "reentrant", "compile", "resume", "clip") for m in SOME]
+OTHER_WAYS: list[Cell] = [
+    *((m, w) for w in ("checkpointing", "reentrant", "resume", "clip") for m in SOME),
+    ("eva", "compile"),  # seconds of tracing a run; Eva collects on both sides in every step
+]
 
 
 def cells_of(strategy: Strategy) -> list[Cell]:

@@ -86,8 +86,7 @@ def test_clipping_acts(method: str) -> None:
     assert distance(single()[method, "clip"], single()[method, "plain"]) > APART
 
 
-@pytest.mark.parametrize("method", SOME)
-@pytest.mark.parametrize("way", ["checkpointing", "reentrant", "compile", "resume"])
+@pytest.mark.parametrize(("method", "way"), [cell for cell in OTHER_WAYS if cell[1] != "clip"])
 def test_a_single_process_does_not_depend_on_the_way(method: str, way: str) -> None:
     assert distance(single()[method, way], single()[method, "plain"]) <= TOLERANCE
 
@@ -111,5 +110,7 @@ def bf16(strategy_name: str) -> dict[Cell, Result]:
 def test_bf16_is_the_same_under_zero_1_and_2(method: str) -> None:
     one, two, sums = (bf16(name)[method, "bf16"] for name in ("ZeRO-1 x 2", "ZeRO-2 x 2", SUMS_IN_FP32.name))
     assert equality.same(one, two), distance(one, two)
-    assert equality.same(one, sums), distance(one, sums)
+    # there P is written in fp32, here rounded to bf16: a rounding of a weight near 1 is 2^-8
+    assert distance(one, sums) <= 2**-8
+    assert distance(sums, bf16(SUMS_IN_FP32.name)[CONTROL.name, "bf16"]) > APART, "nothing was preconditioned"
     assert distance(one, bf16("ZeRO-1 x 2")[CONTROL.name, "bf16"]) > APART, "nothing was preconditioned"
