@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+from hf_soo.experiments.report import update_readme
 from tests.distributed import run_ranks
 
 STEPS, RESUME_AT, ACCUMULATION, GLOBAL_BATCH, LENGTH, VOCABULARY = 6, 3, 2, 8, 12, 100
@@ -380,6 +381,15 @@ def report(table: dict[str, Row]) -> dict[str, Any]:
     }
 
 
+def table_of(written: dict[str, Any]) -> dict[str, Row]:
+    """The table that ``report`` wrote."""
+    table: dict[str, Row] = {}
+    for entry in written["rows"]:
+        value = entry["difference"] if "difference" in entry else entry["refused"]
+        table.setdefault(entry["strategy"], {})[entry["method"], entry["way"]] = value
+    return table
+
+
 SOME = ("mkor", "eva", "kfac_expand")
 PLAIN: list[Cell] = [(method, "plain") for method in [*METHODS, CONTROL.name]]
 OTHER_WAYS: list[Cell] = [
@@ -397,13 +407,18 @@ def main() -> None:
     """Run everything and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", type=Path, required=True, metavar="FILE.json")
-    path: Path = parser.parse_args().write
+    parser.add_argument("--readme", type=Path, metavar="README.md", help="put the table between its markers there")
+    options = parser.parse_args()
+    path: Path = options.write
     single = run(SINGLE, PLAIN + OTHER_WAYS)
     table = {strategy.name: differences(single, run(strategy, cells_of(strategy))) for strategy in STRATEGIES}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report(table), indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(table))
-    print(markdown(table))
+    text = markdown(table_of(json.loads(path.read_text())))
+    path.with_suffix(".md").write_text(text)
+    if options.readme is not None:
+        update_readme(options.readme, "equality", text)
+    print(text)
 
 
 if __name__ == "__main__":

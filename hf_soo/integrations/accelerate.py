@@ -23,7 +23,9 @@ def unwrap_optimizer(optimizer: Any) -> PreconditionedOptimizer | None:
 
 
 def bind(accelerator: Accelerator, optimizer: Any) -> None:
-    """Tell the optimizer the loss scale, so that captured output gradients are unscaled like the others.
+    """Tell the optimizer the loss scale (fp16), and put it around the step of DeepSpeed's engine if there is one.
+
+    Call it after ``accelerator.prepare``. Captured output gradients are then unscaled as the others are.
 
     Args:
         accelerator: the accelerator that runs the backward pass.
@@ -53,6 +55,10 @@ def bind(accelerator: Accelerator, optimizer: Any) -> None:
                 "fsdp_version: 2."
             )
         check_row_shards(ours.base)
+    if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
+        from hf_soo.integrations.deepspeed import attach  # deepspeed is an optional dependency
+
+        attach(accelerator.deepspeed_engine_wrapped.engine, ours)
     scaler = accelerator.scaler
     if scaler is not None:
         ours.loss_scale = lambda: float(scaler.get_scale())

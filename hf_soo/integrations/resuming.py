@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.integrations.accelerate import unwrap_optimizer
+from hf_soo.integrations.accelerate import bind, unwrap_optimizer
 from hf_soo.integrations.across import load_base, load_weights, strategy_of
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
@@ -57,11 +57,8 @@ class ResumingMixin(_Base):
         return isinstance(self.args, SecondOrderTrainingArguments) and self.args.optim in METHODS
 
     def _attach(self) -> None:
-        """Put our optimizer around the step of DeepSpeed's engine, once there is one."""
-        if self.is_deepspeed_enabled and self.second_order is not None:
-            from hf_soo.integrations.deepspeed import attach  # deepspeed is an optional dependency
-
-            attach(self.accelerator.deepspeed_engine_wrapped.engine, self.second_order)
+        """Once everything is prepared: DeepSpeed's engine is there only then."""
+        bind(self.accelerator, self.optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a checkpoint that is not whole is refused, or passed over.
