@@ -1,0 +1,225 @@
+"""What ranks do in the tests of faults, and a launcher that reports how each rank ended; every function is a rank's."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_soo
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mkor": ("mkor", {"warmup_updates": 1, "update_period": 2}),
+    "mkor_h": ("mkor_h", {"warmup_updates": 1, "update_period": 2}),
+    "eva": ("eva", {}),
+    "kfac-1": ("kfac_expand", {"update_period": 1, "inverse_period": 2, "grad_workers": 1}),
+    "kfac-2": ("kfac_expand", {"update_period": 1, "inverse_period": 2, "grad_workers": 2}),
+    "rf_rmsprop": ("rf_rmsprop", {"batch_size": 8}),
+}
+"""K-FAC with one gradient worker for each layer, and with two: all ranks of a world of two, half of a world of four."""
+
+STRATEGIES = ("ddp", "fsdp2", "zero2")
+WIDTH, CLASSES, ROWS = 6, 3, 4
+
+
+# ---- how ranks end ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ended:
+    """How a rank ended.
+
+    Args:
+        code: its exit code, negative for a signal; None: it was still running at the deadline.
+        error: the traceback of what it raised, or "".
+        result: what it returned.
+        seconds: from its first line to its last.
+    """
+
+    code: int | None
+    error: str
+    result: Any
+    seconds: float
+
+
+class Ranks:
+    """Some ranks that may die. ``tests.distributed.run_ranks`` is for those that must not."""
+
+    def __init__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        context = mp.get_context("forkserver")  # imports once for all ranks of a test session
+        context.set_forkserver_preload(["hf_soo.integrations.trainer", "tests.test_trainer", "tests.fault_runs"])
+        self.processes = [
+            context.Process(target=_rank, args=(rank, world, self.folder.name, timeout, function, args), daemon=True)
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, deadline: float = 90.0) -> list[Ended]:
+        """How each rank ended; those that have not after ``deadline`` seconds are killed."""
+        end = time.monotonic() + deadline
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        ended = [Ended(code, *self._report(rank)) for rank, code in enumerate(codes)]
+        self.folder.cleanup()
+        return ended
+
+    def _report(self, rank: int) -> tuple[str, Any, float]:
+        file = Path(self.folder.name) / f"report{rank}"
+        return torch.load(file, weights_only=False) if file.exists() else ("", None, 0.0)
+
+
+def _rank(
+    rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    start, error, result = time.monotonic(), "", None
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        result = function(rank, world, *args)
+    except BaseException:
+        error = traceback.format_exc()
+    torch.save((error, result, time.monotonic() - start), f"{folder}/partial{rank}")
+    os.replace(f"{folder}/partial{rank}", f"{folder}/report{rank}")
+    os._exit(bool(error))  # no destructor may wait for a peer that is gone
+
+
+def die() -> None:
+    """End this process as the out-of-memory killer does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- a training run --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A rank's part of a run: a model under a strategy, our optimizer, and its step."""
+
+    def __init__(
+        self, strategy: str, method: str, *, dtype: torch.dtype = torch.float32, scaler: bool = False, **changed: Any
+    ) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES)]
+        self.model: nn.Module = nn.Sequential(*layers).to(dtype)
+        self.dtype, self.engine = dtype, None
+        name, settings = METHODS[method]
+        self.build = lambda: hf_soo.build_optimizer(name, self.model, **{"lr": 1e-2, **settings, **changed})
+        getattr(self, f"_start_{strategy}")()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000) if scaler else None
+        if self.scaler is not None:
+            self.optimizer.loss_scale = self.scaler.get_scale
+
+    def _start_ddp(self) -> None:
+        self.wrapped: nn.Module = DistributedDataParallel(self.model)
+        self.optimizer = self.build()
+
+    def _start_fsdp2(self) -> None:
+        for i in (0, 2):
+            fully_shard(self.model[i])  # type: ignore[index]
+        self.wrapped = fully_shard(self.model)
+        self.optimizer = self.build()
+
+    def _start_zero2(self) -> None:
+        import deepspeed
+
+        from hf_soo.integrations.deepspeed import attach
+
+        self.optimizer = self.build()
+        config = {
+            "train_micro_batch_size_per_gpu": ROWS, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 2},
+        }  # fmt: skip
+        self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
+        attach(self.engine, self.optimizer)
+        self.wrapped = self.engine
+
+    def batch(self, step: int, spoil: float | None = None) -> tuple[Tensor, Tensor]:
+        """This rank's rows of a step; ``spoil`` stands in one of them on the last rank alone."""
+        generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+        x = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(self.dtype)
+        if spoil is not None and dist.get_rank() == dist.get_world_size() - 1:
+            x[1, 2] = spoil
+        return x, torch.randint(CLASSES, (ROWS,), generator=generator)
+
+    def backward(self, step: int, spoil: float | None = None) -> None:
+        x, y = self.batch(step, spoil)
+        loss = nn.functional.cross_entropy(self.wrapped(x), y)
+        if self.engine is not None:
+            self.engine.backward(loss)
+        else:
+            self.optimizer.report_loss(loss)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def update(self) -> None:
+        """In accelerate's order."""
+        if self.engine is not None:
+            self.engine.step()
+        elif self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def step(self, step: int, spoil: float | None = None) -> None:
+        self.backward(step, spoil)
+        self.update()
+
+    def steps(self, steps: Iterable[int]) -> Run:
+        for step in steps:
+            self.step(step)
+        return self
+
+    def weights(self) -> Tensor:
+        """All of them; every rank must ask."""
+        whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in self.model.parameters())
+        return torch.cat([p.detach().flatten() for p in whole])
+
+    def factors(self) -> Tensor:
+        """All factors and what else the method remembers; every rank must ask."""
+        saved = self.optimizer.second_order_state()
+        tensors = [t for layer in saved["layers"].values() for t in layer.values()] + list(saved["own"].values())
+        return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+    def collected(self) -> Tensor:
+        """What the window has collected so far on this rank."""
+        return torch.cat([t.double().flatten() for b in self.optimizer.capture.buffers.values() for t in b] or [torch.zeros(0)])
+
+
+def warnings_of(logger: str) -> list[str]:
+    """What is logged there from now on."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(handler)
+    return messages
