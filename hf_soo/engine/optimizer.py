@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine import fisher
+from hf_soo.engine.base_state import ByParameter, Keeper, load_base_state, whole_base_state
 from hf_soo.engine.capture import Capture
 from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors
 from hf_soo.engine.comm import Communicator
@@ -46,6 +48,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
             and for methods whose factors are too large to be stacked.
         driven: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and the
             other calls ``precondition`` before and ``advance`` after it.
+        keeper: who keeps the base's state if it is not in whole tensors or DTensors by parameter (ZeRO).
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -83,6 +86,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.batched: bool | None = None
         self.driven = False
+        self.keeper: Keeper | None = None
         self.carries_state = True
         self.switched = False
         self.steps = 0
@@ -164,7 +168,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
         if self.steps:
             raise RuntimeError(
                 f"{self.name} was built and has stepped at (workers, gradients) {self.placed}, but it is "
-                f"{self._layout()} now; start the process group before the optimizer is built, and shard the model before its first step."
+                f"{self._layout()} now; start the process group before the optimizer is built, and shard the "
+                "model before its first step."
             )
         self._place()
 
@@ -347,6 +352,48 @@ class PreconditionedOptimizer(Stages, Optimizer):
             ValueError: it is another optimizer's, or the layers differ.
         """
         self._restore(self._checked(saved))
+
+    def check_second_order_state(self, saved: dict[str, Any] | None) -> None:
+        """Refuse what ``load_second_order_state`` would, and change nothing.
+
+        Args:
+            saved: what ``second_order_state`` returned, or None if a checkpoint has none.
+
+        Raises:
+            ValueError: it is another optimizer's, or the layers differ.
+        """
+        self._checked(saved)
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """While it lasts ``step`` is the base's alone: some loaders take one to make the state that they fill."""
+        before, self.driven = self.driven, True
+        try:
+            yield
+        finally:
+            self.driven = before
+
+    def base_state(self, wanted: bool = True) -> dict[str, Any]:
+        """The base's state in whole tensors, the same for every strategy; every rank must call it.
+
+        Args:
+            wanted: whether this rank keeps what it gets.
+        """
+        return whole_base_state(self.base, self.roster.parameters, self._keeper(), wanted)
+
+    def load_base_state(self, saved: dict[str, Any]) -> None:
+        """Continue from ``base_state()`` of a run under this or another strategy.
+
+        Args:
+            saved: what it returned.
+
+        Raises:
+            ValueError: it is another optimizer's or another model's.
+        """
+        load_base_state(self.base, self.roster.parameters, self._keeper(), saved)
+
+    def _keeper(self) -> Keeper:
+        return self.keeper if self.keeper is not None else ByParameter(self.base, self.roster.parameters)
 
     def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         saved = check_saved(saved, self.name, type(self.base).__name__, self.config)

@@ -176,7 +176,7 @@ class ShardedGradients:
             Span(span.start // width * own_width, span.length // width * own_width)
             for span in self.source.spans(layer.weight)
         ]
-        (whole,) = self._assemble([rows], [spans])
+        (whole,) = self.assemble([rows], [spans])
         return whole.view(-1, *rows.shape[1:])
 
     def _gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -187,10 +187,10 @@ class ShardedGradients:
         pieces = [computed(self.source.piece(parameter)) for parameter in parameters]
         if scale != 1.0:
             pieces = [piece / scale for piece in pieces]
-        whole = self._assemble(pieces, [self.source.spans(parameter) for parameter in parameters])
+        whole = self.assemble(pieces, [self.source.spans(parameter) for parameter in parameters])
         return [tensor.view(full_shape(p)) for tensor, p in zip(whole, parameters, strict=True)]
 
-    def _assemble(self, pieces: Sequence[Tensor], spans: Sequence[list[Span]]) -> list[Tensor]:
+    def assemble(self, pieces: Sequence[Tensor], spans: Sequence[list[Span]]) -> list[Tensor]:
         """Flat whole tensors from the pieces of all ranks.
 
         Args:

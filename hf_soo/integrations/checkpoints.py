@@ -14,46 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_soo.files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 PRECONDITIONER_FILE = "preconditioner.pt"
+BASE_FILE = "base_optimizer.pt"
+"""The base's state in whole tensors, written where it was sharded: to go on under another strategy or world size."""
+MANIFEST_FILE = "manifest.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def save_preconditioner(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write the factors' file whole or not at all.
-
-    Args:
-        folder: a checkpoint folder.
-        state: ``PreconditionedOptimizer.second_order_state()``.
-    """
-    target = Path(folder) / PRECONDITIONER_FILE
-    partial = target.with_suffix(".pt.partial")
-    torch.save(state, partial)
-    os.replace(partial, target)
-
-
-def load_preconditioner(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The factors of a checkpoint, on the CPU, or None if it has none.
-
-    Args:
-        folder: a checkpoint folder.
-
-    Returns:
-        What ``second_order_state()`` gave.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    source = Path(folder) / PRECONDITIONER_FILE
-    if not source.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError) as error:  # what torch.load raises for a truncated archive
-        raise ValueError(f"{source} is damaged ({error}); resume from an earlier checkpoint.") from error
-    return state
 
 
 def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bool:
@@ -89,7 +59,7 @@ def has_optimizer(folder: str | os.PathLike[str]) -> bool:
     Args:
         folder: a checkpoint folder.
     """
-    return any(Path(folder).glob("optimizer*"))
+    return any(path for pattern in ("optimizer*", "global_step*", BASE_FILE) for path in Path(folder).glob(pattern))
 
 
 def is_write_error(error: Exception) -> bool:
@@ -101,10 +71,30 @@ def is_write_error(error: Exception) -> bool:
     return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
-def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that was written to its end; unfinished ones are named in a warning.
+def write_manifest(folder: str | os.PathLike[str], strategy: str) -> None:
+    """Say which files a checkpoint has, and of which size; called by one rank when all have written theirs.
 
-    Trainer writes ``trainer_state.json`` last, so a folder without it, or with half of it, was cut off.
+    Args:
+        folder: a checkpoint folder, complete but for ``trainer_state.json``.
+        strategy: over what the run was sharded (``strategy_of``).
+    """
+    root = Path(folder)
+    files = {str(path.relative_to(root)): path.stat().st_size for path in sorted(root.rglob("*")) if path.is_file()}
+    write_atomically(root / MANIFEST_FILE, json.dumps({"strategy": strategy, "files": files}, indent=1) + "\n")
+
+
+def strategy_in(folder: str | os.PathLike[str]) -> str | None:
+    """Over what a checkpoint's run was sharded; None if it has no manifest (another Trainer wrote it).
+
+    Args:
+        folder: a checkpoint folder.
+    """
+    manifest = Path(folder) / MANIFEST_FILE
+    return str(json.loads(manifest.read_text(encoding="utf-8"))["strategy"]) if manifest.is_file() else None
+
+
+def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a run that is whole; others are named in a warning, with the reason.
 
     Args:
         folder: the run's output folder.
@@ -118,16 +108,71 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
     }
     for _, path in sorted(numbered.items(), reverse=True):
-        if is_whole(path):
+        reason = why_not_whole(path)
+        if reason is None:
             return str(path)
-        logger.warning("%s was not written to its end and is passed over", path)
+        logger.warning("%s is passed over: %s", path, reason)
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether Trainer finished writing a checkpoint."""
+def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What is missing from a checkpoint, or None.
+
+    Trainer writes ``trainer_state.json`` last, after every rank has written its files and the manifest lists them. A
+    checkpoint without a manifest (of another Trainer) is taken for whole if it has that file.
+
+    Args:
+        checkpoint: its folder.
+    """
+    root = Path(checkpoint)
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads((root / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        return False
-    return "global_step" in state
+        return f"it was not written to its end ({TRAINER_STATE_FILE} is missing or cut off)"
+    if "global_step" not in state:
+        return f"its {TRAINER_STATE_FILE} has no global_step"
+    manifest = root / MANIFEST_FILE
+    files: dict[str, int] = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+    for name, size in files.items():
+        path = root / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, but {size} were written"
+    return None
+
+
+def save_whole(folder: str | os.PathLike[str], name: str, state: dict[str, Any]) -> None:
+    """Write a file of a checkpoint whole or not at all.
+
+    Args:
+        folder: a checkpoint folder.
+        name: the file's.
+        state: what ``torch.load(weights_only=True)`` shall give.
+    """
+    partial = Path(folder) / f"{name}.partial"
+    torch.save(state, partial)
+    os.replace(partial, Path(folder) / name)
+
+
+def load_whole(folder: str | os.PathLike[str], name: str) -> dict[str, Any] | None:
+    """A file of a checkpoint, on the CPU, or None if there is none.
+
+    Args:
+        folder: a checkpoint folder.
+        name: the file's.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    source = Path(folder) / name
+    if not source.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError) as error:  # what torch.load raises for a truncated archive
+        raise ValueError(f"{source} is damaged ({error}); resume from an earlier checkpoint.") from error
+    return state

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.shards import ShardedGradients
-from hf_soo.integrations.zero import FlatPartition, ZeroSource, pieces_of
+from hf_soo.integrations.zero import FlatKeeper, FlatPartition, ZeroSource, pieces_of
 from hf_soo.optimizers.bases import check_flat
 from hf_soo.optimizers.lamb import Lamb
 
@@ -59,7 +59,8 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
         return
     source = pieces_of(zero, engine.module)
     optimizer.driven = True
-    optimizer.gradients = ShardedGradients(source, optimizer.comm)
+    optimizer.gradients = gradients = ShardedGradients(source, optimizer.comm)
+    optimizer.keeper = FlatKeeper(source, gradients, optimizer.base)
     optimizer.loss_scale = lambda: source.loss_scale
     step = _Step(optimizer, zero, source)
     setattr(zero, MARK, step)

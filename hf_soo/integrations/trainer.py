@@ -8,10 +8,9 @@ process or under DistributedDataParallel.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,17 +18,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
-from hf_soo.integrations.accelerate import bind, unwrap_optimizer
+from hf_soo.integrations.accelerate import bind
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
-from hf_soo.integrations.checkpoints import (
-    has_optimizer,
-    is_write_error,
-    last_whole_checkpoint,
-    load_preconditioner,
-    load_renamed_weights,
-    save_preconditioner,
-)
 from hf_soo.integrations.loss_kwargs import ignores_loss_kwargs
+from hf_soo.integrations.resuming import ResumingMixin
 from hf_soo.integrations.sampled import sampled_loss
 from hf_soo.optimizers.schedules import poly_warmup
 from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer, takes_batch_size
@@ -45,13 +37,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object  # a mixin at run time; typed as what it is mixed into
-
-
-class SecondOrderTrainerMixin(_Base):
+class SecondOrderTrainerMixin(ResumingMixin):
     """Put before Trainer, or a subclass of it, in a class's bases.
 
     With ``args`` that are SecondOrderTrainingArguments, ``args.optim`` may name one of ours; with any other
@@ -68,6 +54,7 @@ class SecondOrderTrainerMixin(_Base):
             **kwargs: Trainer's.
         """
         super().__init__(*args, **kwargs)
+        self._refuse_configured_optimizer()
         others = {c for c in type(self).__mro__ if "compute_loss" in vars(c)} - {SecondOrderTrainerMixin, Trainer}
         own_loss = self.compute_loss_func is not None or bool(others)
         if not own_loss and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
@@ -75,30 +62,17 @@ class SecondOrderTrainerMixin(_Base):
             # break it, and the loss would be (accumulation steps x processes) times too large.
             self.model_accepts_loss_kwargs = False
         self.add_callback(_LoopCallback(self))
-        self._refuse_configured_optimizer()
 
     def _refuse_configured_optimizer(self) -> None:
         """DeepSpeed would step the optimizer of its own config, and ours would never be built."""
-        if not (self.is_deepspeed_enabled and isinstance(self.args, SecondOrderTrainingArguments)):
+        if not (self.is_deepspeed_enabled and self._names_ours):
             return
         configured = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer")
-        if configured is not None and self.args.optim in METHODS:
+        if configured is not None:
             raise ValueError(
                 f"the DeepSpeed config has an 'optimizer' block ({configured.get('type')!r}), which would replace "
                 f"--optim {self.args.optim}; take the block out of the config."
             )
-
-    def _attach(self) -> None:
-        """Put our optimizer around the step of DeepSpeed's engine, once there is one."""
-        if self.is_deepspeed_enabled and self.second_order is not None:
-            from hf_soo.integrations.deepspeed import attach  # deepspeed is an optional dependency
-
-            attach(self.accelerator.deepspeed_engine_wrapped.engine, self.second_order)
-
-    @property
-    def second_order(self) -> PreconditionedOptimizer | None:
-        """Our optimizer, without accelerate's wrapper; None before training or with one of transformers' own."""
-        return unwrap_optimizer(self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Build ours if ``args.optim`` names one, over Trainer's decay and no-decay groups.
@@ -109,9 +83,7 @@ class SecondOrderTrainerMixin(_Base):
         Returns:
             The optimizer.
         """
-        args = self.args
-        ours = isinstance(args, SecondOrderTrainingArguments) and args.optim in METHODS
-        if ours and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+        if self._names_ours and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.optimizer = self._build(bare_model(model or self.model))  # type: ignore[arg-type]
         optimizer: Optimizer = super().create_optimizer(model)
         bind(self.accelerator, optimizer)
@@ -228,69 +200,6 @@ class SecondOrderTrainerMixin(_Base):
             self._created_lr_scheduler = True
         scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
         return scheduler
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; ``resume_from_checkpoint=True`` passes over a checkpoint that was not written to its end.
-
-        Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in ``output_dir``.
-            *args: Trainer's.
-            **kwargs: Trainer's.
-
-        Returns:
-            Trainer's TrainOutput.
-
-        Raises:
-            ValueError: True, and there is no whole checkpoint.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no whole checkpoint; leave it out."
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
-            if not is_write_error(error):
-                raise
-            raise OSError(
-                f"the checkpoint of step {self.state.global_step} in {self.args.output_dir!r} could not be written "
-                f"({error}); free space or choose another output_dir, then resume from the last whole checkpoint."
-            ) from error
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.second_order is not None and not self.second_order.carries_state:
-            state = self.second_order.second_order_state()  # on every rank: they may have to exchange factors
-            if self.args.should_save:
-                save_preconditioner(output_dir, state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_renamed(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_renamed(str(self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
-    def _load_renamed(self, checkpoint: str) -> bool:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return not sharded and load_renamed_weights(checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Our file first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
-        if self.second_order is not None and checkpoint is not None and not self.second_order.carries_state:
-            saved = load_preconditioner(checkpoint)
-            if saved is None and not has_optimizer(checkpoint):  # save_only_model
-                logger.warning("%s holds no optimizer state; %s starts fresh", checkpoint, self.second_order.name)
-            else:
-                self.second_order.load_second_order_state(saved)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the run's health to each training log, as "soo/...".

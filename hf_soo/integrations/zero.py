@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from hf_soo.engine.base_state import Entry
 from hf_soo.engine.comm import Communicator, Group
-from hf_soo.engine.layers import Layer
-from hf_soo.engine.shards import Span
+from hf_soo.engine.layers import Layer, full_shape
+from hf_soo.engine.shards import ShardedGradients, Span
 from hf_soo.optimizers.partition import Fragment
 
 
@@ -33,7 +35,8 @@ class ZeroSource:
             model: the engine's module.
         """
         self.zero = zero
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         mine = [self.own_span(p) for p in self.parameters]
         everybody: list[list[Span]] = [[]] * dist.get_world_size()
@@ -71,7 +74,7 @@ class ZeroSource:
         raise NotImplementedError
 
     def place(self, parameter: Tensor) -> tuple[Tensor, int]:
-        """The flat tensor that the base steps on for this rank's piece, and the piece's first element there."""
+        """The flat tensor that the base steps on, and the first element of this rank's piece (0: there is none)."""
         raise NotImplementedError
 
     def pieces(self) -> list[Tensor]:
@@ -81,6 +84,12 @@ class ZeroSource:
 
 class FlatPieces(ZeroSource):
     """ZeRO-1 and 2, and DeepSpeed's BF16_Optimizer: a group's parameters end to end, cut into one part a rank."""
+
+    def __init__(self, zero: Any, model: nn.Module) -> None:
+        """See ``ZeroSource``."""
+        groups = zero.bf16_groups if isinstance(zero, BF16_Optimizer) else zero.bit16_groups
+        self._group = {id(p): i for i, group in enumerate(groups) for p in group}
+        super().__init__(zero, model)
 
     def own_span(self, parameter: Any) -> Span:
         """From DeepSpeed's map; a rank without a piece has none (trap T3 of such code: it is None, not absent)."""
@@ -102,8 +111,8 @@ class FlatPieces(ZeroSource):
     def place(self, parameter: Any) -> tuple[Tensor, int]:
         """In the partition of its group."""
         mapping = parameter._hp_mapping
-        (flat,) = self.zero.optimizer.param_groups[mapping.param_group_index]["params"]
-        return flat, int(mapping.hp_fragment_address.start)
+        (flat,) = self.zero.optimizer.param_groups[self._group[id(parameter)]]["params"]
+        return flat, 0 if mapping is None else int(mapping.hp_fragment_address.start)
 
     @property
     def skips_overflow(self) -> bool:
@@ -199,3 +208,43 @@ class FlatPartition:
         """Multiply all gradients."""
         for piece in self.source.pieces():
             piece.mul_(factor)
+
+
+class FlatKeeper:
+    """The base's state in flat tensors. See ``hf_soo.engine.base_state.Keeper``."""
+
+    def __init__(self, source: ZeroSource, gradients: ShardedGradients, base: Optimizer) -> None:
+        """Take the parts.
+
+        Args:
+            source: the pieces.
+            gradients: the accessor over them, which assembles.
+            base: the optimizer that steps on the flat tensors.
+        """
+        self.source, self.gradients, self.base = source, gradients, base
+
+    def whole(self, name: str) -> Entry:
+        """The pieces of a parameter's state from all ranks; what has not the flat tensor's shape as it is."""
+        parameter = self.source.named[name]
+        flat, start = self.source.place(parameter)
+        length, entry = self.source.own_span(parameter).length, {}
+        for key, value in self.base.state.get(flat, {}).items():
+            if isinstance(value, Tensor) and value.shape == flat.shape:
+                (value,) = self.gradients.assemble([value[start : start + length]], [self.source.spans(parameter)])
+                value = value.view(full_shape(parameter))
+            entry[key] = value.cpu() if isinstance(value, Tensor) else value
+        return entry
+
+    def restore(self, name: str, entry: Mapping[str, Any]) -> None:
+        """This rank's piece, into the flat tensors; "step" holds for all of them."""
+        parameter = self.source.named[name]
+        flat, start = self.source.place(parameter)
+        mine, state = self.source.own_span(parameter), self.base.state[flat]
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and key != "step" and tuple(value.shape) == full_shape(parameter):
+                if key not in state:
+                    state[key] = torch.zeros_like(flat, dtype=value.dtype)
+                piece = value.reshape(-1)[mine.start : mine.start + mine.length]
+                state[key][start : start + mine.length] = piece.to(flat.device)
+            else:
+                state[key] = value.to(flat.device, copy=True) if isinstance(value, Tensor) else value

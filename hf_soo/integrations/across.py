@@ -1,0 +1,103 @@
+"""Going on under another strategy than the checkpoint's: weights and base state out of whole tensors."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_soo.engine.base_state import from_state_dict
+from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.integrations.checkpoints import BASE_FILE, load_whole
+
+WHOLE = "whole"
+"""One process, or DistributedDataParallel on any number of ranks."""
+
+
+def strategy_of(trainer: Any) -> str:
+    """Over what a Trainer shards: what its own checkpoints can be read by.
+
+    Args:
+        trainer: a Trainer, prepared or not.
+    """
+    if trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        return f"zero{stage} x {trainer.args.world_size}"  # DeepSpeed reads its files on as many ranks alone
+    return "fsdp2" if trainer.is_fsdp_enabled else WHOLE
+
+
+def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: str) -> None:
+    """Load a checkpoint's whole weights into a model, sharded or not; every rank must call it.
+
+    Args:
+        model: the bare model, with plain parameters, DTensors, or parameters that ZeRO-3 has taken apart.
+        folder: the checkpoint.
+        written_by: its strategy, for the message.
+
+    Raises:
+        ValueError: the checkpoint has no whole weights, or those of another model.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} was written under {written_by!r} and has no whole weights (model.safetensors) to go on with "
+            "under another strategy; resume as it was written, or let it write them: stage3_gather_16bit_weights_on_"
+            "model_save: true (ZeRO-3), fsdp_state_dict_type: FULL_STATE_DICT (FSDP2)."
+        )
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    names: dict[int, list[str]] = defaultdict(list)
+    targets: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names[id(tensor)].append(name)  # tied weights have several
+        targets[id(tensor)] = tensor
+    for key, target in targets.items():
+        found = next((name for name in names[key] if name in saved), None)
+        if found is None:
+            raise ValueError(f"{folder} has no weight {names[key][0]!r}, which this model has; use the same model.")
+        with torch.no_grad():
+            _assign(found, target, saved[found])
+
+
+def _assign(name: str, target: Any, value: Tensor) -> None:
+    shape = tuple(getattr(target, "ds_shape", target.shape))
+    if shape != tuple(value.shape):
+        raise ValueError(f"weight {name!r} has shape {tuple(value.shape)} in the checkpoint, {shape} in this model.")
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+    elif hasattr(target, "ds_id"):
+        import deepspeed  # an optional dependency; here it has been used already
+
+        with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                target.copy_(value)
+    else:
+        target.copy_(value)
+
+
+def load_base(optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]) -> None:
+    """Load the base's state of a checkpoint that another strategy wrote; every rank must call it.
+
+    Args:
+        optimizer: ours.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint has none, or another optimizer's.
+    """
+    saved: Mapping[str, Any] | None = load_whole(folder, BASE_FILE)
+    if saved is None and (plain := load_whole(folder, "optimizer.pt")) is not None:
+        saved = from_state_dict(plain, optimizer.roster.parameters)
+    if saved is None:
+        raise ValueError(
+            f"{folder} has no state of the base optimizer in whole tensors ({BASE_FILE} or optimizer.pt); resume under "
+            "the strategy it was written under."
+        )
+    optimizer.load_base_state(dict(saved))
