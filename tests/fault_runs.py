@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import signal
@@ -24,14 +23,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_soo
+from hf_soo.engine import diagnostics
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mkor": ("mkor", {"warmup_updates": 1, "update_period": 2}),
     "mkor_h": ("mkor_h", {"warmup_updates": 1, "update_period": 2}),
-    "eva": ("eva", {}),
+    "eva": ("eva", {"damping": 1e-3}),
     "kfac-1": ("kfac_expand", {"update_period": 1, "inverse_period": 2, "grad_workers": 1}),
     "kfac-2": ("kfac_expand", {"update_period": 1, "inverse_period": 2, "grad_workers": 2}),
-    "rf_rmsprop": ("rf_rmsprop", {"batch_size": 8}),
+    "rf_rmsprop": ("rf_rmsprop", {"batch_size": 8, "factor_lr": 0.5, "eps": 1e-2}),
 }
 """K-FAC with one gradient worker for each layer, and with two: all ranks of a world of two, half of a world of four."""
 
@@ -73,11 +73,12 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self, deadline: float = 90.0) -> list[Ended]:
-        """How each rank ended; those that have not after ``deadline`` seconds are killed."""
+    def wait(self, deadline: float = 90.0, sleeping: int | None = None) -> list[Ended]:
+        """How each rank ended; those that have not after ``deadline`` seconds are killed, ``sleeping`` before that."""
         end = time.monotonic() + deadline
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+        for rank, process in enumerate(self.processes):
+            if rank != sleeping:
+                process.join(max(0.0, end - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
@@ -211,9 +212,10 @@ class Run:
         tensors = [t for layer in saved["layers"].values() for t in layer.values()] + list(saved["own"].values())
         return torch.cat([tensor.double().flatten() for tensor in tensors])
 
-    def collected(self) -> Tensor:
-        """What the window has collected so far on this rank."""
-        return torch.cat([t.double().flatten() for b in self.optimizer.capture.buffers.values() for t in b] or [torch.zeros(0)])
+    def collected(self) -> float:
+        """The largest entry of what the window has collected so far on this rank."""
+        buffers = [t for buffers in self.optimizer.capture.buffers.values() for t in buffers if t.numel()]
+        return max((float(t.abs().max()) for t in buffers), default=0.0)
 
 
 def warnings_of(logger: str) -> list[str]:
@@ -223,3 +225,138 @@ def warnings_of(logger: str) -> list[str]:
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger(logger).addHandler(handler)
     return messages
+
+
+# ---- a peer that is gone ---------------------------------------------------------------------------------------------
+
+
+def loses_a_rank(rank: int, world: int, strategy: str, method: str, where: str, how: str) -> None:
+    """The last rank dies or sleeps after two steps: before the next, or in it, at a message of ours."""
+    run = Run(strategy, method).steps(range(2))
+    fail = die if how == "dies" else lambda: time.sleep(600)
+    if rank == world - 1:
+        if where == "between steps":
+            fail()
+        setattr(run.optimizer.comm, where, lambda *args: fail())
+    run.steps(range(2, 5))
+
+
+# ---- a batch that is not finite --------------------------------------------------------------------------------------
+
+
+def spoiled(strategy: str, method: str, *, at: int, value: float, scaler: bool) -> dict[str, Any]:
+    """Six steps with one more that has ``value`` in an input row of the last rank, beside six steps without it."""
+    run = Run(strategy, method, scaler=scaler).steps(range(at))
+    factors, weights, steps, updating = run.factors(), run.weights(), run.optimizer.steps, run.optimizer._updating
+    messages = warnings_of("hf_soo")
+    run.step(9, value)
+    found: dict[str, Any] = {
+        "factors kept": torch.equal(run.factors(), factors) and bool(factors.isfinite().all()),
+        "weights kept": torch.equal(run.weights(), weights),
+        "all weights NaN": bool(run.weights().isnan().all()),
+        "steps": run.optimizer.steps - steps,
+        "same turn": run.optimizer._updating == updating,
+        "left over": run.collected(),
+        "fallback": run.optimizer.health()["fallback_layers"],
+        "layers": len(run.optimizer.layers),
+        "scale": run.scaler.get_scale() if run.scaler is not None else 1.0,
+    }
+    run.steps(range(at, 6))
+    undisturbed = Run(strategy, method, scaler=scaler).steps(range(6))
+    found["continued"] = torch.equal(run.weights(), undisturbed.weights())
+    found["continued"] &= torch.equal(run.factors(), undisturbed.factors())
+    found["final"], found["warnings"] = torch.cat([run.weights(), run.factors().float()]), list(messages)
+    return found
+
+
+def spoiled_runs(rank: int, world: int) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """NaN in fp32 under each strategy; inf under fp16's loss scale, on a factor update's turn and on another."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    diagnostics.CHECK_PERIOD = 5  # so that a run of seven steps has a check behind it
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for method in METHODS:
+        for strategy in STRATEGIES:
+            found["nan", strategy, method] = spoiled(strategy, method, at=2, value=float("nan"), scaler=False)
+        for strategy, at in (("ddp", 2), ("ddp", 3), ("fsdp2", 2)):
+            found["inf", strategy, method, at] = spoiled(strategy, method, at=at, value=float("inf"), scaler=True)
+        for strategy in ("ddp", "fsdp2"):
+            found["shard", strategy, method] = {"weights": nan_in_one_row(strategy, method)}
+    return found
+
+
+def nan_in_one_row(strategy: str, method: str) -> Tensor:
+    """The weights after a step whose averaged gradient has one NaN, in a row that one rank alone holds under FSDP2."""
+    run = Run(strategy, method, base="sgd").steps(range(2))
+    run.backward(2)
+    gradient = run.model[2].weight.grad  # type: ignore[index]
+    if isinstance(gradient, DTensor):
+        if dist.get_rank() == 1:  # rows 4 to 7
+            gradient.to_local()[1, 1] = float("nan")
+    else:
+        gradient[5, 1] = float("nan")
+    run.update()
+    return run.weights()
+
+
+# ---- layers without rows ---------------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """Each example goes through one of four experts; the second is called with no rows, the others are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES)
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=i != 2) for i in range(4))
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x))
+        mixed = h
+        for i, expert in enumerate(self.experts):
+            rows = (route == i).nonzero().flatten()
+            if len(rows) or i == 1:
+                mixed = mixed.index_add(0, rows, torch.tanh(expert(h[rows])))
+        return self.head(mixed)
+
+
+ROUTES = [
+    [0, 1, 2, 0, 0, 0, 0, 0],  # rank 1 of 2 has no rows for experts 1 and 2
+    [0, 0, 1, 1, 2, 2, 2, 2],
+    [1, 1, 1, 1, 0, 2, 0, 2],  # rank 0 has none for 0 and 2
+    [0, 0, 0, 0, 0, 0, 0, 0],  # nobody has any for 1 and 2 in this step; for 3 never
+    [2, 1, 0, 2, 1, 1, 1, 0],
+    [0, 1, 2, 0, 0, 0, 0, 0],
+]
+
+
+def mixture(method: str, rank: int, world: int) -> tuple[Tensor, Tensor, set[str]]:
+    """How far the weights have moved from their start, the start, and which layers had no rows at the end."""
+    torch.manual_seed(0)
+    model = Mixture().double()
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    name, settings = METHODS[method]
+    if world == 1:
+        settings = {key: value for key, value in settings.items() if key != "grad_workers"}
+    optimizer = hf_soo.build_optimizer(name, wrapped, lr=1e-2, **settings)
+    for step, route in enumerate(ROUTES):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, WIDTH, generator=generator, dtype=torch.float64)
+        y = torch.randint(CLASSES, (8,), generator=generator)
+        x, y, mine = (t.chunk(world)[rank] for t in (x, y, torch.tensor(route)))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(wrapped(x, mine), y)
+        optimizer.report_loss(loss)
+        loss.backward()
+        optimizer.step()
+    end = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return end - start, start, optimizer.diagnostic.without_rows()
+
+
+def mixtures(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, set[str]]]:
+    return {method: mixture(method, rank, world) for method in METHODS}
+
+
+def shared_process_group(rank: int, world: int) -> dict[str, Any]:
+    """What needs two ranks that stay alive."""
+    return {"spoiled": spoiled_runs(rank, world), "mixtures": mixtures(rank, world)}
