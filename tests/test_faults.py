@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed import run_ranks
+from tests.fault_checkpoints import (
+    CONTINUED,
+    DAMAGES,
+    KILLS,
+    MISFITS,
+    damaged_checkpoints,
+    killed_in_a_save,
+    resumed_after_a_kill,
+)
 from tests.fault_runs import METHODS, Ended, Ranks, loses_a_rank, mixture, shared_process_group
 from tests.oracles import assert_close_report
 
@@ -144,3 +153,85 @@ def test_a_rank_without_rows_for_a_layer_equals_one_process(method: str, two_ran
     assert first[2] == second[2] == without_rows
     assert len(start) == len(moved) and moved.abs().sum() > 0.1
     assert method == "rf_rmsprop" or without_rows == {"experts.3"}  # it learns from gradients, not from rows
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoints:
+    """What became of the Trainer runs: damaged and misfitting checkpoints, killed savers, and their continuation."""
+
+    damaged: list[Ended]
+    killed: dict[str, list[Ended]]
+    resumed: list[Ended]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    damaged = Ranks(2, damaged_checkpoints, folder)
+    killing = {case: Ranks(2, killed_in_a_save, folder, case) for case in KILLS}
+    killed = {case: ranks.wait() for case, ranks in killing.items()}
+    resumed = Ranks(2, resumed_after_a_kill, folder)
+    return Checkpoints(damaged.wait(), killed, resumed.wait())
+
+
+def on_both(ended: list[Ended]) -> tuple[Any, Any]:
+    """What two ranks that came through returned."""
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.error for rank in ended)
+    return ended[0].result, ended[1].result
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_every_rank(case: str, checkpoints: Checkpoints) -> None:
+    for found in on_both(checkpoints.damaged):
+        error = found["explicit"][case]
+        assert error.startswith("ValueError: ") and f"checkpoint-4 cannot be resumed from: {DAMAGES[case][0]}" in error
+        assert "give an earlier checkpoint, or True for the newest whole one" in error
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_a_damaged_checkpoint_is_passed_over(case: str, checkpoints: Checkpoints) -> None:
+    first, second = on_both(checkpoints.damaged)
+    for found in (first, second):
+        continued = found["continued"][case]
+        assert continued["error"] == "nothing"
+        assert torch.equal(continued["weights"], first["weights"]), "resumed from checkpoint-2, bit for bit"
+        assert any("checkpoint-4 is passed over" in m and case.split()[0] in m for m in continued["warnings"])
+
+
+def test_a_manifest_that_cannot_be_read_is_a_clear_error(checkpoints: Checkpoints) -> None:
+    for found in on_both(checkpoints.damaged):
+        error = found["explicit"]["manifest.json cut"]
+        assert error.startswith("ValueError: ") and "checkpoint-4 cannot be resumed from: manifest.json" in error
+
+
+SAYS = {
+    "layer sizes": r"RuntimeError: .*size mismatch",  # torch's, of the weights, which are read first
+    "one layer more": r"ValueError: the checkpoint's layers differ .*missing \['bert\.encoder\.layer\.2",
+    "layers": r"ValueError: the checkpoint's layers differ .*unknown \['bert\.pooler",
+    "method": "ValueError: this checkpoint was written with optimizer 'mkor', this run has 'eva'",
+    "base": "ValueError: this checkpoint was written with base optimizer 'Lamb', this run has 'AdamW'",
+    "none of ours": "ValueError: .* was written with optimizer 'mkor', this run has 'adamw_torch'",
+    "state": r"ValueError: the checkpoint's state of layer '.*' is .*, this run needs",
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_every_rank(case: str, checkpoints: Checkpoints) -> None:
+    for found in on_both(checkpoints.damaged):
+        assert re.match(SAYS[case], found["misfits"][case], re.DOTALL), found["misfits"][case]
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_rank_killed_in_a_save(case: str, checkpoints: Checkpoints) -> None:
+    ended = checkpoints.killed[case]
+    victim = KILLS[case][1]
+    assert ended[victim].code == -9
+    assert ended[1 - victim].code == 1 and GONE.search(ended[1 - victim].error)
+    undisturbed = on_both(checkpoints.damaged)[0]["kfac" if KILLS[case][2] else "weights"]
+    for found in on_both(checkpoints.resumed):
+        assert found[case]["error"] == "nothing"
+        assert torch.equal(found[case]["weights"], undisturbed)
+        assert any("checkpoint-4 is passed over" in message for message in found[case]["warnings"])
