@@ -88,6 +88,7 @@ def damaged_checkpoints(rank: int, world: int, folder: str) -> dict[str, Any]:
         found["explicit"][case] = error_of(run_trainer, str(output), resume=str(output / "checkpoint-4"), **SETTINGS)
     for case in CONTINUED:
         found["continued"][case] = continued(Path(folder) / case.replace(" ", "_"))
+    found["apart"] = folders_apart(rank, run)
     for case, changed in MISFITS.items():
         changed = dict(changed)
         model = resized(**changed.pop("model", {}))
@@ -95,6 +96,13 @@ def damaged_checkpoints(rank: int, world: int, folder: str) -> dict[str, Any]:
             run_trainer, f"{folder}/misfit", model, resume=str(run / "checkpoint-4"), **{**SETTINGS, **changed}
         )
     return found
+
+
+def folders_apart(rank: int, run: Path) -> str:
+    """The error of ranks that resume by True where each sees a disk of its own, and rank 1 has not got the last one."""
+    folder = run.parent / f"disk{rank}"
+    shutil.copytree(run / f"checkpoint-{4 - 2 * rank}", folder / f"checkpoint-{4 - 2 * rank}")
+    return error_of(run_trainer, str(folder), resume=True, **SETTINGS)
 
 
 def continued(folder: Path, **settings: Any) -> dict[str, Any]:

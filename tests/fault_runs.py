@@ -130,7 +130,7 @@ class Run:
         layers = [nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES)]
         self.model: nn.Module = nn.Sequential(*layers).to(dtype)
         self.dtype, self.engine = dtype, None
-        name, settings = METHODS[method]
+        name, settings = METHODS.get(method, (method, {}))
         self.build = lambda: hf_soo.build_optimizer(name, self.model, **{"lr": 1e-2, **settings, **changed})
         getattr(self, f"_start_{strategy}")()
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000) if scaler else None
@@ -360,3 +360,52 @@ def mixtures(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, set[str]]
 def shared_process_group(rank: int, world: int) -> dict[str, Any]:
     """What needs two ranks that stay alive."""
     return {"spoiled": spoiled_runs(rank, world), "mixtures": mixtures(rank, world)}
+
+
+# ---- ranks that were set up differently ------------------------------------------------------------------------------
+
+DIFFERENT: dict[str, tuple[str, tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "method": ("ddp", ("mkor", {}), ("eva", {})),
+    "method without messages": ("ddp", ("mkor", {}), ("rf_rmsprop", {})),
+    "method without layers": ("ddp", ("mkor", {}), ("adamw", {})),
+    "period": ("ddp", ("mkor", {}), ("mkor", {"update_period": 3})),
+    "decay": ("fsdp2", ("mkor", {}), ("mkor", {"factor_decay": 0.5})),
+    "exclude": ("zero2", ("mkor", {}), ("mkor", {"exclude": ["2"]})),
+    "base": ("ddp", ("mkor", {}), ("mkor", {"base": "sgd"})),
+    "base settings": ("ddp", ("mkor", {}), ("mkor", {"base_args": {"betas": (0.5, 0.9)}})),
+    "steps": ("ddp", ("mkor", {}), ("mkor", {})),
+    # last: K-FAC makes process groups when it is built, and afterwards DeepSpeed could not make its own
+    "method that shares work": ("ddp", ("mkor", {}), ("kfac-2", {})),
+    "process groups": ("ddp", ("mkor", {}), ("kfac-1", {})),
+}
+"""What -> the strategy, and what each of two ranks builds."""
+
+
+def set_up_differently(rank: int, world: int) -> dict[str, Any]:
+    """The error of each rank's first step, and whether it has changed nothing; how often ranks that agree ask."""
+    found: dict[str, Any] = {case: first_step(case, rank) for case in DIFFERENT}
+    asked = []
+    gather = dist.all_gather_object
+    dist.all_gather_object = lambda *args: (asked.append(1), gather(*args))  # type: ignore[assignment]
+    Run("ddp", "mkor").steps(range(4))
+    dist.all_gather_object = gather
+    return found | {"asked": len(asked)}
+
+
+def first_step(case: str, rank: int) -> tuple[str, bool]:
+    strategy, *choices = DIFFERENT[case]
+    method, changed = choices[rank]
+    run = Run(strategy, method, **changed)
+    if case == "steps":
+        saved = run.optimizer.second_order_state()
+        run.steps(range(2))
+        if rank == 1:
+            run.optimizer.load_second_order_state(saved)
+        else:
+            run.optimizer.load_second_order_state(run.optimizer.second_order_state())
+    before = run.weights()
+    try:
+        run.step(5)
+    except ValueError as error:
+        return str(error), torch.equal(run.weights(), before)
+    return "nothing", False

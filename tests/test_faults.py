@@ -19,7 +19,16 @@ from tests.fault_checkpoints import (
     killed_in_a_save,
     resumed_after_a_kill,
 )
-from tests.fault_runs import METHODS, Ended, Ranks, loses_a_rank, mixture, shared_process_group
+from tests.fault_runs import (
+    DIFFERENT,
+    METHODS,
+    Ended,
+    Ranks,
+    loses_a_rank,
+    mixture,
+    set_up_differently,
+    shared_process_group,
+)
 from tests.oracles import assert_close_report
 
 TIMEOUT = 8.0  # of the process group, where a peer sleeps
@@ -27,6 +36,12 @@ SLACK = 40.0  # for starting ranks and taking steps on a busy machine
 
 GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 TIMED_OUT = re.compile(r"Timed out waiting 8000ms")
+
+
+def on_both(ended: list[Ended]) -> tuple[Any, Any]:
+    """What two ranks that came through returned."""
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.error for rank in ended)
+    return ended[0].result, ended[1].result
 
 
 # ---- a peer that is gone ---------------------------------------------------------------------------------------------
@@ -155,6 +170,43 @@ def test_a_rank_without_rows_for_a_layer_equals_one_process(method: str, two_ran
     assert method == "rf_rmsprop" or without_rows == {"experts.3"}  # it learns from gradients, not from rows
 
 
+# ---- ranks that were set up differently ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def different() -> list[Ended]:
+    return Ranks(2, set_up_differently, timeout=TIMEOUT * 3).wait()
+
+
+SEES = {
+    "method": ("method", "'mkor over Lamb'", "'eva over SGD'"),
+    "method without messages": ("method", "'mkor over Lamb'", "'rf_rmsprop over SGD'"),
+    "method without layers": ("method", "'mkor over Lamb'", "'adamw over AdamW'"),
+    "method that shares work": ("method", "'mkor over Lamb'", "'kfac_expand over SGD'"),
+    "period": ("settings", "'update_period': 2", "'update_period': 3"),
+    "decay": ("settings", "'factor_decay': 0.95", "'factor_decay': 0.5"),
+    "exclude": ("layers", "('2', (8, 8))", "[('0', (8, 6)), ('4', (3, 8))]"),
+    "base": ("method", "'mkor over Lamb'", "'mkor over SGD'"),
+    "base settings": ("base settings", "'betas': (0.9, 0.999)", "'betas': (0.5, 0.9)"),
+    "steps": ("steps done", "rank 0 has '2'", "rank 1 '0'"),
+    "process groups": ("method", "'mkor over Lamb'", "'kfac_expand over SGD'"),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_ranks_that_were_set_up_differently_refuse_to_step(case: str, different: list[Ended]) -> None:
+    for found in on_both(different):
+        error, unchanged = found[case]
+        name, here, there = SEES[case]
+        assert error.startswith(f"the ranks disagree on the optimizer's {name}: ") and unchanged
+        assert here in error and there in error, error
+        assert "build it alike on every rank, and resume all ranks from one checkpoint" in error
+
+
+def test_ranks_that_agree_ask_once(different: list[Ended]) -> None:
+    assert [found["asked"] for found in on_both(different)] == [1, 1]
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -175,12 +227,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     killed = {case: ranks.wait() for case, ranks in killing.items()}
     resumed = Ranks(2, resumed_after_a_kill, folder)
     return Checkpoints(damaged.wait(), killed, resumed.wait())
-
-
-def on_both(ended: list[Ended]) -> tuple[Any, Any]:
-    """What two ranks that came through returned."""
-    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.error for rank in ended)
-    return ended[0].result, ended[1].result
 
 
 @pytest.mark.parametrize("case", DAMAGES)
@@ -205,6 +251,11 @@ def test_a_manifest_that_cannot_be_read_is_a_clear_error(checkpoints: Checkpoint
     for found in on_both(checkpoints.damaged):
         error = found["explicit"]["manifest.json cut"]
         assert error.startswith("ValueError: ") and "checkpoint-4 cannot be resumed from: manifest.json" in error
+
+
+def test_ranks_that_see_other_checkpoints_refuse_to_step(checkpoints: Checkpoints) -> None:
+    for found in on_both(checkpoints.damaged):
+        assert "disagree on the optimizer's steps done: rank 0 has '4', rank 1 '2'" in found["apart"]
 
 
 SAYS = {

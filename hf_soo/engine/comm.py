@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,29 @@ class Communicator:
         dist.all_gather_into_tensor(pieces, piece, group=group)
         return pieces.view(size, -1)
 
+    def agree(self, mine: Mapping[str, str]) -> None:
+        """Refuse to go on if ranks were set up differently: they would drift apart, or wait for each other for good.
+
+        Args:
+            mine: what must be the same on every rank, by name; every rank must call it, with the same names.
+
+        Raises:
+            ValueError: it is not, on every rank.
+        """
+        if self.world_size == 1:
+            return
+        everybody: list[Mapping[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(everybody, dict(mine))
+        for rank, theirs in enumerate(everybody):
+            for name, value in everybody[0].items():
+                if theirs[name] != value:
+                    start = max(0, _first_difference(value, theirs[name]) - 60)
+                    here, there = (text[start : start + 200] for text in (value, theirs[name]))
+                    raise ValueError(
+                        f"the ranks disagree on the optimizer's {name}: rank 0 has {here!r}, rank {rank} {there!r}; "
+                        "build it alike on every rank, and resume all ranks from one checkpoint."
+                    )
+
     def _flat(self, kind: str, tensors: Sequence[Tensor], message: Callable[[Tensor], object]) -> None:
         """One message for all tensors of a dtype."""
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -83,3 +106,9 @@ class Communicator:
     def _count(self, kind: str, message: Tensor) -> None:
         self.traffic[kind] += message.nbytes
         logger.debug("%s of %d bytes (%d %s)", kind, message.nbytes, message.numel(), message.dtype)
+
+
+def _first_difference(one: str, other: str) -> int:
+    """The position of the first character that differs."""
+    pairs = zip(one, other, strict=False)  # one may be the start of the other
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

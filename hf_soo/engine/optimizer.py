@@ -90,6 +90,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self.carries_state = True
         self.switched = False
         self.steps = 0
+        self._agreed = False
         self._loss: Tensor | None = None
         self._place()
         self.capture = Capture(self.layers, preconditioner.recorder)
@@ -124,6 +125,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
     @torch.no_grad()
     def precondition(self) -> None:
         """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
+        self._agree()
         if self.layers:
             self._check_loss()
             if not self.steps:
@@ -135,6 +137,23 @@ class PreconditionedOptimizer(Stages, Optimizer):
                 if self.preconditioner.refreshes_at(self.steps):
                     self._refresh_inverses()
                 self._transform_gradients()
+
+    def _agree(self) -> None:
+        """Compare what the ranks were built with, before their first step and after loading."""
+        if self._agreed:
+            return
+        plain = (bool, int, float, str, tuple)
+        settings = {key: value for key, value in self.base.defaults.items() if isinstance(value, plain)}
+        self.comm.agree(
+            {
+                "method": f"{self.name} over {type(self.base).__name__}",
+                "settings": str(self.config),
+                "base settings": str(settings),
+                "layers": str([(layer.name, layer.shape) for layer in self.layers]),
+                "steps done": str(self.steps),
+            }
+        )
+        self._agreed = True
 
     def _step_base(self) -> None:
         """Under ZeRO our groups are other ones than at construction, and one at a time."""
@@ -412,6 +431,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._restore_states(saved["layers"])
         self.preconditioner.load_own_state(saved.get("own", {}))
         self.steps = int(saved["steps"])
+        self._agreed = False
         self._schedule()
         self.capture.clear()
 
