@@ -38,8 +38,14 @@ class Communicator:
         return dist.get_rank() if self.world_size > 1 else 0
 
     def group(self, ranks: Sequence[int]) -> Group:
-        """A process group of some ranks; every rank must call it, in the same order."""
-        return None if len(ranks) == self.world_size else dist.new_group(list(ranks))
+        """A process group of some ranks, as patient as the default one; every rank must call it, in the same order."""
+        if len(ranks) == self.world_size:
+            return None
+        # new_group starts from the backend's default, 30 minutes, and torch has no public way to read the user's
+        device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+        timeout = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
+        group: Group = dist.new_group(list(ranks), timeout=timeout)
+        return group
 
     def sum_(self, tensors: Sequence[Tensor], group: Group = None) -> None:
         """Sum tensors of one device over all ranks (of a group), in place, in one flat all-reduce for each dtype."""
