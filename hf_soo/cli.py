@@ -1,15 +1,18 @@
-"""The command ``hf-soo``: what there is (``list``), and tables and pictures of runs (``report``)."""
+"""The command ``hf-soo``: what there is (``list``), what a run would cost (``plan``), tables of runs (``report``)."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from hf_soo.experiments.plan_request import PlanConfig
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS, Method
 
@@ -23,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         text = options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         sys.stderr.write(f"hf-soo: error: {error}\n")
         return 1
     sys.stdout.write(text)
@@ -55,7 +58,28 @@ def _parser() -> argparse.ArgumentParser:
         help="put the table between <!-- results:NAME --> and <!-- /results -->; NAME is the folder's name",
     )
     report.set_defaults(run=_report)
+    _add_plan(commands.add_parser(
+        "plan",
+        help="memory, communication, FLOPs and predicted step time of a run on other hardware",
+        description="Say what each rank of a data-parallel run would hold, send and compute, for a method and those "
+        "beside it; the step time is a prediction from a hardware profile. With --dry-run count the bytes.",
+    ))  # fmt: skip
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field; --dry-run and --dry_run are the same."""
+    hints = get_type_hints(PlanConfig)
+    for field in dataclasses.fields(PlanConfig):
+        names = [f"--{field.name}", *({f"--{field.name.replace('_', '-')}"} - {f"--{field.name}"})]
+        text = field.metadata["help"].replace("%", "%%")
+        if hints[field.name] is bool:
+            parser.add_argument(*names, action="store_true", help=text)
+            continue
+        kind = next(iter(get_args(hints[field.name])), hints[field.name])
+        shown = "" if field.default is None else f" (default: {field.default or repr('')})"
+        parser.add_argument(*names, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text + shown)
+    parser.set_defaults(run=_plan)
 
 
 def _list(options: argparse.Namespace) -> str:
@@ -84,6 +108,13 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
             tensors += recorder.allocate(layer)
     own = sum(tensor.nbytes for tensor in tensors) / sum(p.numel() for p in model.parameters())
     return recorder.needs, f"{own + of_base:.1f}"
+
+
+def _plan(options: argparse.Namespace) -> str:
+    config = PlanConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PlanConfig)})
+    from hf_soo.experiments import plan, plan_table
+
+    return plan_table.text(plan.run(config))
 
 
 def _report(options: argparse.Namespace) -> str:

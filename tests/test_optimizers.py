@@ -200,19 +200,6 @@ def test_lamb_skips_parameters_without_gradient_and_refuses_sparse_ones() -> Non
     assert Lamb(parameters()).step(lambda: 3.5) == 3.5  # no gradients at all
 
 
-def test_lamb_refuses_sharded_parameters(tmp_path: Any) -> None:
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        param = nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        param.grad = param.detach().clone()
-        with pytest.raises(NotImplementedError, match="DTensor"):
-            Lamb([param]).step()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("bad", "match"),
     [

@@ -156,9 +156,12 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._agreed = True
 
     def _step_base(self) -> None:
-        """Under ZeRO our groups are other ones than at construction, and one at a time."""
+        self._linked_base().step()
+
+    def _linked_base(self) -> Optimizer:
+        """The base over our groups as they are now: ZeRO replaces the list, for one step or for good."""
         self.base.param_groups, self.base.state = self.param_groups, self.state
-        self.base.step()
+        return self.base
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -323,7 +326,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state, and the factors under "second_order" unless somebody else saves them."""
-        saved = dict(self.base.state_dict())
+        saved = dict(self._linked_base().state_dict())
         if self.carries_state:
             saved[STATE_KEY] = self.second_order_state()
         return saved
@@ -340,7 +343,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
         # What is not ours is refused before anything changes.
         saved = self._checked(state_dict.get(STATE_KEY)) if self.carries_state else None
-        self.base.load_state_dict(rest)
+        self._linked_base().load_state_dict(rest)
         self._share_with_base()
         if saved is not None:
             self._restore(saved)
@@ -398,7 +401,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         Args:
             wanted: whether this rank keeps what it gets.
         """
-        return whole_base_state(self.base, self.roster.parameters, self._keeper(), wanted)
+        return whole_base_state(self._linked_base(), self.roster.parameters, self._keeper(), wanted)
 
     def load_base_state(self, saved: dict[str, Any]) -> None:
         """Continue from ``base_state()`` of a run under this or another strategy.
@@ -409,7 +412,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         Raises:
             ValueError: it is another optimizer's or another model's.
         """
-        load_base_state(self.base, self.roster.parameters, self._keeper(), saved)
+        load_base_state(self._linked_base(), self.roster.parameters, self._keeper(), saved)
 
     def _keeper(self) -> Keeper:
         return self.keeper if self.keeper is not None else ByParameter(self.base, self.roster.parameters)

@@ -54,7 +54,11 @@ class Partition(Protocol):
         """Sum values over the ranks that hold pieces, in place; called once by every rank in every step."""
 
     def grad_norm(self) -> Tensor:
-        """‖g‖ over all whole tensors of all groups and ranks, 0-dim; for the clip."""
+        """‖g‖ over all whole tensors of all groups and ranks, 0-dim; for the clip.
+
+        Of the gradients as `step` finds them (unscaled, after a clip outside), and the same in every call that makes up
+        one step: stepping a group overwrites its gradients, so this is measured before the first.
+        """
 
 
 @dataclass(slots=True)

@@ -1,0 +1,155 @@
+"""The model that a plan is about, on the meta device, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_PRETRAINING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForPreTraining,
+)
+
+from hf_soo.experiments.bench import WEIGHT_DECAY
+from hf_soo.optimizers.bases import decay_groups
+from hf_soo.registry import hidden_weights
+
+
+def _bert(hidden: int, layers: int) -> dict[str, int]:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
+
+
+BERTS = {  # Devlin et al., 2019; Turc et al., 2019
+    "bert-tiny": _bert(128, 2),
+    "bert-mini": _bert(256, 4),
+    "bert-small": _bert(512, 4),
+    "bert-medium": _bert(512, 8),
+    "bert-base-uncased": _bert(768, 12),
+    "bert-large-uncased": _bert(1024, 24),
+}
+LONGEST = 512  # BERT's positions
+
+
+def build_model(name: str, seq: int) -> nn.Module:
+    """The model on the current default device (meta, for a plan), with its pretraining head if it has one.
+
+    Args:
+        name: of ``BERTS``; or a folder with config.json; or a name on the hub.
+        seq: tokens in a sequence; a named BERT gets as many positions as that needs.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ValueError: no such model, or it does not take so many tokens.
+    """
+    if name in BERTS:
+        config = BertConfig(max_position_embeddings=max(LONGEST, seq), **BERTS[name])  # type: ignore[arg-type]
+        bert: nn.Module = BertForPreTraining(config).train()
+        return bert
+    config = _read_config(name)
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise ValueError(f"model={name!r} has no hidden_size; the plan is for transformers over tokens.")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq > positions:
+        raise ValueError(f"seq={seq} is longer than the {positions} positions of {name!r}; give --seq {positions}.")
+    has_head = type(config) in MODEL_FOR_PRETRAINING_MAPPING
+    model = (AutoModelForPreTraining if has_head else AutoModel).from_config(config)  # type: ignore[no-untyped-call]
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"model={name!r} takes {model.main_input_name!r}; the plan is for transformers over tokens.")
+    made: nn.Module = model.train()
+    return made
+
+
+def _read_config(name: str) -> Any:
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns of every attempt, and we say what came of them
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        where = "has no config.json of a known model" if Path(name).is_dir() else "cannot be read from the hub"
+        raise ValueError(
+            f"model={name!r} {where} ({str(error).splitlines()[0]}); give a folder with a config.json, or one of "
+            f"{', '.join(BERTS)}."
+        ) from error
+    finally:
+        hub.setLevel(level)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The numbers of a model that a plan needs.
+
+    Args:
+        parameters: name -> shape, tied ones once.
+        embeddings: parameters of embeddings among them.
+        decayed: parameters with weight decay, which LAMB adapts one by one; how many tensors.
+        matrices: shapes of the hidden layers' weights, Muon's part.
+        blocks: the names of the parameters of each block, what FSDP2 shards as one.
+        hidden: length of a token's vector.
+        heads: attention heads.
+        intermediate: the longest vector inside a block.
+        vocabulary: entries of the vocabulary.
+        masked: whether 15 % of the tokens alone go through the vocabulary decoder (BERT).
+    """
+
+    parameters: dict[str, torch.Size]
+    embeddings: int
+    decayed: int
+    matrices: list[torch.Size]
+    blocks: list[list[str]]
+    hidden: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    masked: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelFacts:
+        """Look at a model."""
+        config: Any = model.config
+        names = {id(p): name for name, p in model.named_parameters()}
+        embedded = {id(p): p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        hidden = int(config.hidden_size)
+        return cls(
+            parameters={name: p.shape for name, p in model.named_parameters()},
+            embeddings=sum(p.numel() for p in embedded.values()),
+            decayed=len(decay_groups(model, WEIGHT_DECAY)[0]["params"]),
+            matrices=[weight.shape for weight in hidden_weights(model)],
+            blocks=[[names[id(p)] for p in block.parameters()] for block in blocks_of(model)],
+            hidden=hidden,
+            heads=int(getattr(config, "num_attention_heads", 1)),
+            intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            vocabulary=int(getattr(config, "vocab_size", 0)),
+            masked="bert" in config.model_type,
+        )
+
+    @property
+    def count(self) -> int:
+        """Of parameters."""
+        return sum(shape.numel() for shape in self.parameters.values())
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: the outermost modules that stand in a list."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(child)
+            else:
+                visit(child)
+
+    visit(model)
+    return found
