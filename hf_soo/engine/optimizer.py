@@ -49,6 +49,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         driven: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and the
             other calls ``precondition`` before and ``advance`` after it.
         keeper: who keeps the base's state if it is not in whole tensors or DTensors by parameter (ZeRO).
+        agreed: whether the ranks have compared what they were built with; they do before the first step.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -90,7 +91,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self.carries_state = True
         self.switched = False
         self.steps = 0
-        self._agreed = False
+        self.agreed = False
         self._loss: Tensor | None = None
         self._place()
         self.capture = Capture(self.layers, preconditioner.recorder)
@@ -140,7 +141,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
 
     def _agree(self) -> None:
         """Compare what the ranks were built with, before their first step and after loading."""
-        if self._agreed:
+        if self.agreed:
             return
         plain = (bool, int, float, str, tuple)
         settings = {key: value for key, value in self.base.defaults.items() if isinstance(value, plain)}
@@ -153,7 +154,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
                 "steps done": str(self.steps),
             }
         )
-        self._agreed = True
+        self.agreed = True
 
     def _step_base(self) -> None:
         self._linked_base().step()
@@ -434,7 +435,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._restore_states(saved["layers"])
         self.preconditioner.load_own_state(saved.get("own", {}))
         self.steps = int(saved["steps"])
-        self._agreed = False
+        self.agreed = False
         self._schedule()
         self.capture.clear()
 
