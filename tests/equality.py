@@ -8,19 +8,18 @@ weight to the single process after six optimizer steps, or the words of the refu
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import importlib.metadata
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
@@ -33,14 +32,18 @@ TOLERANCE = 1e-6  # fp32: weights of order 0.1 to 1, moved by about 6 x lr = 6e-
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a run is spread: ``kind`` is "single", "ddp", "fsdp2" or "zero"; ``stage`` is ZeRO's."""
+    """How a run is spread: ``kind`` is "single", "ddp", "fsdp2" or "zero"; ``stage`` is ZeRO's.
+
+    ``extra`` is more of DeepSpeed's config.
+    """
 
     name: str
     kind: str
     world: int
     stage: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self, *, bf16: bool, clip: float) -> dict[str, Any]:
+    def arguments(self, *, bf16: bool) -> dict[str, Any]:
         """TrainingArguments' fields that choose it."""
         if self.kind == "fsdp2":
             wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
@@ -53,7 +56,7 @@ class Strategy:
                 # without the threshold, so small a model's parameters would all stay whole
                 "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
             }
-            return {"deepspeed": config | ({"bf16": {"enabled": True}} if bf16 else {})}
+            return {"deepspeed": config | self.extra | ({"bf16": {"enabled": True}} if bf16 else {})}
         return {}
 
 
@@ -72,6 +75,9 @@ STRATEGIES = [
     Strategy("FSDP2 x 2", "fsdp2", 2),
     *(Strategy(f"ZeRO-{stage} x 2", "zero", 2, stage) for stage in range(4)),
 ]
+
+# In bf16 DeepSpeed has another optimizer class for ZeRO-1 with sums of gradients in fp32.
+SUMS_IN_FP32 = Strategy("ZeRO-1 x 2, fp32 sums", "zero", 2, 1, {"data_types": {"grad_accum_dtype": "fp32"}})
 
 # AdamW divides by |g| + ε: with ε = 1e-8 an entry whose gradient cancels to 1e-9 makes lr / 10 of a rounding.
 EPSILON = "eps=1e-4"
@@ -102,11 +108,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "resume": {},
     "clip": {"max_grad_norm": 1.0},
-    "bf16": {"bf16": True},
+    # With accumulation ZeRO-1 sums before it reduces and ZeRO-2 after, and in bf16 that shows without us as well.
+    "bf16": {"bf16": True, "gradient_accumulation_steps": 1},
 }
 
 Cell = tuple[str, str]  # method, way
 Result = Tensor | str  # final weights, or why the run was refused
+Row = dict[Cell, float | str]
 
 
 class Sentences(Dataset[dict[str, Tensor]]):
@@ -151,28 +159,27 @@ def tiny_bert() -> Any:
 # ------------------------------------------------------------------------------------------------ inside a process
 
 
-@contextlib.contextmanager
-def clean_process(strategy: Strategy) -> Iterator[None]:
-    """What accelerate, DeepSpeed and transformers remember of the run before is put aside."""
+def forget(strategy: Strategy) -> None:
+    """Put aside what accelerate, DeepSpeed and transformers remember of the run before."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    def forget() -> None:
-        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
-            del os.environ[name]
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        unset_hf_deepspeed_config()
-        torch._dynamo.reset()
-        gc.collect()
-
-    forget()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     if strategy.kind != "zero":  # accelerate has no DeepSpeed with this variable, and the arguments say it too
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    try:
-        yield
-    finally:
-        forget()
+
+
+def stay_on_gloo() -> None:
+    """DeepSpeed would compile kernels for shared memory first, whose names all runs on a machine share."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_trainer(strategy: Strategy, method: Method, way: str, folder: Path, data: Dataset[Any]) -> Any:
@@ -181,6 +188,7 @@ def make_trainer(strategy: Strategy, method: Method, way: str, folder: Path, dat
 
     from hf_soo.integrations.trainer import SecondOrderTrainer, SecondOrderTrainingArguments
 
+    forget(strategy)
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // strategy.world,
         "gradient_accumulation_steps": ACCUMULATION, "learning_rate": 1e-3, "weight_decay": 0.01,
@@ -192,7 +200,7 @@ def make_trainer(strategy: Strategy, method: Method, way: str, folder: Path, dat
     settings |= method.settings | WAYS[way]
     if way == "resume":
         settings |= {"save_strategy": "steps", "save_steps": RESUME_AT}
-    spread = strategy.arguments(bf16=way == "bf16", clip=settings["max_grad_norm"])
+    spread = strategy.arguments(bf16=way == "bf16")
     args = SecondOrderTrainingArguments(**settings, **spread)
     if strategy.kind == "fsdp2":
         # accelerate has a list of distributed types that may use FSDP, and the CPU's is not on it
@@ -204,25 +212,27 @@ def make_trainer(strategy: Strategy, method: Method, way: str, folder: Path, dat
 
 def run_cell(strategy: Strategy, method: Method, way: str, folder: Path, data: Dataset[Any]) -> Result:
     """One run; its final weights, or the words of a refusal."""
-    with clean_process(strategy):
-        try:
+    try:
+        trainer = make_trainer(strategy, method, way, folder, data)
+        trainer.train()
+        if way == "resume":
             trainer = make_trainer(strategy, method, way, folder, data)
-            trainer.train()
-            if way == "resume":
-                with clean_process(strategy):
-                    trainer = make_trainer(strategy, method, way, folder, data)
-                    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{RESUME_AT}"))
-        except NotImplementedError as refusal:
-            return str(refusal)
-        assert trainer.state.global_step == STEPS
-        assert_spread(strategy, trainer)
-        return whole_weights(trainer)
+            trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{RESUME_AT}"))
+    except NotImplementedError as refusal:
+        return str(refusal)
+    assert trainer.state.global_step == STEPS
+    assert_spread(strategy, trainer)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert (graphs > 0) == (way == "compile"), f"{graphs} compiled graphs"
+    if method.name == "mkor_h":
+        assert trainer.second_order.switched, "the switch is what this column is about"
+    return whole_weights(trainer)
 
 
 def assert_spread(strategy: Strategy, trainer: Any) -> None:
     """The run was what the strategy's name says: accelerate falls back to something else without a word."""
     assert trainer.args.world_size == strategy.world, (trainer.args.world_size, strategy)
-    wrapped, model = trainer.model_wrapped, bare(trainer)
+    wrapped, model = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped), bare(trainer)
     kind, parameters = type(wrapped).__name__, list(model.parameters())
     sharded = [isinstance(parameter, DTensor) for parameter in parameters]
     if strategy.kind in ("single", "ddp"):
@@ -236,8 +246,9 @@ def assert_spread(strategy: Strategy, trainer: Any) -> None:
         if strategy.stage == 3:
             assert all(p.shape == (0,) and p.ds_tensor.numel() * strategy.world >= p.ds_numel for p in parameters)
         if strategy.stage in (1, 2):
-            groups = wrapped.optimizer.single_partition_of_fp32_groups
-            own = sum(group.numel() for group in groups)
+            zero = wrapped.optimizer
+            name = "fp32_groups_flat_partition" if strategy.extra else "single_partition_of_fp32_groups"
+            own = sum(group.numel() for group in getattr(zero, name))
             assert own < 0.6 * sum(p.numel() for p in parameters), "the optimizer's share is not a share"
 
 
@@ -262,49 +273,135 @@ def flat(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def run_cells(
-    rank: int, world: int, strategies: Sequence[Strategy], cells: Sequence[Cell], folder: str, other_on: int | None
-) -> dict[str, dict[Cell, Result]]:
-    """On one rank: every cell under every strategy, one after the other."""
+    rank: int, world: int, strategy: Strategy, cells: Sequence[Cell], folder: str, other_on: int | None
+) -> dict[Cell, Result]:
+    """On one rank: every cell, one after the other."""
+    assert strategy.world == world
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if strategy.kind == "zero":
+        stay_on_gloo()
     data = Sentences(other_on=other_on)
     methods = METHODS | {CONTROL.name: CONTROL}
-    results: dict[str, dict[Cell, Result]] = {strategy.name: {} for strategy in strategies}
-    for strategy in strategies:
-        assert strategy.world == world
-        for method, way in cells:
-            place = Path(folder) / re.sub(r"\W", "_", f"{strategy.name} {method} {way}")
-            results[strategy.name][method, way] = run_cell(strategy, methods[method], way, place, data)
+    results: dict[Cell, Result] = {}
+    for method, way in cells:
+        place = Path(folder) / re.sub(r"\W", "_", f"{method} {way}")
+        results[method, way] = run_cell(strategy, methods[method], way, place, data)
+    forget(SINGLE)
     return results
 
 
 # ------------------------------------------------------------------------------------------------- from outside
 
 
-def run(
-    strategies: Sequence[Strategy], cells: Sequence[Cell], *, other_on: int | None = None
-) -> dict[str, dict[Cell, Result]]:
-    """Every cell under every strategy; one set of processes for all strategies of a world size and kind.
+def run(strategy: Strategy, cells: Sequence[Cell], *, other_on: int | None = None) -> dict[Cell, Result]:
+    """Every cell under one strategy, in one set of processes.
+
+    Args:
+        strategy: the row.
+        cells: methods and ways.
+        other_on: a rank that is given other data than it should have.
 
     Raises:
-        AssertionError: the ranks of a run ended with different weights, or only some refused.
+        AssertionError: the ranks ended with different weights, or only some refused.
     """
-    results: dict[str, dict[Cell, Result]] = {}
-    for world, kind in dict.fromkeys((strategy.world, strategy.kind) for strategy in strategies):
-        mine = [strategy for strategy in strategies if (strategy.world, strategy.kind) == (world, kind)]
-        with tempfile.TemporaryDirectory() as folder:
-            if kind == "single":
-                results |= run_cells(0, 1, mine, cells, folder, other_on)
-                continue
-            first, *others = run_ranks(world, run_cells, mine, cells, folder, other_on)
-        for name, by_cell in first.items():
-            for cell, result in by_cell.items():
-                for other in others:
-                    assert same(other[name][cell], result), f"{name}, {cell}: the ranks differ"
-        results |= first
-    return results
+    with tempfile.TemporaryDirectory() as folder:
+        if strategy.kind == "single":
+            return run_cells(0, 1, strategy, cells, folder, other_on)
+        first, *others = run_ranks(strategy.world, run_cells, strategy, cells, folder, other_on)
+    for cell, result in first.items():
+        for other in others:
+            assert same(other[cell], result), f"{strategy.name}, {cell}: the ranks differ"
+    return first
 
 
 def same(one: Result, other: Result) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return one == other if isinstance(one, str) and isinstance(other, str) else False
     return torch.equal(one, other)
+
+
+def differences(single: dict[Cell, Result], results: dict[Cell, Result]) -> Row:
+    """Cell -> the largest difference of a weight to the single process, or the refusal's words."""
+    return {
+        cell: result if isinstance(result, str) else distance(result, single[cell]) for cell, result in results.items()
+    }
+
+
+def distance(one: Result, other: Result) -> float:
+    """The largest difference between two runs' weights."""
+    assert isinstance(one, Tensor) and isinstance(other, Tensor), f"refused: {one} or {other}"
+    return float((one - other).abs().max())
+
+
+def markdown(table: dict[str, Row]) -> str:
+    """A table for each way: rows are strategies, columns methods; refusals are numbered below."""
+    ways = dict.fromkeys(way for by_cell in table.values() for _, way in by_cell)
+    return "\n\n".join(_one_way(table, way) for way in ways) + "\n"
+
+
+def _one_way(table: dict[str, Row], way: str) -> str:
+    methods = list(dict.fromkeys(m for by_cell in table.values() for m, w in by_cell if w == way))
+    notes: list[str] = []
+
+    def entry(value: float | str) -> str:
+        if isinstance(value, float):
+            return f"{value:.0e}"
+        if value not in notes:
+            notes.append(value)
+        return f"refused [{notes.index(value) + 1}]"
+
+    lines = [f"| {way} | {' | '.join(methods)} |", "|---|" + "---|" * len(methods)]
+    for name, by_cell in table.items():
+        if any(w == way for _, w in by_cell):
+            lines.append(f"| {name} | {' | '.join(entry(by_cell[m, way]) for m in methods)} |")
+    return "\n".join([*lines, *(f"\n[{i}] {note}" for i, note in enumerate(notes, 1))])
+
+
+def report(table: dict[str, Row]) -> dict[str, Any]:
+    """The table as plain JSON, with versions and what an entry means."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed")
+    return {
+        "name": "equality",
+        "entry": f"max |dW| to a single process after {STEPS} optimizer steps, accumulation {ACCUMULATION}, fp32, CPU",
+        "tolerance": TOLERANCE,
+        "base": f"adamw ({EPSILON}) unless named",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "methods": {name: method.settings for name, method in METHODS.items()},
+        "rows": [
+            {
+                "strategy": name,
+                "method": method,
+                "way": way,
+                "difference" if isinstance(value, float) else "refused": value,
+            }
+            for name, by_cell in table.items()
+            for (method, way), value in by_cell.items()
+        ],
+    }
+
+
+SOME = ("mkor", "eva", "kfac_expand")
+PLAIN: list[Cell] = [(method, "plain") for method in [*METHODS, CONTROL.name]]
+OTHER_WAYS: list[Cell] = [(m, w) for w in ("checkpointing", "reentrant", "compile", "resume", "clip") for m in SOME]
+
+
+def cells_of(strategy: Strategy) -> list[Cell]:
+    """The four ranks differ from the two by their number alone."""
+    return PLAIN if strategy.world == 4 else PLAIN + OTHER_WAYS
+
+
+def main() -> None:
+    """Run everything and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", type=Path, required=True, metavar="FILE.json")
+    path: Path = parser.parse_args().write
+    single = run(SINGLE, PLAIN + OTHER_WAYS)
+    table = {strategy.name: differences(single, run(strategy, cells_of(strategy))) for strategy in STRATEGIES}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report(table), indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(table))
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_soo import cli
+from hf_soo.engine.selection import select_layers
 from hf_soo.experiments.cycle import Kind
 from hf_soo.experiments.plan import compared, dry_run
 from hf_soo.experiments.plan_counter import MessageCounter
@@ -91,6 +92,31 @@ def test_the_plan_is_what_64_ranks_of_bert_large_ask_for(
 def test_other_methods_on_bert_tiny(optim: str, optim_args: str | None, models: dict[str, nn.Module]) -> None:
     dry = counted(models, TINY, optim=optim, optim_args=optim_args)
     assert dry["largest_difference"] < 0.05, dry
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize(
+    ("model", "optim", "base"),
+    [
+        (LARGE, "mkor", "lamb"),
+        (LARGE, "eva_f", "adamw"),
+        (TINY, "eva", "lamb"),
+        (TINY, "eva_s", None),
+        (TINY, "rf_rmsprop", None),
+        (TINY, "foof", None),
+        (TINY, "mkor_h", "adamw"),
+        (TINY, "kfac_expand", "adamw"),
+        (TINY, "if_shampoo", None),
+    ],
+)
+def test_row_shards_on_64_ranks(model: str, optim: str, base: str | None, models: dict[str, nn.Module]) -> None:
+    dry = counted(models, model, optim=optim, base=base, strategy="fsdp2")
+    assert dry["largest_difference"] < 0.05, dry
+    for step in dry["steps"]:
+        sent = {row["kind"]: row["counted"] for row in step["bytes"]}
+        gathered = sum(4 * n * m for n, m in (layer.shape for layer in select_layers(models[model]).layers))
+        if model == LARGE:  # what a gather of the preconditioned gradients would be: a tenth at most
+            assert sent["shards"] <= gathered / 10, (sent, gathered)
 
 
 def test_kfac_counts_the_rank_with_the_most_factors(models: dict[str, nn.Module]) -> None:

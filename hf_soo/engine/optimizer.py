@@ -81,8 +81,8 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self.layers, self._left = selection.layers, dict(selection.left)
         self._parameter_names = {id(p): n for n, p in parameter_names.items()}
         self.roster = Roster.of(base.param_groups, parameter_names, self.layers)
-        self.gradients: Gradients = PlainGradients()
         self.comm = Communicator()
+        self.gradients: Gradients = locate(self.layers, PlainGradients(), self.comm)
         self.diagnostic = Diagnostics(preconditioner.side_names)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.batched: bool | None = None

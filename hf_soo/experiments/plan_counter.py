@@ -115,6 +115,11 @@ class Labelled:
         """See ``Placement``."""
         return self.real.world
 
+    @property
+    def everywhere(self) -> bool:
+        """See ``Placement``."""
+        return self.real.everywhere
+
     def owns(self, name: str) -> bool:
         """See ``Placement``."""
         return self.real.owns(name)

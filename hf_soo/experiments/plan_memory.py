@@ -72,8 +72,11 @@ def factors(subject: Subject, layout: Layout) -> tuple[int, int]:
 
 def _factors(subject: Subject, layout: Layout) -> Iterator[tuple[int, int]]:
     """(rank, bytes of its factors)."""
+    transform = subject.preconditioner
+    by_rows = transform.row_state if transform is not None and layout.strategy == "fsdp2" else frozenset[str]()
     for rank, states in subject.states(layout.ranks):
-        yield rank, sum(map(bytes_of, states))
+        sharded = sum(t.nbytes for s in states for f in s.values() for key, t in f.items() if key in by_rows)
+        yield rank, sum(map(bytes_of, states)) - sharded + -(-sharded // layout.ranks)
 
 
 def _stored(facts: ModelFacts, layout: Layout) -> Callable[..., int]:
@@ -118,9 +121,7 @@ def _copies(subject: Subject, layout: Layout) -> int:
         return 0
     whole = FLOAT * sum(n * m for n, m in map(matrix_of, subject.layers))
     if layout.sharded:
-        local = layout.strategy == "fsdp2" and (
-            subject.history is not None or subject.rank_one or subject.input_side_alone
-        )
+        local = layout.strategy == "fsdp2" and transform.row_wise
         return -(-whole // layout.ranks) if local else whole
     if not transform.stacks:
         return 0

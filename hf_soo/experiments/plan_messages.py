@@ -34,6 +34,8 @@ from hf_soo.experiments.cycle import Kind
 from hf_soo.experiments.plan_model import ModelFacts
 from hf_soo.experiments.plan_request import Layout
 from hf_soo.experiments.plan_subject import Place, Subject, bytes_of, matrix_of
+from hf_soo.preconditioners.eva_s import EvaS
+from hf_soo.preconditioners.rmsprop import RMSProp
 
 Collective = Literal["all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter"]
 When = Literal["step", "micro_batch", "update", "refresh"]
@@ -181,6 +183,12 @@ def of_shards(subject: Subject, layout: Layout) -> Iterator[Message]:
     if isinstance(recorder, SumRecorder) and recorder.outputs and recorder.groups == 1:
         biases = sum(layer.shape[0] for layer in subject.layers if layer.bias is not None)
         yield Message("shards", "all_gather", FLOAT * biases, W, when="update")
+    yield from _row_sums(subject, L, sizes, W)
+
+
+def _row_sums(subject: Subject, L: int, sizes: list[tuple[int, int]], W: int) -> Iterator[Message]:
+    """Sums over row shards, all layers in one message; or whole gradients, for a method that needs all rows."""
+    transform = subject.preconditioner
     if subject.history is not None:
         sides = getattr(transform, "sides", ())
         products = subject.history * sum(m for _, m in sizes) if Side.OUTPUT in sides else 0
@@ -188,6 +196,12 @@ def of_shards(subject: Subject, layout: Layout) -> Iterator[Message]:
         yield Message("shards", "all_reduce", FLOAT * L, W)
     elif subject.rank_one:
         yield Message("shards", "all_reduce", FLOAT * 2 * L, W)
+    elif isinstance(transform, EvaS) and transform.config.form == "joint":  # |G|² and two axes' sums, then as Eva
+        yield Message("shards", "all_reduce", FLOAT * (L + sum(n + m for n, m in sizes)), W, when="update")
+        yield Message("shards", "all_reduce", FLOAT * 2 * L, W)
+    elif isinstance(transform, RMSProp):
+        yield Message("shards", "all_reduce", FLOAT * L, W, when="update")
+        yield Message("shards", "all_reduce", FLOAT * 3 * L, W)
     elif subject.input_side_alone:
         yield Message("shards", "all_reduce", FLOAT * 3 * L, W)
     else:
@@ -198,9 +212,9 @@ def of_shards(subject: Subject, layout: Layout) -> Iterator[Message]:
 
 
 def of_base(subject: Subject, facts: ModelFacts, layout: Layout) -> Iterator[Message]:
-    """LAMB's norms: |w|² and |u|² of each tensor that it adapts, and one number for its clip."""
+    """LAMB's norms: room for |w|² and |u|² of each tensor, and one number for its clip."""
     if subject.base == "lamb":
-        yield Message("base", "all_reduce", FLOAT * 2 * facts.decayed, layout.ranks)
+        yield Message("base", "all_reduce", FLOAT * 2 * len(facts.parameters), layout.ranks)
         yield Message("base", "all_reduce", FLOAT, layout.ranks)
 
 

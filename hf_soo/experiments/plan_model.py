@@ -18,8 +18,6 @@ from transformers import (
     BertForPreTraining,
 )
 
-from hf_soo.experiments.bench import WEIGHT_DECAY
-from hf_soo.optimizers.bases import decay_groups
 from hf_soo.registry import hidden_weights
 
 
@@ -93,7 +91,6 @@ class ModelFacts:
     Args:
         parameters: name -> shape, tied ones once.
         embeddings: parameters of embeddings among them.
-        decayed: parameters with weight decay, which LAMB adapts one by one; how many tensors.
         matrices: shapes of the hidden layers' weights, Muon's part.
         blocks: the names of the parameters of each block, what FSDP2 shards as one.
         hidden: length of a token's vector.
@@ -105,7 +102,6 @@ class ModelFacts:
 
     parameters: dict[str, torch.Size]
     embeddings: int
-    decayed: int
     matrices: list[torch.Size]
     blocks: list[list[str]]
     hidden: int
@@ -124,7 +120,6 @@ class ModelFacts:
         return cls(
             parameters={name: p.shape for name, p in model.named_parameters()},
             embeddings=sum(p.numel() for p in embedded.values()),
-            decayed=len(decay_groups(model, WEIGHT_DECAY)[0]["params"]),
             matrices=[weight.shape for weight in hidden_weights(model)],
             blocks=[[names[id(p)] for p in block.parameters()] for block in blocks_of(model)],
             hidden=hidden,

@@ -91,7 +91,7 @@ def _passes(facts: ModelFacts, layout: Layout) -> float:
 
 def _rows_share(subject: Subject, layout: Layout) -> float:
     """The part of each layer's thin work that a rank does: FSDP2's shards are moved where they lie."""
-    local = subject.history is not None or subject.rank_one or subject.input_side_alone
+    local = subject.preconditioner is not None and subject.preconditioner.row_wise
     return 1 / layout.ranks if local and layout.strategy == "fsdp2" else 1.0
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, set_seed
 
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.tasks.bert import GatheredBertForPreTraining, check_vocabulary
+from hf_soo.tasks.bert import GatheredBertForPreTraining, check_vocabulary, name_bias_once
 from hf_soo.tasks.pretraining_data import PrepareConfig, load_prepared, prepare
 from hf_soo.tasks.wordpiece import SpecialIds, special_ids
 
@@ -120,8 +120,10 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
                 f"The model has {kept.config.max_position_embeddings} positions, the data {data.seq_length} tokens; "
                 "prepare shorter sequences or start from a model with more positions."
             )
-        return kept
-    return GatheredBertForPreTraining(_config(model, data))
+    else:
+        kept = GatheredBertForPreTraining(_config(model, data))
+    name_bias_once(kept)
+    return kept
 
 
 def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:

@@ -83,9 +83,10 @@ def check_processes(job: Job) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != job.training.world_size:
+        way_out = "--ddp_backend gloo" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "--use_cpu true"
         raise ValueError(
             f"The launcher started {started} processes, the Trainer sees {job.training.world_size}; "
-            "without GPUs add --use_cpu true."
+            f"without GPUs add {way_out}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -29,11 +30,17 @@ def bind(accelerator: Accelerator, optimizer: Any) -> None:
         optimizer: our optimizer, wrapped or not.
 
     Raises:
-        NotImplementedError: the accelerator shards parameters in a way that this version does not handle.
+        NotImplementedError: the accelerator shards parameters in a way that is not supported, or not although asked.
     """
     ours = unwrap_optimizer(optimizer)
     if ours is None:
         return
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.NO):
+        raise NotImplementedError(
+            f"FSDP was asked for, but accelerate does not shard on {accelerator.device.type!r} and would train under "
+            f"{accelerator.distributed_type.value} without a word; use DistributedDataParallel there."
+        )
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise NotImplementedError(
             f"{ours.name} under Megatron-LM is not supported: it cuts layers; use DDP, FSDP2 or DeepSpeed."

@@ -138,6 +138,18 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
+def name_bias_once(model: BertForPreTraining) -> None:
+    """Leave the vocabulary's bias to the decoder; its other name, ``cls.predictions.bias``, goes.
+
+    The two are one parameter, and FSDP2 refuses a parameter that two of its groups hold (accelerate puts the decoder in
+    a group of its own). ``from_pretrained`` ties the names again, whichever of them a checkpoint has.
+
+    Args:
+        model: with an untouched head; changed in place.
+    """
+    del model.cls.predictions._parameters["bias"]
+
+
 def check_vocabulary(config: BertConfig, vocab_size: int) -> None:
     """Refuse a vocabulary that the model was not built for, before training reads wrong rows of the embedding.
 
