@@ -43,7 +43,8 @@ class Communicator:
             return None
         # new_group starts from the backend's default, 30 minutes, and torch has no public way to read the user's
         device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
-        timeout = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
+        options = dist.distributed_c10d._get_default_group()._get_backend(device).options
+        timeout = options._timeout if options is not None else None  # hf-soo plan's made-up ranks never wait
         group: Group = dist.new_group(list(ranks), timeout=timeout)
         return group
 
