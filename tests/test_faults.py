@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import run_ranks
 from tests.fault_checkpoints import (
     CONTINUED,
     DAMAGES,
@@ -99,7 +98,7 @@ def test_a_rank_that_hangs_ends_the_others_with_the_time_out(case: str, lost: di
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, shared_process_group)
+    return list(on_both(Ranks(2, shared_process_group).wait(240)))
 
 
 def one_result(two_ranks: list[dict[str, Any]], *key: Any) -> dict[str, Any]:
