@@ -246,7 +246,7 @@ def loses_a_rank(rank: int, world: int, strategy: str, method: str, where: str, 
 
 
 def spoiled(strategy: str, method: str, *, at: int, value: float, scaler: bool) -> dict[str, Any]:
-    """Six steps and one more that has ``value`` in an input row of the last rank; if skipped, beside six steps alone."""
+    """Six steps and one more with ``value`` in an input row of the last rank; if skipped, beside six steps alone."""
     run = Run(strategy, method, scaler=scaler).steps(range(at))
     factors, weights, steps, updating = run.factors(), run.weights(), run.optimizer.steps, run.optimizer._updating
     messages = warnings_of("hf_soo")
