@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,15 @@ class Communicator:
         return dist.get_rank() if self.world_size > 1 else 0
 
     def group(self, ranks: Sequence[int]) -> Group:
-        """A process group of some ranks; every rank must call it, in the same order."""
-        return None if len(ranks) == self.world_size else dist.new_group(list(ranks))
+        """A process group of some ranks, as patient as the default one; every rank must call it, in the same order."""
+        if len(ranks) == self.world_size:
+            return None
+        # new_group starts from the backend's default, 30 minutes, and torch has no public way to read the user's
+        device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+        options = dist.distributed_c10d._get_default_group()._get_backend(device).options
+        timeout = options._timeout if options is not None else None  # hf-soo plan's made-up ranks never wait
+        group: Group = dist.new_group(list(ranks), timeout=timeout)
+        return group
 
     def sum_(self, tensors: Sequence[Tensor], group: Group = None) -> None:
         """Sum tensors of one device over all ranks (of a group), in place, in one flat all-reduce for each dtype."""
@@ -70,6 +77,29 @@ class Communicator:
         dist.all_gather_into_tensor(pieces, piece, group=group)
         return pieces.view(size, -1)
 
+    def agree(self, mine: Mapping[str, str]) -> None:
+        """Refuse to go on if ranks were set up differently: they would drift apart, or wait for each other for good.
+
+        Args:
+            mine: what must be the same on every rank, by name; every rank must call it, with the same names.
+
+        Raises:
+            ValueError: it is not, on every rank.
+        """
+        if self.world_size == 1:
+            return
+        everybody: list[Mapping[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(everybody, dict(mine))
+        for rank, theirs in enumerate(everybody):
+            for name, value in everybody[0].items():
+                if theirs[name] != value:
+                    start = max(0, _first_difference(value, theirs[name]) - 60)
+                    here, there = (text[start : start + 200] for text in (value, theirs[name]))
+                    raise ValueError(
+                        f"the ranks disagree on the optimizer's {name}: rank 0 has {here!r}, rank {rank} {there!r}; "
+                        "build it alike on every rank, and resume all ranks from one checkpoint."
+                    )
+
     def _flat(self, kind: str, tensors: Sequence[Tensor], message: Callable[[Tensor], object]) -> None:
         """One message for all tensors of a dtype."""
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -83,3 +113,9 @@ class Communicator:
     def _count(self, kind: str, message: Tensor) -> None:
         self.traffic[kind] += message.nbytes
         logger.debug("%s of %d bytes (%d %s)", kind, message.nbytes, message.numel(), message.dtype)
+
+
+def _first_difference(one: str, other: str) -> int:
+    """The position of the first character that differs."""
+    pairs = zip(one, other, strict=False)  # one may be the start of the other
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

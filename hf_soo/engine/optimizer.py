@@ -49,6 +49,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         driven: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and the
             other calls ``precondition`` before and ``advance`` after it.
         keeper: who keeps the base's state if it is not in whole tensors or DTensors by parameter (ZeRO).
+        agreed: whether the ranks have compared what they were built with; they do before the first step.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -90,6 +91,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self.carries_state = True
         self.switched = False
         self.steps = 0
+        self.agreed = False
         self._loss: Tensor | None = None
         self._place()
         self.capture = Capture(self.layers, preconditioner.recorder)
@@ -124,6 +126,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
     @torch.no_grad()
     def precondition(self) -> None:
         """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
+        self._agree()
         if self.layers:
             self._check_loss()
             if not self.steps:
@@ -135,6 +138,23 @@ class PreconditionedOptimizer(Stages, Optimizer):
                 if self.preconditioner.refreshes_at(self.steps):
                     self._refresh_inverses()
                 self._transform_gradients()
+
+    def _agree(self) -> None:
+        """Compare what the ranks were built with, before their first step and after loading."""
+        if self.agreed:
+            return
+        plain = (bool, int, float, str, tuple)
+        settings = {key: value for key, value in self.base.defaults.items() if isinstance(value, plain)}
+        self.comm.agree(
+            {
+                "method": f"{self.name} over {type(self.base).__name__}",
+                "settings": str(self.config),
+                "base settings": str(settings),
+                "layers": str([(layer.name, layer.shape) for layer in self.layers]),
+                "steps done": str(self.steps),
+            }
+        )
+        self.agreed = True
 
     def _step_base(self) -> None:
         self._linked_base().step()
@@ -415,6 +435,7 @@ class PreconditionedOptimizer(Stages, Optimizer):
         self._restore_states(saved["layers"])
         self.preconditioner.load_own_state(saved.get("own", {}))
         self.steps = int(saved["steps"])
+        self.agreed = False
         self._schedule()
         self.capture.clear()
 

@@ -132,7 +132,10 @@ def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
     if "global_step" not in state:
         return f"its {TRAINER_STATE_FILE} has no global_step"
     manifest = root / MANIFEST_FILE
-    files: dict[str, int] = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+    try:
+        files: dict[str, int] = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+    except json.JSONDecodeError as error:
+        return f"{MANIFEST_FILE} is damaged ({error})"
     for name, size in files.items():
         path = root / name
         if not path.is_file():

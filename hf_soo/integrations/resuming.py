@@ -162,8 +162,24 @@ class ResumingMixin(_Base):
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model
 
+    def _refuse_ours(self, checkpoint: str) -> None:
+        """Torch would load the state of one of our bases into any other optimizer, and say nothing.
+
+        Raises:
+            ValueError: the checkpoint is one of ours.
+        """
+        saved, optim = load_whole(checkpoint, PRECONDITIONER_FILE), self.args.optim
+        if saved is not None:
+            raise ValueError(
+                f"{checkpoint} was written with optimizer {saved['optimizer']!r}, this run has "
+                f"{getattr(optim, 'value', optim)!r}; resume with {saved['optimizer']!r}, or start a new run from the "
+                "model's weights alone."
+            )
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         ours = self.second_order
+        if ours is None and checkpoint is not None:
+            self._refuse_ours(checkpoint)
         if ours is None or checkpoint is None or ours.carries_state:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
