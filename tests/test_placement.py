@@ -102,6 +102,7 @@ class Counting(Communicator):
     """Counts messages and their elements by kind."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent: dict[str, list[int]] = {"sum": [], "reduce": [], "column": [], "row": [], "world": []}
 
     def sum_(self, tensors: Any) -> None:

@@ -12,25 +12,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine import fisher
-from hf_soo.engine.base_state import ByParameter, Keeper, load_base_state, whole_base_state
+from hf_soo.engine.base_state import Keeper
 from hf_soo.engine.capture import Capture
-from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.grouping import stacked
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import UNNAMED, Roster, routing
+from hf_soo.engine.saving import Saving
 from hf_soo.engine.selection import Selection
 from hf_soo.engine.shards import locate
-from hf_soo.engine.stages import Stages
 
 logger = logging.getLogger(__name__)
 
-STATE_KEY = "second_order"
 
-
-class PreconditionedOptimizer(Stages, Optimizer):
+class PreconditionedOptimizer(Saving, Optimizer):
     """A base optimizer that steps on preconditioned gradients.
 
     ``param_groups`` and ``state`` are the base's own objects, so schedulers, GradScaler and Trainer see an ordinary
@@ -127,10 +124,10 @@ class PreconditionedOptimizer(Stages, Optimizer):
     def precondition(self) -> None:
         """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
         self._agree()
+        if not self.steps and not self.driven:
+            self._check_parameters()
         if self.layers:
             self._check_loss()
-            if not self.steps:
-                self._check_parameters()
             self._follow_layout()
             with torch.autocast(self.layers[0].weight.device.type, enabled=False):
                 if self._updating:
@@ -203,9 +200,10 @@ class PreconditionedOptimizer(Stages, Optimizer):
             RuntimeError: somebody has replaced them.
         """
         held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        if not self.driven and not any(id(layer.weight) in held for layer in self.layers):
+        lost = bool(self.layers) and not any(id(layer.weight) in held for layer in self.layers)
+        if lost or [len(g["params"]) for g in self.param_groups] != [len(n) for n in self.roster.parameters]:
             raise RuntimeError(
-                f"{self.name}: none of its layers' weights is in its parameter groups: they were replaced after "
+                f"{self.name}: the parameters in its groups are no longer those of the model: they were replaced after "
                 "construction. Under DeepSpeed call hf_soo.integrations.deepspeed.attach(engine, optimizer) after "
                 "deepspeed.initialize; under FSDP2 build the optimizer after fully_shard, or let accelerate prepare "
                 "model and optimizer together."
@@ -323,70 +321,6 @@ class PreconditionedOptimizer(Stages, Optimizer):
         """A few numbers for a log line; see ``Diagnostics.health``."""
         return self.diagnostic.health([layer.name for layer in self.layers])
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state, and the factors under "second_order" unless somebody else saves them."""
-        saved = dict(self._linked_base().state_dict())
-        if self.carries_state:
-            saved[STATE_KEY] = self.second_order_state()
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``; the argument is left as it is.
-
-        Args:
-            state_dict: what ``state_dict`` of the same optimizer over the same model returned.
-
-        Raises:
-            ValueError: it is another optimizer's, or the layers differ.
-        """
-        rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
-        # What is not ours is refused before anything changes.
-        saved = self._checked(state_dict.get(STATE_KEY)) if self.carries_state else None
-        self._linked_base().load_state_dict(rest)
-        self._share_with_base()
-        if saved is not None:
-            self._restore(saved)
-
-    def second_order_state(self) -> dict[str, Any]:
-        """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
-
-        Where ranks share the work or the state (K-FAC under several processes, root-free RMSProp under FSDP2) every
-        rank must call it: they exchange factors.
-        """
-        return {
-            "optimizer": self.name,
-            "base": type(self.base).__name__,
-            "config": dict(self.config),
-            "steps": self.steps,
-            "switched": self.switched,
-            "own": self.preconditioner.own_state(),
-            "layers": layer_tensors({layer.name: self._whole_state(layer) for layer in self.layers}),
-        }
-
-    def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
-        """Continue from ``second_order_state()``.
-
-        Args:
-            saved: what it returned, or None if a checkpoint has none.
-
-        Raises:
-            ValueError: it is another optimizer's, or the layers differ.
-        """
-        self._restore(self._checked(saved))
-
-    def check_second_order_state(self, saved: dict[str, Any] | None) -> None:
-        """Refuse what ``load_second_order_state`` would, and change nothing.
-
-        Args:
-            saved: what ``second_order_state`` returned, or None if a checkpoint has none.
-
-        Raises:
-            ValueError: it is another optimizer's, or the layers differ.
-        """
-        self._checked(saved)
-
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """While it lasts ``step`` is the base's alone: some loaders take one to make the state that they fill."""
@@ -395,49 +329,6 @@ class PreconditionedOptimizer(Stages, Optimizer):
             yield
         finally:
             self.driven = before
-
-    def base_state(self, wanted: bool = True) -> dict[str, Any]:
-        """The base's state in whole tensors, the same for every strategy; every rank must call it.
-
-        Args:
-            wanted: whether this rank keeps what it gets.
-        """
-        return whole_base_state(self._linked_base(), self.roster.parameters, self._keeper(), wanted)
-
-    def load_base_state(self, saved: dict[str, Any]) -> None:
-        """Continue from ``base_state()`` of a run under this or another strategy.
-
-        Args:
-            saved: what it returned.
-
-        Raises:
-            ValueError: it is another optimizer's or another model's.
-        """
-        load_base_state(self._linked_base(), self.roster.parameters, self._keeper(), saved)
-
-    def _keeper(self) -> Keeper:
-        return self.keeper if self.keeper is not None else ByParameter(self.base, self.roster.parameters)
-
-    def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
-        saved = check_saved(saved, self.name, type(self.base).__name__, self.config)
-        if self.switched and not saved.get("switched", False):
-            raise ValueError(
-                f"this {self.name} has switched to its base, the checkpoint's has not; build a new optimizer to resume."
-            )
-        if not saved.get("switched", False):
-            check_layers(((layer.name, self.preconditioner.init(layer)) for layer in self.layers), saved["layers"])
-        return saved
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        if saved.get("switched", False):
-            self._switch_off()
-        self._follow_layout()
-        self._restore_states(saved["layers"])
-        self.preconditioner.load_own_state(saved.get("own", {}))
-        self.steps = int(saved["steps"])
-        self.agreed = False
-        self._schedule()
-        self.capture.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied: the copy would have no layers to hook.

@@ -33,18 +33,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine import products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved, squared_norm
+from hf_soo.engine.linalg import Moved
 from hf_soo.engine.partial import Partial, finish
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Outcome, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import NOISE_LEVEL
-from hf_soo.preconditioners.axes import inner, put_back, squeezed, unfolded
+from hf_soo.preconditioners.axes import inner, put_back, squeezed
 from hf_soo.preconditioners.config import Periodic
+from hf_soo.preconditioners.eva_s_products import joint_steps, separable_matrix_steps, separable_steps
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale
 from hf_soo.preconditioners.learned import learned
 
@@ -213,108 +213,6 @@ def axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple[
     length = torch.linalg.vector_norm(v, dim=-1)
     noise = length <= NOISE_LEVEL[v.dtype] * size.sqrt()
     return v * (v.shape[-1] ** 0.5 / torch.where(noise, 1.0, length))[:, None], noise
-
-
-def joint_steps(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: slice) -> Partial[Moved]:
-    """In place: Eva's formula with b the first axis's vector and a the others', multiplied out.
-
-    Args:
-        G: rows of gradients, [L, d, d_2, …, d_k], k >= 2.
-        vectors: k tensors [L, d_i].
-        damping: γ.
-        rows: which rows of the first axis these are.
-
-    Yields:
-        Sums over rows.
-    """
-    a = vectors[1]
-    for v in vectors[2:]:
-        a = (a[..., None] * v[:, None]).flatten(1)
-    matrix = G.flatten(2)
-    moved = yield from products.eva_steps(matrix, None, a, vectors[0], damping, rows)
-    put_back(G, matrix)
-    return moved
-
-
-def shrinking(v: Tensor, damping: float, exponent: float) -> Tensor:
-    """The e of (vvᵀ + γI)⁻ᵖ = γ⁻ᵖ(I + e vvᵀ), [L]; 0 where v is 0.
-
-    Args:
-        v: [L, d].
-        damping: γ.
-        exponent: p.
-    """
-    size = v.square().sum(-1)
-    e = ((1 + size / damping) ** -exponent - 1) / size
-    return torch.where(size > 0, e, 0.0)
-
-
-def separable_matrix_steps(
-    G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float, rows: slice
-) -> Partial[Moved]:
-    """In place: γ⁻²ᵖ(I + e rrᵀ) G (I + f ccᵀ), as one rank-2 step.
-
-    Args:
-        G: rows of gradients, [L, ·, m].
-        r: [L, n].
-        c: [L, m].
-        damping: γ.
-        exponent: p.
-        rows: which of the n rows these are.
-
-    Yields:
-        Sums over rows: Gᵀr, and the parts of the norms.
-
-    Returns:
-        Norms and inner product, from |G|², |Gᵀr|², |Gc|² and rᵀGc alone.
-    """
-    e, f, alpha = shrinking(r, damping, exponent), shrinking(c, damping, exponent), damping ** (-2 * exponent)
-    mine = r[:, rows]
-    x, y = (mine[:, None] @ G).squeeze(1), (G @ c[..., None]).squeeze(-1)  # Gᵀr, Gc
-    g_norm, y_norm, z = inner(G, G), inner(y, y), inner(y, mine)  # z = rᵀGc
-    yield [x, g_norm, y_norm, z]
-    parts = (g_norm, inner(x, x), y_norm, z.square())
-    after = quadratic(*parts, *(2 * each + each.square() * inner(v, v) for each, v in ((e, r), (f, c))))
-    columns = torch.stack([e[:, None] * mine, f[:, None] * y + (e * f * z)[:, None] * mine], -1)
-    G.baddbmm_(columns, torch.stack([x, c], -2), beta=alpha, alpha=alpha)
-    return Moved(parts[0], alpha**2 * after, alpha * quadratic(*parts, e, f))
-
-
-def quadratic(g: Tensor, x: Tensor, y: Tensor, z: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """⟨G, (I + e rrᵀ) G (I + f ccᵀ)⟩ from |G|², |Gᵀr|², |Gc|² and (rᵀGc)²."""
-    return g + e * x + f * y + e * f * z
-
-
-def separable_steps(
-    G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float, rows: slice
-) -> Partial[Moved]:
-    """In place: one rank-1 step for each axis of a tensor with more than two.
-
-    Args:
-        G: rows of gradients, [L, d, d_2, …, d_k].
-        vectors: k tensors [L, d_i].
-        damping: γ.
-        exponent: p.
-        rows: which rows of the first axis these are.
-
-    Yields:
-        Sums over rows: the first axis's product; then the norms.
-    """
-    P = G.clone()
-    for axis, v in enumerate(vectors):
-        matrix = unfolded(P, axis).contiguous()
-        e, mine = shrinking(v, damping, exponent), v[:, rows] if axis == 0 else v
-        x = mine[:, None] @ matrix
-        if axis == 0:
-            yield [x]
-        matrix.baddbmm_((e[:, None] * mine)[..., None], x)
-        shape = P.movedim(axis + 1, 1).shape
-        P = matrix.view(shape).movedim(1, axis + 1)
-    P = P.contiguous().mul_(damping ** (-len(vectors) * exponent))
-    moved = Moved(inner(G, G), squared_norm(P), inner(P, G))
-    yield list(moved.tensors())
-    G.copy_(P)
-    return moved
 
 
 def _axes(tensor: Tensor, count: int) -> Tensor:
