@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from tests.distributed import run_ranks
+from tests.equality import markdown, stay_on_gloo, table_of
 from tests.test_trainer import Examples, bert
 
 ROOT = Path(__file__).parent.parent
@@ -21,12 +24,25 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 
 
 def test_there_are_snippets_and_commands() -> None:
-    assert len(SNIPPETS) == 4 and len(COMMANDS) == 7
+    assert len(SNIPPETS) == 5 and len(COMMANDS) == 14
+
+
+def snippet_rank(rank: int, world: int, index: int) -> None:
+    """In a process of its own: DeepSpeed keeps what it has started."""
+    stay_on_gloo()
+    model = bert()
+    names: dict[str, Any] = {"model": model, "loader": DataLoader(Examples(16), batch_size=4)}
+    before = model.bert.pooler.dense.weight.detach().clone()
+    exec(SNIPPETS[index], names)
+    assert not before.equal(model.bert.pooler.dense.weight) and names["optimizer"].steps == 4
 
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_snippet_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
+    if "deepspeed" in SNIPPETS[index]:
+        run_ranks(1, snippet_rank, index)
+        return
     model = bert()
     before = model.bert.pooler.dense.weight.detach().clone()
     loader = DataLoader(Examples(16), batch_size=4)
@@ -54,6 +70,13 @@ def test_the_second_command_is_what_ci_runs() -> None:
     """The same packages in the same order, then pytest; CI says "python -m pip install --quiet" for "pip install"."""
     command = next(line for line in COMMANDS if "pytest" in line)
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("${TORCH_VERSION:-2.13.0}", "2.13.0")
-    steps = [line for line in ci.splitlines() if line.startswith(("python -m pip", "python -m pytest"))]
+    words = ("python -m pip", "python -m pytest", "DS_ACCELERATOR=cpu python -m pip")
+    steps = [line for line in ci.splitlines() if line.startswith(words)]
     plain = [line.replace("python -m pip", "pip").replace(" --quiet", "") for line in steps]
     assert [shlex.split(step) for step in plain] == [shlex.split(step) for step in command.split(" && ")]
+
+
+def test_the_support_table_is_that_of_the_results() -> None:
+    written = json.loads((ROOT / "results" / "equality" / "equality.json").read_text(encoding="utf-8"))
+    text = markdown(table_of(written)).strip()
+    assert f"<!-- results:equality -->\n{text}\n<!-- /results -->" in README
