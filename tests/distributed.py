@@ -16,10 +16,20 @@ import torch.multiprocessing as mp
 TIMEOUT = 240.0
 
 
+def rank_context() -> Any:
+    """Ranks are forked from a server that has imported what they need, once for a test session: spawning costs seconds.
+
+    The server itself starts no thread, group or device.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
+
+
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(rank, world, *args)`` on every rank; what each returned, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = rank_context()
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True)
             for rank in range(world)

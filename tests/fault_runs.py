@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_soo
 from hf_soo.engine import diagnostics
+from tests.distributed import rank_context
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mkor": ("mkor", {"warmup_updates": 1, "update_period": 2}),
@@ -65,8 +65,7 @@ class Ranks:
 
     def __init__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        context = mp.get_context("forkserver")  # imports once for all ranks of a test session
-        context.set_forkserver_preload(["hf_soo.integrations.trainer", "tests.test_trainer", "tests.fault_runs"])
+        context = rank_context()
         self.processes = [
             context.Process(target=_rank, args=(rank, world, self.folder.name, timeout, function, args), daemon=True)
             for rank in range(world)

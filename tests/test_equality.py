@@ -78,10 +78,11 @@ def test_the_columns_are_different_runs() -> None:
     """Every preconditioner moves the weights elsewhere than its base alone does, and than the others."""
     names = [*METHODS, CONTROL.name]
     pairs = {(a, b): distance(single()[a, "plain"], single()[b, "plain"]) for a in names for b in names if a < b}
+    assert pairs.pop(("mkor", "mkor dense")) <= TOLERANCE  # two forms of one factor, while it has few columns
     assert {pair: value for pair, value in pairs.items() if value < APART} == {}
 
 
-@pytest.mark.parametrize("method", SOME)
+@pytest.mark.parametrize("method", [method for method, way in OTHER_WAYS if way == "clip"])
 def test_clipping_acts(method: str) -> None:
     assert distance(single()[method, "clip"], single()[method, "plain"]) > APART
 

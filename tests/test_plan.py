@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining
 
-from hf_soo.engine import linalg
+from hf_soo.engine import products
 from hf_soo.experiments.plan_memory import activations, factors, memory
 from hf_soo.experiments.plan_messages import Message, messages, sent
 from hf_soo.experiments.plan_model import BERTS, ModelFacts, build_model
@@ -201,7 +201,7 @@ def test_every_strategy_sends_what_it_says(mini: nn.Module) -> None:
         for m in messages(subject, facts, layout):
             total[m.kind] += m.bytes * (3 if m.when == "micro_batch" else 1)
         assert (total["gradients"], total["parameters"]) == (gradients, parameters)
-        assert total["base"] == (4 * (2 * facts.decayed + 1) if layout.sharded else 0)
+        assert total["base"] == (4 * (2 * len(facts.parameters) + 1) if layout.sharded else 0)
     one, layout = asked(mini, "mkor", gpus=1, batch=16)
     assert messages(one, facts, layout) == []
 
@@ -225,7 +225,7 @@ def test_flops_are_what_torch_counts(mini: nn.Module) -> None:
     G, bias = torch.empty(1, n, m, device="meta"), torch.empty(1, n, device="meta")
     left, right = torch.empty(1, K, n, device="meta"), torch.empty(1, K, m + 1, device="meta")
     with FlopCounterMode(display=False) as counter:
-        linalg.lowrank_product(G, bias, left, right)
+        products.lowrank_product(G, bias, left, right)
     counted = counter.get_total_flops() + 2 * n * 2 * K * m  # torch does not count the last product, in place
     assert precondition_of(layer, subject) == pytest.approx(counted, rel=0.1)  # Z = X C_aᵀ is left out
 
