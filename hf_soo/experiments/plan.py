@@ -14,6 +14,7 @@ import torch
 
 from hf_soo.experiments import plan_dry_run, plan_memory, plan_messages
 from hf_soo.experiments.cycle import Kind
+from hf_soo.experiments.machine import commit, versions
 from hf_soo.experiments.plan_messages import Message, messages, sent
 from hf_soo.experiments.plan_model import ModelFacts, build_model
 from hf_soo.experiments.plan_request import Layout, PlanConfig
@@ -49,6 +50,8 @@ def run(config: PlanConfig) -> dict[str, Any]:
     facts, methods = ModelFacts.of(model), subjects(config, model)
     plan: dict[str, Any] = {
         "config": dataclasses.asdict(config),
+        "versions": versions(),
+        "commit": commit(),
         "parameters": facts.count,
         "layout": dataclasses.asdict(layout),
         "profile": dataclasses.asdict(profile),
