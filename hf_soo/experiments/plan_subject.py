@@ -18,7 +18,7 @@ from hf_soo.experiments.bench import Pair, parse_pairs
 from hf_soo.experiments.cycle import Cycle, cycle_of
 from hf_soo.experiments.plan_request import PlanConfig
 from hf_soo.integrations.arguments import parse_settings
-from hf_soo.optimizers.bases import BASES, base_arguments
+from hf_soo.optimizers.bases import BASES, base_arguments, check_flat, check_row_shards
 from hf_soo.preconditioners.config import make_config
 from hf_soo.preconditioners.eva import Eva, EvaF
 from hf_soo.preconditioners.kfac import FOOF
@@ -176,10 +176,16 @@ def subjects(config: PlanConfig, model: nn.Module) -> list[Subject]:
 
     Raises:
         ValueError: a method or a setting is unknown, or refused.
+        NotImplementedError: a base cannot step under the strategy.
     """
     asked = Pair(config.optim, config.base, tuple(parse_settings("optim_args", config.optim_args).items()))
     beside = parse_pairs(config.beside, config.base) if config.beside else []
     found = [Subject.of(pair, model, config.batch) for pair in [asked, *beside]]
     for subject in found:
         subject.grid(config.gpus)  # refuses a number of workers that does not fit
+        base = BASES[subject.base].cls
+        if config.strategy in ("zero1", "zero2", "zero3"):
+            check_flat(base, config.strategy)
+        elif config.strategy == "fsdp2":
+            check_row_shards(base)
     return list({subject.label: subject for subject in found}.values())  # the asked method may stand beside itself

@@ -54,7 +54,7 @@ def bind(accelerator: Accelerator, optimizer: Any) -> None:
                 f"{ours.name} under FSDP version {version}, which flattens parameters, is not supported; set "
                 "fsdp_version: 2."
             )
-        check_row_shards(ours.base)
+        check_row_shards(type(ours.base))
     if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
         from hf_soo.integrations.deepspeed import attach  # deepspeed is an optional dependency
 

@@ -93,7 +93,7 @@ def _check_engine(engine: Any, optimizer: PreconditionedOptimizer) -> None:
             f"{optimizer.name} with {data_parallel} data-parallel ranks of {world}: tensor, pipeline, sequence and "
             "expert parallelism are not supported; use data parallelism alone."
         )
-    check_flat(optimizer.base, f"ZeRO stage {stage}")
+    check_flat(type(optimizer.base), f"ZeRO stage {stage}")
 
 
 def _follow_loss(engine: Any, optimizer: PreconditionedOptimizer) -> None:

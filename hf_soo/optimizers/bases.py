@@ -151,33 +151,33 @@ ELEMENTWISE = tuple(
 """torch's optimizers that treat every entry of a parameter alike, whatever tensor it lies in."""
 
 
-def check_flat(base: Optimizer, where: str) -> None:
+def check_flat(base: type[Optimizer], where: str) -> None:
     """Refuse a base that cannot step on flat pieces of many parameters.
 
     Args:
-        base: the base optimizer.
+        base: the base optimizer's class.
         where: what makes the pieces, for the message.
 
     Raises:
         NotImplementedError: it needs whole tensors.
     """
-    if not isinstance(base, (*ELEMENTWISE, Lamb)):
+    if not issubclass(base, (*ELEMENTWISE, Lamb)):
         raise NotImplementedError(
-            f"base {type(base).__name__} under {where}, which hands it flat pieces of many parameters: it may need "
+            f"base {base.__name__} under {where}, which hands it flat pieces of many parameters: it may need "
             f"whole tensors; use {', '.join(cls.__name__ for cls in (*ELEMENTWISE, Lamb))}, or stage 0, DDP or FSDP2."
         )
 
 
-def check_row_shards(base: Optimizer) -> None:
+def check_row_shards(base: type[Optimizer]) -> None:
     """Refuse a base that cannot step on FSDP2's row shards (DTensors).
 
     Args:
-        base: the base optimizer.
+        base: the base optimizer's class.
 
     Raises:
         NotImplementedError: it needs whole tensors.
     """
-    if isinstance(base, Muon):
+    if issubclass(base, Muon):
         raise NotImplementedError(
             "base Muon under FSDP2: torch's Muon cannot update sharded matrices (torch 2.13); use AdamW or Lamb, or "
             "DistributedDataParallel."
