@@ -11,6 +11,7 @@ transform has no place there. ``attach`` puts it around the engine's optimizer s
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,8 @@ from hf_soo.optimizers.lamb import Lamb
 
 __all__ = ["attach"]
 
+logger = logging.getLogger(__name__)
+
 MARK = "_hf_soo_step"
 """The attribute of an engine's optimizer that holds our step: attaching twice is attaching once."""
 
@@ -40,7 +43,7 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     Call it once, after ``deepspeed.initialize(model=model, optimizer=optimizer, config=...)`` and before the first
     step; then ``engine.backward(loss)`` and ``engine.step()`` as ever. SecondOrderTrainer does it by itself. The
     engine's ``gradient_clipping`` clips the raw averaged gradient, before the preconditioner, as Trainer does without
-    DeepSpeed.
+    DeepSpeed. Say it in the config: without it DeepSpeed clips at 1.0, and a warning says so.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
@@ -51,6 +54,7 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
         NotImplementedError: the engine's set-up, or the base optimizer over flat pieces, is not supported.
     """
     _follow_loss(engine, optimizer)
+    _tell_clip(engine, optimizer)
     zero = engine.optimizer
     if zero is optimizer:  # ZeRO-0 in fp32: our own step is the engine's
         return
@@ -65,6 +69,16 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     step = _Step(optimizer, zero, source)
     setattr(zero, MARK, step)
     zero.step = step
+
+
+def _tell_clip(engine: Any, optimizer: PreconditionedOptimizer) -> None:
+    clip = engine.gradient_clipping()
+    if clip > 0 and "gradient_clipping" not in engine._config._param_dict:
+        logger.warning(
+            "the DeepSpeed config has no 'gradient_clipping', and DeepSpeed's default clips the gradients that %s is "
+            "given at a norm of %s; set it (0.0: no clip).",
+            optimizer.name, clip,
+        )  # fmt: skip
 
 
 def _check_engine(engine: Any, optimizer: PreconditionedOptimizer) -> None:

@@ -1,0 +1,101 @@
+"""Settings and ways around the sharded code that would change a result, or lose the factors, without a word."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hf_soo
+from tests.distributed import run_ranks
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(x)))
+        return out
+
+
+def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 6, generator=generator), torch.randn(8, 5, generator=generator)) for _ in range(steps)]
+
+
+def build(model: nn.Module, base: str = "adamw") -> hf_soo.PreconditionedOptimizer:
+    return hf_soo.build_optimizer("mkor", model, lr=1e-2, base=base, weight_decay=0.0)
+
+
+def engine_of(optimizer: torch.optim.Optimizer, model: nn.Module, **extra: Any) -> Any:
+    import deepspeed
+
+    from tests.equality import stay_on_gloo
+
+    stay_on_gloo()
+    config = {
+        "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | extra)
+    return engine
+
+
+# ---- the clip of a DeepSpeed config that does not name one -------------------------------------------------------------
+
+
+def clip_of_trainers(rank: int, world: int, folder: str) -> dict[float, float]:
+    """max_grad_norm -> what the engine clips at, with a config without "gradient_clipping"."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from hf_soo.integrations.trainer import SecondOrderTrainer, SecondOrderTrainingArguments
+    from tests.equality import Sentences, Strategy, forget, stay_on_gloo, tiny_bert
+
+    stay_on_gloo()
+    clips = {}
+    for norm in (0.0, 0.25):
+        forget(Strategy("ZeRO-2 x 1", "zero", 1, 2))
+        args = SecondOrderTrainingArguments(
+            output_dir=folder, max_steps=1, optim="mkor", base_optim="adamw", max_grad_norm=norm, use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True,
+            deepspeed={"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}},
+        )  # fmt: skip
+        trainer = SecondOrderTrainer(model=tiny_bert(), args=args, train_dataset=Sentences())
+        trainer.train()
+        assert trainer.model_wrapped.optimizer.clip_grad == 0.0, "DeepSpeed must not clip what is preconditioned"
+        clips[norm] = trainer.model_wrapped.optimizer._hf_soo_step.clip
+    return clips
+
+
+def test_trainer_clips_at_its_own_norm_under_deepspeed(tmp_path: Path) -> None:
+    assert run_ranks(1, clip_of_trainers, str(tmp_path)) == [{0.0: 0.0, 0.25: 0.25}]
+
+
+def clip_warnings(rank: int, world: int) -> list[list[str]]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from hf_soo.integrations.deepspeed import attach
+
+    said: list[list[str]] = []
+    logger = logging.getLogger("hf_soo.integrations.deepspeed")
+    handler = logging.Handler()
+    handler.emit = lambda record: said[-1].append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    for extra in ({}, {"gradient_clipping": 1.0}, {"gradient_clipping": 0.0}):
+        said.append([])
+        model = Net()
+        optimizer = build(model)
+        attach(engine_of(optimizer, model, **extra), optimizer)
+    return said
+
+
+def test_attach_warns_of_a_clip_nobody_asked_for() -> None:
+    ((silent_config, clip, no_clip),) = run_ranks(1, clip_warnings)
+    assert len(silent_config) == 1 and "at a norm of 1.0" in silent_config[0]
+    assert clip == [] and no_clip == []
