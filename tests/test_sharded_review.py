@@ -99,3 +99,35 @@ def test_attach_warns_of_a_clip_nobody_asked_for() -> None:
     ((silent_config, clip, no_clip),) = run_ranks(1, clip_warnings)
     assert len(silent_config) == 1 and "at a norm of 1.0" in silent_config[0]
     assert clip == [] and no_clip == []
+
+
+# ---- what ZeRO would do wrong without a word ---------------------------------------------------------------------------
+
+
+def refusals(rank: int, world: int) -> dict[str, str]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from hf_soo.integrations.deepspeed import attach
+
+    said = {}
+    scaled = None
+    for case in ("round robin", "base", "base of stage 0", "autocast"):
+        model = Net()
+        optimizer = build(model)
+        handed = optimizer.base if case.startswith("base") else optimizer
+        zero = {"stage": 0 if case == "base of stage 0" else 2, "round_robin_gradients": case == "round robin"}
+        engine = engine_of(handed, model, zero_optimization=zero)
+        if case == "autocast":  # DeepSpeed makes one for float16 alone, which wants a GPU
+            scaled = engine.optimizer.torch_autocast_gradscaler = torch.amp.GradScaler("cpu")
+        try:
+            attach(engine, optimizer)
+        except (NotImplementedError, ValueError) as refusal:
+            said[case] = str(refusal)
+    assert scaled is not None
+    return said
+
+
+def test_set_ups_that_go_wrong_silently_are_refused() -> None:
+    (said,) = run_ranks(1, refusals)
+    assert "round_robin_gradients" in said["round robin"]
+    assert "steps a AdamW, not this mkor" in said["base"] and said["base of stage 0"] == said["base"]
+    assert "torch_autocast" in said["autocast"]

@@ -47,7 +47,7 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
-        optimizer: the optimizer it was initialised with (or whose ``base`` it was).
+        optimizer: the optimizer it was initialised with.
 
     Raises:
         ValueError: the engine steps another optimizer.
@@ -84,16 +84,27 @@ def _tell_clip(engine: Any, optimizer: PreconditionedOptimizer) -> None:
 def _check_engine(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     zero = engine.optimizer
     stage = engine.zero_optimization_stage()
+    stepped = zero if isinstance(zero, torch.optim.Optimizer) else zero.optimizer
+    if stepped is not optimizer:  # not its base either: DeepSpeed's checkpoints would leave the factors out
+        raise ValueError(
+            f"the engine steps a {type(stepped).__name__}, not this {optimizer.name}; hand it over: "
+            "deepspeed.initialize(model=model, optimizer=optimizer, config=...) without an 'optimizer' block in the "
+            "config."
+        )
     if not isinstance(zero, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)):
         raise NotImplementedError(
             f"{optimizer.name} under DeepSpeed's {type(zero).__name__} (stage {stage} in half precision) is not "
             "supported: it hides the gradients; use ZeRO stage 1, 2 or 3, or fp32 with stage 0."
         )
-    if zero.optimizer not in (optimizer, optimizer.base):
-        raise ValueError(
-            f"the engine steps a {type(zero.optimizer).__name__}, not this {optimizer.name}; hand it over: "
-            "deepspeed.initialize(model=model, optimizer=optimizer, config=...) without an 'optimizer' block in the "
-            "config."
+    if getattr(zero, "round_robin_gradients", False):
+        raise NotImplementedError(
+            f"{optimizer.name} with round_robin_gradients: DeepSpeed's map of parameters to pieces does not follow its "
+            "own order then (0.19), and gradients would be exchanged; leave it out of the DeepSpeed config."
+        )
+    if getattr(zero, "torch_autocast_gradscaler", None) is not None:
+        raise NotImplementedError(
+            f"{optimizer.name} with torch_autocast in float16: the loss scale lies where it cannot be followed; use "
+            "bfloat16, or DeepSpeed's own fp16."
         )
     offload = getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
     if offload:
