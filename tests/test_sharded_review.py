@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import hf_soo
 from tests.distributed import run_ranks
@@ -131,3 +135,64 @@ def test_set_ups_that_go_wrong_silently_are_refused() -> None:
     assert "round_robin_gradients" in said["round robin"]
     assert "steps a AdamW, not this mkor" in said["base"] and said["base of stage 0"] == said["base"]
     assert "torch_autocast" in said["autocast"]
+
+
+# ---- a plain loop over FSDP2 -------------------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for module in model.children():
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    for x, y in data:
+        optimizer.zero_grad()
+        (model(x[rank * 4 :][:4]) - y[rank * 4 :][:4]).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()])
+
+
+def resumed(rank: int, world: int) -> dict[str, Any]:
+    """Six steps, and three and three with torch's own way to save in between."""
+    data, models = batches(6), [Net(), Net()]
+    for model in models:
+        shard(model, world)
+    first, second = (build(model) for model in models)
+    train(models[0], first, rank, data[:3])
+    lost = get_optimizer_state_dict(models[0], first)
+    first.carries_state = second.carries_state = False
+    with first.base_alone():
+        base = copy.deepcopy(get_optimizer_state_dict(models[0], first))  # torch hands out the tensors themselves
+    models[1].load_state_dict(models[0].state_dict())
+    with second.base_alone():
+        set_optimizer_state_dict(models[1], second, base)
+    second.load_second_order_state(first.second_order_state())
+    steps = second.steps
+    second.carries_state = True
+    try:
+        set_optimizer_state_dict(models[1], second, lost)
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    one, other = (train(m, o, rank, data[3:]) for m, o in zip(models, (first, second), strict=True))
+    return {"steps": steps, "same": torch.equal(one, other), "said": said}
+
+
+def test_torch_s_way_to_save_a_sharded_optimizer() -> None:
+    for rank in run_ranks(2, resumed):
+        assert rank["steps"] == 3 and rank["same"]
+        assert "keeps the base's state alone" in rank["said"]
+
+
+def muon_over_shards(rank: int, world: int) -> None:
+    model = Net()
+    shard(model, world)
+    build(model, "muon")
+
+
+def test_muon_over_shards_is_refused_when_it_is_built() -> None:
+    with pytest.raises(RuntimeError, match="NotImplementedError: base Muon under FSDP2"):
+        run_ranks(2, muon_over_shards)
