@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 from pathlib import Path
@@ -53,7 +54,7 @@ def engine_of(optimizer: torch.optim.Optimizer, model: nn.Module, **extra: Any) 
     return engine
 
 
-# ---- the clip of a DeepSpeed config that does not name one -------------------------------------------------------------
+# ---- the clip of a DeepSpeed config that does not name one ----
 
 
 def clip_of_trainers(rank: int, world: int, folder: str) -> dict[float, float]:
@@ -105,7 +106,7 @@ def test_attach_warns_of_a_clip_nobody_asked_for() -> None:
     assert clip == [] and no_clip == []
 
 
-# ---- what ZeRO would do wrong without a word ---------------------------------------------------------------------------
+# ---- what ZeRO would do wrong without a word ----
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
@@ -137,7 +138,7 @@ def test_set_ups_that_go_wrong_silently_are_refused() -> None:
     assert "torch_autocast" in said["autocast"]
 
 
-# ---- a plain loop over FSDP2 -------------------------------------------------------------------------------------------
+# ---- a plain loop over FSDP2 ----
 
 
 def shard(model: nn.Module, world: int) -> None:
@@ -196,3 +197,36 @@ def muon_over_shards(rank: int, world: int) -> None:
 def test_muon_over_shards_is_refused_when_it_is_built() -> None:
     with pytest.raises(RuntimeError, match="NotImplementedError: base Muon under FSDP2"):
         run_ranks(2, muon_over_shards)
+
+
+# ---- checkpoints that cannot go on elsewhere ----
+
+
+def written_under_zero(tmp_path: Path, missing: str, added: str) -> str:
+    """What resuming says of a single process's checkpoint that is made to look like ZeRO's."""
+    from tests.equality import METHODS, RESUME_AT, SINGLE, Sentences, forget, make_trainer
+
+    data = Sentences()
+    make_trainer(SINGLE, METHODS["mkor"], "resume", tmp_path, data).train()
+    checkpoint = tmp_path / f"checkpoint-{RESUME_AT}"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["strategy"] = "zero2 x 2"
+    if missing:
+        del manifest["files"][missing]
+        (checkpoint / missing).unlink()
+    if added:
+        (checkpoint / added).write_bytes(b"")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    trainer = make_trainer(SINGLE, METHODS["mkor"], "resume", tmp_path, data)
+    with pytest.raises(ValueError) as caught:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    forget(SINGLE)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "added", "words"),
+    [("scheduler.pt", "", "'scheduler' block"), ("model.safetensors", "adapter_model.safetensors", "PEFT adapter")],
+)
+def test_a_checkpoint_without_whole_parts_says_what_to_do(missing: str, added: str, words: str, tmp_path: Path) -> None:
+    assert words in written_under_zero(tmp_path, missing, added)
