@@ -45,6 +45,11 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: s
         ValueError: the checkpoint has no whole weights, or those of another model.
     """
     files = sorted(Path(folder).glob("model*.safetensors"))
+    if (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} was written under {written_by!r} and holds a PEFT adapter; adapters can be resumed under the "
+            "strategy they were written under alone."
+        )
     if not files:
         raise ValueError(
             f"{folder} was written under {written_by!r} and has no whole weights (model.safetensors) to go on with "

@@ -11,6 +11,7 @@ transform has no place there. ``attach`` puts it around the engine's optimizer s
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,8 @@ from hf_soo.optimizers.lamb import Lamb
 
 __all__ = ["attach"]
 
+logger = logging.getLogger(__name__)
+
 MARK = "_hf_soo_step"
 """The attribute of an engine's optimizer that holds our step: attaching twice is attaching once."""
 
@@ -40,17 +43,18 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     Call it once, after ``deepspeed.initialize(model=model, optimizer=optimizer, config=...)`` and before the first
     step; then ``engine.backward(loss)`` and ``engine.step()`` as ever. SecondOrderTrainer does it by itself. The
     engine's ``gradient_clipping`` clips the raw averaged gradient, before the preconditioner, as Trainer does without
-    DeepSpeed.
+    DeepSpeed. Say it in the config: without it DeepSpeed clips at 1.0, and a warning says so.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
-        optimizer: the optimizer it was initialised with (or whose ``base`` it was).
+        optimizer: the optimizer it was initialised with.
 
     Raises:
         ValueError: the engine steps another optimizer.
         NotImplementedError: the engine's set-up, or the base optimizer over flat pieces, is not supported.
     """
     _follow_loss(engine, optimizer)
+    _tell_clip(engine, optimizer)
     zero = engine.optimizer
     if zero is optimizer:  # ZeRO-0 in fp32: our own step is the engine's
         return
@@ -67,19 +71,40 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     zero.step = step
 
 
+def _tell_clip(engine: Any, optimizer: PreconditionedOptimizer) -> None:
+    clip = engine.gradient_clipping()
+    if clip > 0 and "gradient_clipping" not in engine._config._param_dict:
+        logger.warning(
+            "the DeepSpeed config has no 'gradient_clipping', and DeepSpeed's default clips the gradients that %s is "
+            "given at a norm of %s; set it (0.0: no clip).",
+            optimizer.name, clip,
+        )  # fmt: skip
+
+
 def _check_engine(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     zero = engine.optimizer
     stage = engine.zero_optimization_stage()
+    stepped = zero if isinstance(zero, torch.optim.Optimizer) else zero.optimizer
+    if stepped is not optimizer:  # not its base either: DeepSpeed's checkpoints would leave the factors out
+        raise ValueError(
+            f"the engine steps a {type(stepped).__name__}, not this {optimizer.name}; hand it over: "
+            "deepspeed.initialize(model=model, optimizer=optimizer, config=...) without an 'optimizer' block in the "
+            "config."
+        )
     if not isinstance(zero, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)):
         raise NotImplementedError(
             f"{optimizer.name} under DeepSpeed's {type(zero).__name__} (stage {stage} in half precision) is not "
             "supported: it hides the gradients; use ZeRO stage 1, 2 or 3, or fp32 with stage 0."
         )
-    if zero.optimizer not in (optimizer, optimizer.base):
-        raise ValueError(
-            f"the engine steps a {type(zero.optimizer).__name__}, not this {optimizer.name}; hand it over: "
-            "deepspeed.initialize(model=model, optimizer=optimizer, config=...) without an 'optimizer' block in the "
-            "config."
+    if getattr(zero, "round_robin_gradients", False):
+        raise NotImplementedError(
+            f"{optimizer.name} with round_robin_gradients: DeepSpeed's map of parameters to pieces does not follow its "
+            "own order then (0.19), and gradients would be exchanged; leave it out of the DeepSpeed config."
+        )
+    if getattr(zero, "torch_autocast_gradscaler", None) is not None:
+        raise NotImplementedError(
+            f"{optimizer.name} with torch_autocast in float16: the loss scale lies where it cannot be followed; use "
+            "bfloat16, or DeepSpeed's own fp16."
         )
     offload = getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
     if offload:

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
@@ -192,10 +191,24 @@ class ResumingMixin(_Base):
         # Ours first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
         ours.check_second_order_state(saved)
         if self._foreign(checkpoint) is not None:
+            self._load_scheduler(checkpoint)
             load_base(ours, checkpoint)
-            scheduler = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-            self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[union-attr]
         else:
             with ours.base_alone():  # torch's FSDP2 loader takes a step to make the state that it fills
                 super()._load_optimizer_and_scheduler(checkpoint)
         ours.load_second_order_state(saved)
+
+    def _load_scheduler(self, checkpoint: str) -> None:
+        """The learning rates' state, of a checkpoint that another strategy wrote.
+
+        Raises:
+            ValueError: it has none outside DeepSpeed's own files.
+        """
+        scheduler = load_whole(checkpoint, "scheduler.pt")
+        if scheduler is None:
+            raise ValueError(
+                f"{checkpoint} has no scheduler.pt: a 'scheduler' block in the DeepSpeed config keeps the learning rates "
+                "in DeepSpeed's own files; resume under the strategy it was written under, and let Trainer make the "
+                "schedule (lr_scheduler_type) where runs shall change it."
+            )
+        self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
             **kwargs: Trainer's.
         """
         super().__init__(*args, **kwargs)
-        self._refuse_configured_optimizer()
+        self._check_deepspeed_config()
         others = {c for c in type(self).__mro__ if "compute_loss" in vars(c)} - {SecondOrderTrainerMixin, Trainer}
         own_loss = self.compute_loss_func is not None or bool(others)
         if not own_loss and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
@@ -63,16 +63,23 @@ class SecondOrderTrainerMixin(ResumingMixin):
             self.model_accepts_loss_kwargs = False
         self.add_callback(_LoopCallback(self))
 
-    def _refuse_configured_optimizer(self) -> None:
-        """DeepSpeed would step the optimizer of its own config, and ours would never be built."""
+    def _check_deepspeed_config(self) -> None:
+        """Make the arguments hold under DeepSpeed.
+
+        Raises:
+            ValueError: DeepSpeed would step the optimizer of its own config, and ours would never be built.
+        """
         if not (self.is_deepspeed_enabled and self._names_ours):
             return
-        configured = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer")
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        configured = config.get("optimizer")
         if configured is not None:
             raise ValueError(
                 f"the DeepSpeed config has an 'optimizer' block ({configured.get('type')!r}), which would replace "
                 f"--optim {self.args.optim}; take the block out of the config."
             )
+        # A config without it leaves DeepSpeed at its default of 1.0, whatever max_grad_norm says.
+        config.setdefault("gradient_clipping", self.args.max_grad_norm or 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Build ours if ``args.optim`` names one, over Trainer's decay and no-decay groups.

@@ -110,6 +110,7 @@ def build_base(
 
     Raises:
         ValueError: the base or one of its arguments is unknown, or it refuses a value.
+        NotImplementedError: it cannot step on row shards, and the parameters are (FSDP2).
     """
     cls, defaults = resolve_base(base)
     valid = base_arguments(cls)
@@ -129,6 +130,8 @@ def build_base(
         optimizer: Optimizer = cls(groups, lr=lr, **settings)  # type: ignore[call-arg]
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
+    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+        check_row_shards(optimizer)
     if isinstance(optimizer, torch.optim.SGD):
         optimizer.register_step_pre_hook(_unfuse_sharded)
         optimizer.register_step_pre_hook(_start_late_momenta)
