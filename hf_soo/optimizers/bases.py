@@ -131,7 +131,7 @@ def build_base(
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
     if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
-        check_row_shards(optimizer)
+        check_row_shards(type(optimizer))
     if isinstance(optimizer, torch.optim.SGD):
         optimizer.register_step_pre_hook(_unfuse_sharded)
         optimizer.register_step_pre_hook(_start_late_momenta)
