@@ -97,7 +97,7 @@ def test_if_shampoo_of_tensors_of_one_shape_together() -> None:
         ({"update_period": 2, "schedule": "prototype"}, rf.prototype(2)),
         ({"update_period": 1, "schedule": "prototype"}, rf.every(1)),
     ],
-    ids=str,
+    ids=["every 3", "prototype 2", "prototype 1"],
 )
 def test_if_shampoo_refreshes_on_schedule(config: dict[str, object], refreshes: rf.Callable[[int], bool]) -> None:
     optimizer = assert_same_steps(make(**config), separately(rules(SHAPES, refreshes=refreshes)), SHAPES, steps=24)  # type: ignore[arg-type]
