@@ -109,6 +109,26 @@ def test_attach_warns_of_a_clip_nobody_asked_for() -> None:
 # ---- what ZeRO would do wrong without a word ----
 
 
+def sampled_refusals(rank: int, world: int) -> list[str]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from hf_soo.integrations.deepspeed import attach
+
+    said = []
+    for stage in (0, 2):
+        model = Net()
+        optimizer = hf_soo.build_optimizer("kfac_expand", model, lr=1e-2, fisher="mc")
+        engine = engine_of(optimizer, model, zero_optimization={"stage": stage})
+        with pytest.raises(NotImplementedError) as refusal:
+            attach(engine, optimizer)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_a_sampled_fisher_is_refused_under_deepspeed() -> None:
+    ((zero_0, zero_2),) = run_ranks(1, sampled_refusals)
+    assert zero_0 == zero_2 and "fisher='mc' under DeepSpeed" in zero_0
+
+
 def refusals(rank: int, world: int) -> dict[str, str]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from hf_soo.integrations.deepspeed import attach

@@ -39,8 +39,8 @@ def check_saved(saved: dict[str, Any] | None, name: str, base: str, config: dict
     if saved is None:
         raise ValueError(
             f"this checkpoint has no state of {name!r}: another optimizer wrote it, or a tool that keeps the base's "
-            "state alone (torch.distributed.checkpoint, accelerate's save_state under FSDP2; see README, 'A plain loop'); "
-            "resume with that optimizer, or start a new run from the model's weights alone."
+            "state alone (torch.distributed.checkpoint, accelerate's save_state under FSDP2; see README, 'A plain "
+            "loop'); resume with that optimizer, or start a new run from the model's weights alone."
         )
     for what, got, wanted in (("optimizer", saved["optimizer"], name), ("base optimizer", saved["base"], base)):
         if got != wanted:

@@ -208,7 +208,7 @@ class ResumingMixin(_Base):
         if scheduler is None:
             raise ValueError(
                 f"{checkpoint} has no scheduler.pt: a 'scheduler' block in the DeepSpeed config keeps the learning "
-                "rates in DeepSpeed's own files; resume under the strategy it was written under, and let Trainer make the "
-                "schedule (lr_scheduler_type) where runs shall change it."
+                "rates in DeepSpeed's own files; resume under the strategy it was written under, and let Trainer make "
+                "the schedule (lr_scheduler_type) where runs shall change it."
             )
         self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[union-attr]
