@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hf_soo
+from hf_soo.optimizers.bases import check_flat
 from tests.distributed import run_ranks
 
 
@@ -250,3 +251,14 @@ def written_under_zero(tmp_path: Path, missing: str, added: str) -> str:
 )
 def test_a_checkpoint_without_whole_parts_says_what_to_do(missing: str, added: str, words: str, tmp_path: Path) -> None:
     assert words in written_under_zero(tmp_path, missing, added)
+
+
+class ShortSteps(torch.optim.SGD):
+    """Looks at the norms of whole parameters, as LARS does."""
+
+
+def test_a_subclass_of_an_elementwise_base_is_unknown() -> None:
+    parameters = list(Net().parameters())
+    check_flat(torch.optim.SGD(parameters, lr=0.1), "ZeRO stage 2")
+    with pytest.raises(NotImplementedError, match="base ShortSteps under ZeRO stage 2"):
+        check_flat(ShortSteps(parameters, lr=0.1), "ZeRO stage 2")
