@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hf_soo
+from hf_soo.optimizers.bases import check_flat
 from tests.distributed import run_ranks
 
 
@@ -107,6 +108,26 @@ def test_attach_warns_of_a_clip_nobody_asked_for() -> None:
 
 
 # ---- what ZeRO would do wrong without a word ----
+
+
+def sampled_refusals(rank: int, world: int) -> list[str]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from hf_soo.integrations.deepspeed import attach
+
+    said = []
+    for stage in (0, 2):
+        model = Net()
+        optimizer = hf_soo.build_optimizer("kfac_expand", model, lr=1e-2, fisher="mc")
+        engine = engine_of(optimizer, model, zero_optimization={"stage": stage})
+        with pytest.raises(NotImplementedError) as refusal:
+            attach(engine, optimizer)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_a_sampled_fisher_is_refused_under_deepspeed() -> None:
+    ((zero_0, zero_2),) = run_ranks(1, sampled_refusals)
+    assert zero_0 == zero_2 and "fisher='mc' under DeepSpeed" in zero_0
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
@@ -230,3 +251,14 @@ def written_under_zero(tmp_path: Path, missing: str, added: str) -> str:
 )
 def test_a_checkpoint_without_whole_parts_says_what_to_do(missing: str, added: str, words: str, tmp_path: Path) -> None:
     assert words in written_under_zero(tmp_path, missing, added)
+
+
+class ShortSteps(torch.optim.SGD):
+    """Looks at the norms of whole parameters, as LARS does."""
+
+
+def test_a_subclass_of_an_elementwise_base_is_unknown() -> None:
+    parameters = list(Net().parameters())
+    check_flat(torch.optim.SGD(parameters, lr=0.1), "ZeRO stage 2")
+    with pytest.raises(NotImplementedError, match="base ShortSteps under ZeRO stage 2"):
+        check_flat(ShortSteps(parameters, lr=0.1), "ZeRO stage 2")

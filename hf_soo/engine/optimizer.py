@@ -20,9 +20,9 @@ from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.grouping import stacked
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import UNNAMED, Roster, routing
+from hf_soo.engine.rows import locate
 from hf_soo.engine.saving import Saving
 from hf_soo.engine.selection import Selection
-from hf_soo.engine.shards import locate
 
 logger = logging.getLogger(__name__)
 

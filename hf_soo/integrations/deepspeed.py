@@ -53,6 +53,11 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
         ValueError: the engine steps another optimizer.
         NotImplementedError: the engine's set-up, or the base optimizer over flat pieces, is not supported.
     """
+    if optimizer.capture.sampled is not None:
+        raise NotImplementedError(
+            f"{optimizer.name} with fisher='mc' under DeepSpeed: its engine takes the sampled loss's backward pass for "
+            "the step's own; use fisher='empirical', DDP or FSDP2."
+        )
     _follow_loss(engine, optimizer)
     _tell_clip(engine, optimizer)
     zero = engine.optimizer

@@ -50,7 +50,7 @@ class ZeroSource:
 
     @property
     def skips_overflow(self) -> bool:
-        """Whether the engine drops a step whose gradient is not finite."""
+        """Whether the engine drops a step whose gradient is not finite; ZeRO-3 does."""
         return True
 
     def has(self, layer: Layer) -> bool:
@@ -92,7 +92,7 @@ class FlatPieces(ZeroSource):
         super().__init__(zero, model)
 
     def own_span(self, parameter: Any) -> Span:
-        """From DeepSpeed's map; a rank without a piece has none (trap T3 of such code: it is None, not absent)."""
+        """From DeepSpeed's map, which is None, not absent, where this rank has no piece."""
         if parameter._hp_mapping is None:
             return Span(0, 0)
         address = parameter._hp_mapping.lp_fragment_address

@@ -164,7 +164,7 @@ def check_flat(base: type[Optimizer], where: str) -> None:
     Raises:
         NotImplementedError: it needs whole tensors.
     """
-    if not issubclass(base, (*ELEMENTWISE, Lamb)):
+    if base not in (*ELEMENTWISE, Lamb):  # a subclass may look at whole tensors (LARS is an SGD)
         raise NotImplementedError(
             f"base {base.__name__} under {where}, which hands it flat pieces of many parameters: it may need "
             f"whole tensors; use {', '.join(cls.__name__ for cls in (*ELEMENTWISE, Lamb))}, or stage 0, DDP or FSDP2."
