@@ -136,14 +136,18 @@ class Stages:
         joint, waiting = self.preconditioner.rescale.joint, _Waiting([], [], [])
         groups = self._groups([layer for layer in self.layers if self.gradients.has(layer)])
         for batch in self.gradients.batches(groups, joined=self.placement.world is not None):
-            grads = self.gradients.read(batch)
-            computations = [self._transform(group, grad) for group, grad in zip(batch, grads, strict=True)]
-            moved = together(computations, partial(self.gradients.sum_, batch))
-            self._share_directions(batch, grads, moved)
-            waiting.add(batch, self.gradients.own(batch, grads), moved)
+            waiting.add(batch, *self._move(batch))
             if not joint:
                 waiting = self._write(waiting)
         self._write(waiting)
+
+    def _move(self, batch: Groups) -> tuple[list[Grad], list[Moved]]:
+        """What this rank stores of the groups' P, and its norms; gathered gradients are free again afterwards."""
+        grads = self.gradients.read(batch)
+        computations = [self._transform(group, grad) for group, grad in zip(batch, grads, strict=True)]
+        moved = together(computations, partial(self.gradients.sum_, batch))
+        self._share_directions(batch, grads, moved)
+        return self.gradients.own(batch, grads), moved
 
     def _transform(self, group: list[Layer], grad: Grad) -> Partial[Moved]:
         if not self.placement.works(group[0].name):

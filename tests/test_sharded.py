@@ -258,7 +258,6 @@ class ShortSteps(torch.optim.SGD):
 
 
 def test_a_subclass_of_an_elementwise_base_is_unknown() -> None:
-    parameters = list(Net().parameters())
-    check_flat(torch.optim.SGD(parameters, lr=0.1), "ZeRO stage 2")
+    check_flat(torch.optim.SGD, "ZeRO stage 2")
     with pytest.raises(NotImplementedError, match="base ShortSteps under ZeRO stage 2"):
-        check_flat(ShortSteps(parameters, lr=0.1), "ZeRO stage 2")
+        check_flat(ShortSteps, "ZeRO stage 2")
