@@ -30,9 +30,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     """``function(rank, world, *args)`` on every rank; what each returned, by rank."""
     with tempfile.TemporaryDirectory() as folder:
         context = rank_context()
+        # by file: a tensor in a process's arguments costs a file descriptor; and the server has its first environment
+        torch.save((args, dict(os.environ)), Path(folder) / "args")
         processes = [
-            context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True)
-            for rank in range(world)
+            context.Process(target=_rank, args=(rank, world, folder, function), daemon=True) for rank in range(world)
         ]
         for process in processes:
             process.start()
@@ -48,9 +49,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, folder: str, function: Callable[..., Any]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
+    args, environment = torch.load(Path(folder) / "args", weights_only=False)
+    os.environ |= environment | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip

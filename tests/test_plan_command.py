@@ -49,7 +49,17 @@ def refused(capsys: pytest.CaptureFixture[str], **flags: str) -> str:
 
 def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, plan = planned(capsys, tmp_path, optim="mkor", base="lamb", optim_args="update_period=5")
-    assert list(plan) == ["config", "parameters", "layout", "profile", "convention", "methods", "dry_run"]
+    assert list(plan) == [
+        "config",
+        "versions",
+        "commit",
+        "parameters",
+        "layout",
+        "profile",
+        "convention",
+        "methods",
+        "dry_run",
+    ]
     assert [m["method"] for m in plan["methods"]] == ["mkor:update_period=5+lamb", "lamb", "kaisa+lamb", "eva+lamb"]
     first = plan["methods"][0]
     assert list(first) == [

@@ -157,8 +157,9 @@ class PreconditionedOptimizer(Saving, Optimizer):
         self._linked_base().step()
 
     def _linked_base(self) -> Optimizer:
-        """The base over our groups as they are now: ZeRO replaces the list, for one step or for good."""
-        self.base.param_groups, self.base.state = self.param_groups, self.state
+        """The base over our groups as they are now: ZeRO swaps our list for one of a single group, step by step."""
+        if self.driven:
+            self.base.param_groups = self.param_groups
         return self.base
 
     @torch.no_grad()
