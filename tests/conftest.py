@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, by ranks too
+# DeepSpeed compiles a kernel behind a lock file: a folder for each session, so that no killed run leaves its lock to this
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="hf_soo_extensions_"))
 
 import numpy as np
 import pytest

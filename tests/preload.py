@@ -11,4 +11,6 @@ import transformers
 import hf_soo.integrations.deepspeed
 import tests.equality
 
+tests.equality.stay_on_gloo()  # no rank shall wait for a compiler
+
 __all__ = ["accelerate", "deepspeed", "hf_soo", "tests", "transformers"]
