@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, by ranks too
-# DeepSpeed compiles a kernel behind a lock file: a folder for each session, so that no killed run leaves its lock to this
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="hf_soo_extensions_"))
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    # DeepSpeed compiles a kernel behind a lock file, and a killed run leaves its lock: a folder for each session.
+    os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="hf_soo_extensions_")
+    atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 import numpy as np
 import pytest
