@@ -58,13 +58,13 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
             f"{optimizer.name} with fisher='mc' under DeepSpeed: its engine takes the sampled loss's backward pass for "
             "the step's own; use fisher='empirical', DDP or FSDP2."
         )
-    _follow_loss(engine, optimizer)
-    _tell_clip(engine, optimizer)
     zero = engine.optimizer
-    if zero is optimizer:  # ZeRO-0 in fp32: our own step is the engine's
-        return
-    _check_engine(engine, optimizer)
-    if hasattr(zero, MARK):
+    whole = zero is optimizer  # ZeRO-0 in fp32: our own step is the engine's
+    if not whole:
+        _check_engine(engine, optimizer)
+    _tell_clip(engine, optimizer)
+    _follow_loss(engine, optimizer)
+    if whole or hasattr(zero, MARK):
         return
     source = pieces_of(zero, engine.module)
     optimizer.driven = True

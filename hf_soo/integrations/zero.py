@@ -182,10 +182,12 @@ class FlatPartition:
                 flat, start = source.place(parameter)
                 fragment = Fragment(source.index(parameter), start, span.length)
                 self._fragments.setdefault(id(flat), []).append(fragment)
+        for fragments in self._fragments.values():
+            fragments.sort(key=lambda fragment: fragment.start)
 
     def fragments(self, param: Tensor) -> Sequence[Fragment]:
         """Those of a flat tensor, in order."""
-        return sorted(self._fragments.get(id(param), []), key=lambda fragment: fragment.start)
+        return self._fragments.get(id(param), [])
 
     def sum_(self, values: Tensor) -> None:
         """Over all ranks."""

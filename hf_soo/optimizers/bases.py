@@ -34,6 +34,15 @@ OTHER_KERNELS = {"foreach", "capturable", "differentiable"}
 """Arguments of torch's optimizers that choose another implementation than the fused one."""
 
 
+ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    )
+)  # fmt: skip
+"""torch's optimizers that treat every entry of a parameter alike, whatever tensor it lies in."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A base optimizer by name.
@@ -143,15 +152,6 @@ def _unfuse_sharded(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
             group["fused"] = False
-
-
-ELEMENTWISE = tuple(
-    getattr(torch.optim, name)
-    for name in (
-        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
-    )
-)  # fmt: skip
-"""torch's optimizers that treat every entry of a parameter alike, whatever tensor it lies in."""
 
 
 def check_flat(base: type[Optimizer], where: str) -> None:
