@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.pretraining_inputs import PretrainingData, load_data, make_model
@@ -68,6 +68,7 @@ class PretrainingTask(Task):
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
             callbacks=[EpochCallback(training), *callbacks],
+            processing_class=BertTokenizer(vocab=self.data.vocab_file),  # kept with every checkpoint
         )
         trainer.eval_collator = self._collator(EVAL_SEED)
         return trainer

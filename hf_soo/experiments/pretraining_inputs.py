@@ -28,6 +28,7 @@ class PretrainingData:
     train: Any
     eval: Any
     ids: SpecialIds
+    vocab_file: str
     seq_length: int
     description: dict[str, Any]
 
@@ -66,7 +67,7 @@ def load_data(data: DataArguments, args: RunTrainingArguments) -> PretrainingDat
         **{key: getattr(data, key) for key in ("masking", "mask_prob", "max_predictions")},
     }
     ids = special_ids(prepared["vocab_file"])
-    return PretrainingData(train, evaluation, ids, config["max_seq_length"], description)
+    return PretrainingData(train, evaluation, ids, prepared["vocab_file"], config["max_seq_length"], description)
 
 
 def _prepare_once(data: DataArguments, folder: Path) -> str:

@@ -53,6 +53,12 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
     remove_unused_columns: bool = option(False, "The collator reads columns that the model does not take.")
     logging_nan_inf_filter: bool = option(False, "True hides a loss that is not finite, and so a diverged run.")
 
+    def __post_init__(self) -> None:
+        """Without --do_train, --do_eval and --do_predict a script trains and evaluates."""
+        if not (self.do_train or self.do_eval or self.do_predict):
+            self.do_train = self.do_eval = True
+        super().__post_init__()
+
     @property
     def folder(self) -> Path:
         """`output_dir`, which the Trainer has set by now."""

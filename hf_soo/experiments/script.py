@@ -28,6 +28,24 @@ def run_script(
         classes: dataclasses of the task's flags.
         description: for --help.
         flags: None: those of the process.
+    """
+
+    def body(given: list[str]) -> None:
+        *settings, run, training = arguments.parse((*classes, RunArguments, RunTrainingArguments), given, description)
+        job = Job(run, training)
+        check(job)
+        task = make_task(*settings, training)
+        present(job, train(job, task), task.title)
+
+    return guarded(body, flags)
+
+
+def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None) -> int:
+    """Run a script's body: its exit code, with one line on stderr for an error.
+
+    Args:
+        body: called with the flags.
+        flags: None: those of the process.
 
     Raises:
         ValueError: with --traceback, settings that cannot be.
@@ -38,11 +56,7 @@ def run_script(
     logging.getLogger("hf_soo").setLevel(logging.INFO)
     given = sys.argv[1:] if flags is None else flags
     try:
-        *settings, run, training = arguments.parse((*classes, RunArguments, RunTrainingArguments), given, description)
-        job = Job(run, training)
-        check(job)
-        task = make_task(*settings, training)
-        present(job, train(job, task), task.title)
+        body(given)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from hf_soo.experiments import machine
 from hf_soo.experiments.callbacks import RecordCallback
@@ -80,6 +81,17 @@ class Task(ABC):
             args: the Trainer's settings.
             callbacks: besides the task's own.
         """
+
+    def finish(self, trainer: Trainer) -> dict[str, float]:
+        """What is done with the trained and evaluated model, on every process: predictions, for example.
+
+        Args:
+            trainer: holds the model.
+
+        Returns:
+            Metrics for the record.
+        """
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,20 +165,30 @@ def train_one(job: Job, task: Task) -> RunRecord:
     record = describe(job, task, model)
     output = OutputFolder(args, record, restart=job.run.restart)
     checkpoint = output.checkpoint()
-    if is_finished(checkpoint, args):
+    if args.do_train and is_finished(checkpoint, args):
         return _finished(record, job)
     with recording(record, job.results_dir if args.process_index == 0 else None):
         trainer = task.make_trainer(model, args, [output, RecordCallback(record, task.metrics)])
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if args.do_train:
+                trainer.train(resume_from_checkpoint=checkpoint)
+                _keep_model(trainer)
             evaluated = [point["step"] for point in record.curve if point["eval_loss"] is not None]
-            if record.status == "completed" and record.steps not in evaluated:
+            if args.do_eval and record.status == "completed" and record.steps not in evaluated:
                 trainer.evaluate()
+            if record.status == "completed":
+                record.final |= task.finish(trainer)
         finally:
             record.peak_memory_bytes = machine.peak_memory_bytes(args.device)
         if job.run.target_eval_loss is not None:
             record.target = reach(record.curve, job.run.target_eval_loss)
     return record
+
+
+def _keep_model(trainer: Trainer) -> None:
+    """The trained model in `output_dir` itself, where `from_pretrained` finds it; not for runs that keep nothing."""
+    if trainer.args.save_strategy != SaveStrategy.NO:
+        trainer.save_model()
 
 
 def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
