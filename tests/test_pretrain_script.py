@@ -118,6 +118,14 @@ def test_resume_is_exact_and_keeps_the_whole_curve(script: ModuleType, flags: li
     assert (resumed["status"], resumed["steps"]) == ("completed", 6)
     assert script.main(saving) == 0  # finished: nothing is trained, and the JSON stays as it is
     assert only_run(out / "runs") == resumed
+    weights = (out / "checkpoint-6" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == weights and (out / "tokenizer.json").is_file()
+    shutil.rmtree(out / "runs")  # as if it had been killed after its last checkpoint
+    (out / "model.safetensors").unlink()
+    assert script.main(saving) == 0
+    last = only_run(out / "runs")
+    assert (losses(last), last["final"], last["status"]) == (losses(resumed), resumed["final"], "completed")
+    assert (out / "model.safetensors").read_bytes() == weights
 
 
 def test_another_runs_checkpoints_are_refused_and_kept(

@@ -40,18 +40,23 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock; after a resume, with what the checkpoint kept."""
-        kept = _kept(state).get(STATE_KEY) if state.global_step else None
-        if kept:
-            self.record.steps, self.record.seconds, self.record.curve = (
-                state.global_step,
-                kept["seconds"],
-                kept["curve"],
-            )
-            for point in self.record.curve:
-                losses = {key: point[key] for key in ("train_loss", "eval_loss") if point[key] is not None}
-                self.record.final |= losses | {key: point[key] for key in self.metrics if key in point}
+        self.restore(state)
         machine.reset_peak_memory(args.device)
         self._mark = time.perf_counter()
+
+    def restore(self, state: TrainerState) -> None:
+        """Take the record so far out of a checkpoint's state; nothing where there is none.
+
+        Args:
+            state: of the checkpoint.
+        """
+        kept = _kept(state).get(STATE_KEY) if state.global_step else None
+        if not kept:
+            return
+        self.record.steps, self.record.seconds, self.record.curve = state.global_step, kept["seconds"], kept["curve"]
+        for point in self.record.curve:
+            losses = {key: point[key] for key in ("train_loss", "eval_loss") if point[key] is not None}
+            self.record.final |= losses | {key: point[key] for key in self.metrics if key in point}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let the clock run up to here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,11 @@ from transformers import BertTokenizer, TrainerCallback, TrainerControl, Trainer
 
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.pretraining_inputs import PretrainingData, load_data, make_model
+from hf_soo.experiments.previous_phase import PreviousPhase, find_phase, take_moments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.experiments.training import Task
+from hf_soo.experiments.training import Task, base_name, optimizer_name
 from hf_soo.integrations.trainer import SecondOrderTrainer
+from hf_soo.registry import METHODS
 from hf_soo.tasks.masking import PretrainingCollator
 
 EVAL_SEED = 0  # of the masks of every evaluation, whatever the run's seed: losses of different seeds compare
@@ -30,8 +33,16 @@ class PretrainingTask(Task):
             model: which BERT.
             data: which text, and how it is masked.
             args: `output_dir` is where a corpus is prepared.
+
+        Raises:
+            ValueError: two models to start from, or one that is not there.
         """
-        self.model, self.masking = model, data
+        self.masking, self.base = data, base_name(args)
+        self.phase = None if model.previous_phase is None else find_phase(model.previous_phase)
+        if self.phase is not None:
+            _check_phase(model, args)
+            model = dataclasses.replace(model, model_name_or_path=self.phase.folder)
+        self.model = model
         self.data: PretrainingData = load_data(data, args)
 
     def make_model(self, seed: int) -> nn.Module:
@@ -48,7 +59,8 @@ class PretrainingTask(Task):
         Args:
             model: a BERT.
         """
-        return {"model": model_description(model), "data": self.data.description}
+        before = {"previous_phase": self.phase.describe(self.base)} if self.phase is not None else {}
+        return {"model": model_description(model), "data": self.data.description, **before}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
@@ -71,6 +83,7 @@ class PretrainingTask(Task):
             processing_class=BertTokenizer(vocab=self.data.vocab_file),  # kept with every checkpoint
         )
         trainer.eval_collator = self._collator(EVAL_SEED)
+        trainer.phase = self.phase
         return trainer
 
     def _collator(self, seed: int) -> PretrainingCollator:
@@ -79,9 +92,19 @@ class PretrainingTask(Task):
 
 
 class PretrainingTrainer(SecondOrderTrainer):
-    """Evaluates with a collator of its own, whose epoch stands still: the same masks at every evaluation."""
+    """Goes on from an earlier phase; evaluates with a collator of its own, which draws the same masks every time."""
 
     eval_collator: PretrainingCollator
+    phase: PreviousPhase | None = None
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """A run that begins, and is not resumed, takes the moments of the phase before."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.phase is not None and resume_from_checkpoint is None:
+            assert self.second_order is not None  # the task has refused others
+            self._attach()
+            take_moments(self.second_order, self.phase)
+        return prepared
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches.
@@ -112,6 +135,20 @@ class EpochCallback(TrainerCallback):
     ) -> None:
         """Also right after a resume in the middle of an epoch: the whole part is the epoch's number."""
         self.collator.set_epoch(int(state.epoch or 0))
+
+
+def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
+    """Refuse what a phase cannot go on with."""
+    if model.model_name_or_path is not None:
+        raise ValueError(
+            f"model_name_or_path={model.model_name_or_path!r} and previous_phase={model.previous_phase!r}; give one: "
+            "weights alone, or weights and moments."
+        )
+    if optimizer_name(args) not in METHODS:
+        raise ValueError(
+            f"previous_phase with optim={optimizer_name(args)!r}, which is transformers' own and cannot take moments "
+            "over; use model_name_or_path for the weights alone, or one of hf_soo's optimizers."
+        )
 
 
 def model_description(model: nn.Module) -> dict[str, int | float]:

@@ -14,7 +14,14 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = option(None, "Folder of a pretrained BERT to start from; phase 1's for phase 2.")
+    model_name_or_path: str | None = option(
+        None, "Folder or hub name of a pretrained BERT to start from: its weights alone."
+    )
+    previous_phase: str | None = option(
+        None,
+        "Go on from an earlier run's output_dir or checkpoint: its weights, and its base's moments at step 0 (BERT's "
+        "phase 2).",
+    )
     preset: Literal["tiny", "mini", "base", "large"] = option(
         "mini", "Shape of a new model: tiny 2 x 128, mini 4 x 256, base 12 x 768, large 24 x 1024."
     )

@@ -99,7 +99,7 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
     """A new BERT for the vocabulary of the data, or the pretrained one of a folder.
 
     Args:
-        model: which.
+        model: which; `model_name_or_path` holds the weights to start from.
         data: says vocabulary and sequence length.
         seed: of the initial weights.
 

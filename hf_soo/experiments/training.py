@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from hf_soo.experiments import machine
@@ -165,13 +165,20 @@ def train_one(job: Job, task: Task) -> RunRecord:
     record = describe(job, task, model)
     output = OutputFolder(args, record, restart=job.run.restart)
     checkpoint = output.checkpoint()
-    if args.do_train and is_finished(checkpoint, args):
-        return _finished(record, job)
+    finished = args.do_train and is_finished(checkpoint, args)
+    if finished and (path := job.results_dir / f"{record.name}.json").is_file():
+        logger.warning("%s is finished already; --restart runs it again", record.name)
+        return read_run(path)
     with recording(record, job.results_dir if args.process_index == 0 else None):
-        trainer = task.make_trainer(model, args, [output, RecordCallback(record, task.metrics)])
+        keeper = RecordCallback(record, task.metrics)
+        trainer = task.make_trainer(model, args, [output, keeper])
         try:
-            if args.do_train:
+            if finished:  # and stopped before its JSON was written
+                assert checkpoint is not None
+                _take_trained(trainer, keeper, checkpoint)
+            elif args.do_train:
                 trainer.train(resume_from_checkpoint=checkpoint)
+            if args.do_train:
                 _keep_model(trainer)
             evaluated = [point["step"] for point in record.curve if point["eval_loss"] is not None]
             if args.do_eval and record.status == "completed" and record.steps not in evaluated:
@@ -183,6 +190,22 @@ def train_one(job: Job, task: Task) -> RunRecord:
         if job.run.target_eval_loss is not None:
             record.target = reach(record.curve, job.run.target_eval_loss)
     return record
+
+
+def _take_trained(trainer: Trainer, keeper: RecordCallback, checkpoint: str) -> None:
+    """Weights and record of a last checkpoint; the Trainer itself would train a step too many from there.
+
+    Raises:
+        ValueError: the weights are in parts that only a run that trains puts together.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{checkpoint} is the last checkpoint of a finished run whose JSON is missing, and it is sharded; give "
+            "--restart to run it again, or a larger --max_steps to go on."
+        )
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    keeper.restore(trainer.state)
 
 
 def _keep_model(trainer: Trainer) -> None:
@@ -267,15 +290,3 @@ def _plain(value: Any) -> Any:
 def _write(record: RunRecord, job: Job) -> None:
     if job.training.process_index == 0:
         record.write(job.results_dir)
-
-
-def _finished(record: RunRecord, job: Job) -> RunRecord:
-    """The record that the finished run left."""
-    path = job.results_dir / f"{record.name}.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{job.training.output_dir} holds the last checkpoint of a finished run, but {path} is missing; give "
-            "--restart to run it again, or a larger --max_steps to go on."
-        )
-    logger.warning("%s is finished already; --restart runs it again", record.name)
-    return read_run(path)

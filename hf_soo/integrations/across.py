@@ -97,6 +97,19 @@ def load_base(optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]
     Raises:
         ValueError: the checkpoint has none, or another optimizer's.
     """
+    optimizer.load_base_state(saved_base_state(optimizer, folder))
+
+
+def saved_base_state(optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The base's state of a checkpoint in whole tensors by parameter name (``base_state.py``).
+
+    Args:
+        optimizer: of the same model and groups.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint has none, or one of other groups.
+    """
     saved: Mapping[str, Any] | None = load_whole(folder, BASE_FILE)
     if saved is None and (plain := load_whole(folder, "optimizer.pt")) is not None:
         saved = from_state_dict(plain, optimizer.roster.parameters)
@@ -105,4 +118,4 @@ def load_base(optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]
             f"{folder} has no state of the base optimizer in whole tensors ({BASE_FILE} or optimizer.pt); resume under "
             "the strategy it was written under."
         )
-    optimizer.load_base_state(dict(saved))
+    return dict(saved)
