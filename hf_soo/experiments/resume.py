@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "run_settings.json"
 # A run may be prolonged; everything else that a record says must be as it was.
 MAY_CHANGE = frozenset({"max_steps", "num_train_epochs"})
+# With a global batch, which stays as it was, so may how it is made. Step k then takes the examples it would have taken
+# (the sampler's order is one, and a step takes the next global batch of it); how they are dealt to ranks and
+# micro-batches changes, and with it dropout and the order of sums.
+HOW_THE_BATCH_IS_MADE = frozenset({"processes", "per_device_train_batch_size", "gradient_accumulation_steps"})
 
 
 class OutputFolder(TrainerCallback):
@@ -58,7 +62,8 @@ class OutputFolder(TrainerCallback):
         if not file.is_file():  # checkpoints of another script: the Trainer's own checks must do
             return
         before = json.loads(file.read_text(encoding="utf-8"))
-        for key in sorted((set(before) | set(self.settings)) - MAY_CHANGE):
+        free = MAY_CHANGE if self.settings.get("global_batch_size") is None else MAY_CHANGE | HOW_THE_BATCH_IS_MADE
+        for key in sorted((set(before) | set(self.settings)) - free):
             if before.get(key) != self.settings.get(key):
                 raise ValueError(
                     f"{self.folder} holds checkpoints of a run with {key}={before.get(key)!r}, now "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,57 @@ class RunArguments:
 
 @dataclass
 class RunTrainingArguments(SecondOrderTrainingArguments):
-    """The Trainer's, with the two defaults that recorded runs need."""
+    """The Trainer's, with the two defaults that recorded runs need, and the global batch in one number."""
 
     _argument_group_name = "training: all fields of transformers' TrainingArguments, and ours"
 
     remove_unused_columns: bool = option(False, "The collator reads columns that the model does not take.")
     logging_nan_inf_filter: bool = option(False, "True hides a loss that is not finite, and so a diverged run.")
+    global_batch_size: int | None = option(
+        None, "Examples of one optimizer step, over all processes; the accumulation follows from it."
+    )
+    gradient_accumulation_steps: int = option(None, "Micro-batches of one optimizer step; None: 1, or what follows.")
 
     def __post_init__(self) -> None:
-        """Without --do_train, --do_eval and --do_predict a script trains and evaluates."""
+        """Without --do_train, --do_eval and --do_predict a script trains and evaluates.
+
+        Raises:
+            ValueError: the global batch cannot be made, or settings that the Trainer's arguments refuse.
+        """
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = self.do_eval = True
+        self._settle_accumulation()
         super().__post_init__()
+        if self.global_batch_size is not None and self.n_gpu > 1:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} with {self.n_gpu} GPUs in one process; start one process "
+                "for each GPU with torchrun or accelerate launch."
+            )
+
+    def _settle_accumulation(self) -> None:
+        """Before the Trainer's arguments are made: they fill the numbers into DeepSpeed's configuration.
+
+        Raises:
+            ValueError: the global batch cannot be made of whole micro-batches.
+        """
+        given = self.gradient_accumulation_steps
+        if self.global_batch_size is None:
+            self.gradient_accumulation_steps = 1 if given is None else given
+            return
+        if self.auto_find_batch_size:
+            raise ValueError(
+                f"auto_find_batch_size=True changes the micro-batch, and global_batch_size={self.global_batch_size} "
+                "would be another one; leave one of them out."
+            )
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # what the Trainer will see: `script.check_processes`
+        steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, processes)
+        if given not in {None, steps}:
+            raise ValueError(
+                f"gradient_accumulation_steps={given}, but global_batch_size={self.global_batch_size} with "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} on {processes} processes is {steps}; "
+                "leave one of them out."
+            )
+        self.gradient_accumulation_steps = steps
 
     @property
     def folder(self) -> Path:
@@ -87,3 +127,30 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
             output_dir=output_dir,
             **layers,
         )
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
+    """Micro-batches that make a global batch.
+
+    Args:
+        global_batch: examples of one optimizer step.
+        micro_batch: examples that one process takes at once.
+        processes: that train together.
+
+    Raises:
+        ValueError: they do not make it; says what would.
+    """
+    each = micro_batch * processes
+    if global_batch > 0 and global_batch % each == 0:
+        return global_batch // each
+    share, rest = divmod(global_batch, processes)
+    divisors = [size for size in range(1, share + 1) if share % size == 0] if rest == 0 else []
+    nearest = sorted(sorted(divisors, key=lambda size: abs(size - micro_batch))[:3])
+    below = max(global_batch // each, 1) * each
+    fits = f"global_batch_size {below} or {below + each}"
+    if nearest:
+        fits += f", or per_device_train_batch_size {' or '.join(map(str, nearest))}"
+    raise ValueError(
+        f"global_batch_size={global_batch} is no multiple of {each}, per_device_train_batch_size={micro_batch} on "
+        f"{processes} processes; {fits} would fit."
+    )

@@ -38,6 +38,7 @@ SETTINGS = (
     "warmup_steps",
     "max_steps",
     "num_train_epochs",
+    "global_batch_size",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "weight_decay",
