@@ -99,13 +99,44 @@ def test_lamb_clips_by_itself(path: Path) -> None:
     assert (config["max_grad_norm"] == 0.0) == lamb
 
 
-@pytest.mark.parametrize("family", ["smoke/*", "pretrain/*", "vision/vit_digits_*"])
+PHASES = [f"pretrain/bert_{size}_phase{phase}" for size in ("large", "base", "small", "mini") for phase in (1, 2)]
+NAMES = ("lamb", "adamw", "muon", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa")
+
+
+@pytest.mark.parametrize(
+    "family", ["smoke/", "pretrain/bert_mini_wiki_", "vision/vit_digits_", *(f"{p}_" for p in PHASES)]
+)
 def test_siblings_differ_in_optimizer_keys_alone(family: str) -> None:
-    paths = sorted((ROOT / "configs").glob(f"{family}.yaml"))
+    paths = sorted((ROOT / "configs").glob(f"{family}*.yaml"))
     first, *others = (yaml.safe_load(path.read_text()) for path in paths)
     assert others
+    # the paper's phase 2 is shorter for the second-order methods: the number of steps is what its table compares
+    free = OPTIMIZER_KEYS | ({"max_steps"} if "large_phase2" in family else set())
     for other in others:
-        assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= OPTIMIZER_KEYS
+        assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= free
+
+
+@pytest.mark.parametrize("family", PHASES)
+def test_every_phase_has_every_optimizer(family: str) -> None:
+    for name in NAMES:
+        config = yaml.safe_load((ROOT / "configs" / f"{family}_{name}.yaml").read_text())
+        optim, base = ("mkor", "muon") if name == "mkor_muon" else (name, config.get("base_optim"))
+        assert (config["optim"], config.get("base_optim")) == (optim, base)
+        assert ("previous_phase" in config) == ("phase2" in family) != ("preset" in config)
+
+
+def test_the_published_recipe_of_bert_large() -> None:
+    """bert_recipes.md 1: NVIDIA's two phases, and the steps of the MKOR paper's table."""
+    recipe = {1: (7038, 65536, 0.006, 0.2843, 20, "data/phase1"), 2: (1563, 32768, 0.004, 0.128, 80, "data/phase2")}
+    for phase, (steps, batch, rate, warmup, predictions, data) in recipe.items():
+        config = yaml.safe_load((ROOT / "configs" / "pretrain" / f"bert_large_phase{phase}_lamb.yaml").read_text())
+        assert (config["max_steps"], config["global_batch_size"], config["learning_rate"]) == (steps, batch, rate)
+        assert (config["warmup_steps"], config["max_predictions"], config["data_dir"]) == (warmup, predictions, data)
+        assert (config["lr_scheduler_type"], config["weight_decay"]) == ("poly_warmup", 0.01)
+    table = {"lamb": 1563, "kaisa": 1000, "mkor": 1000, "mkor_h": 600, "eva": 1000}
+    for name, steps in table.items():
+        config = yaml.safe_load((ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text())
+        assert (config["max_steps"], config["learning_rate"]) == (steps, 0.004)
 
 
 @pytest.mark.parametrize("path", [*PRETRAINING, *VISION], ids=ids)

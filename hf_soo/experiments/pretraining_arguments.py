@@ -22,9 +22,10 @@ class ModelArguments:
         "Go on from an earlier run's output_dir or checkpoint: its weights, and its base's moments at step 0 (BERT's "
         "phase 2).",
     )
-    preset: Literal["tiny", "mini", "base", "large"] = option(
-        "mini", "Shape of a new model: tiny 2 x 128, mini 4 x 256, base 12 x 768, large 24 x 1024."
+    preset: Literal["tiny", "mini", "small", "base", "large"] = option(
+        "mini", "Shape of a new model: tiny 2 x 128, mini 4 x 256, small 4 x 512, base 12 x 768, large 24 x 1024."
     )
+    pad_vocab_to_multiple_of: int = option(1, "Rows of a new model's embedding are rounded up; 8 suits tensor cores.")
     hidden_size: int | None = option(None, "Instead of the preset's.")
     num_hidden_layers: int | None = option(None, "Instead of the preset's.")
     num_attention_heads: int | None = option(None, "Instead of the preset's.")

@@ -18,7 +18,13 @@ from hf_soo.tasks.wordpiece import SpecialIds, special_ids
 logger = logging.getLogger(__name__)
 
 # (hidden size, layers, heads): BERT of Devlin et al. 2018, and the small ones of Turc et al. 2019
-SHAPES = {"tiny": (128, 2, 2), "mini": (256, 4, 4), "base": (768, 12, 12), "large": (1024, 24, 16)}
+SHAPES = {
+    "tiny": (128, 2, 2),
+    "mini": (256, 4, 4),
+    "small": (512, 4, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,12 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
 
 def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:
     hidden, layers, heads = SHAPES[model.preset]
+    multiple = model.pad_vocab_to_multiple_of
+    if not 1 <= multiple <= 128:
+        raise ValueError(f"pad_vocab_to_multiple_of is {multiple}; it must lie between 1 and 128.")
     hidden = model.hidden_size or hidden
     settings: dict[str, Any] = dict(
-        vocab_size=data.ids.size,
+        vocab_size=-(-data.ids.size // multiple) * multiple,
         hidden_size=hidden,
         num_hidden_layers=model.num_hidden_layers or layers,
         num_attention_heads=model.num_attention_heads or heads,
