@@ -77,7 +77,7 @@ def test_weights_and_moments_go_on_and_the_steps_begin_anew(
         assert bool((new["state"][number]["exp_avg_sq"] >= left * (1 - 1e-5)).all())
         assert float(left.sum()) > 0 or float(entry["exp_avg_sq"].sum()) == 0
     (run,) = (json.loads(file.read_text()) for file in (tmp_path / "out" / "runs").glob("*.json"))
-    assert run["config"]["previous_phase"] == {"steps": 4, "base": "Lamb", "moments": "kept"}
+    assert run["config"]["previous_phase"] == {"steps": 4, "base": "Lamb"} and run["config"]["moments"] == "kept"
 
 
 def test_an_interrupted_phase_2_resumes_from_its_own_checkpoint(
@@ -101,7 +101,7 @@ def test_another_base_starts_fresh_and_says_so(
     assert script.main(flags(prepared, tmp_path / "out", *more)) == 0
     assert "the moments of AdamW start fresh" in caplog.text and "has those of Lamb" in caplog.text
     (run,) = (json.loads(file.read_text()) for file in (tmp_path / "out" / "runs").glob("*.json"))
-    assert run["config"]["previous_phase"]["moments"] == "fresh"
+    assert run["config"]["moments"] == "fresh"
 
 
 @pytest.mark.parametrize(

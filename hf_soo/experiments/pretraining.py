@@ -59,7 +59,7 @@ class PretrainingTask(Task):
         Args:
             model: a BERT.
         """
-        before = {"previous_phase": self.phase.describe(self.base)} if self.phase is not None else {}
+        before = self.phase.describe(self.base) if self.phase is not None else {}
         return {"model": model_description(model), "data": self.data.description, **before}
 
     def make_trainer(

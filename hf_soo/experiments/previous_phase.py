@@ -49,7 +49,8 @@ class PreviousPhase:
             base: of the run that goes on from here, named as ``base_optim`` is.
         """
         ours = BASES[base].cls.__name__ if base in BASES else base.rpartition(":")[2]
-        return {"steps": self.steps, "base": self.base, "moments": "kept" if ours == self.base else "fresh"}
+        before = {"steps": self.steps, "base": self.base}
+        return {"previous_phase": before, "moments": "kept" if ours == self.base else "fresh"}
 
 
 def find_phase(folder: str) -> PreviousPhase:

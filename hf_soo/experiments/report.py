@@ -8,7 +8,7 @@ mixes them is refused. A cell that is not known stays empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ METHOD_KEYS = frozenset(
         "weight_decay",
         "precondition_include",
         "precondition_exclude",
+        "moments",  # whether its base could take those of the phase before
     }
 )
 HEADER = ("optimizer", "base", "learning rate", "final eval loss")
@@ -55,16 +56,17 @@ class Method:
         return f"{run.optimizer}{over}{_settings(run)}"
 
 
-def methods(records: Sequence[RunRecord]) -> list[Method]:
+def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[Method]:
     """Group runs by optimizer, base and configuration, each group and the list of groups best first.
 
     Args:
         records: the runs of one workload.
+        free: settings besides a method's own in which they may differ.
 
     Raises:
         ValueError: the runs are of different workloads.
     """
-    _check_one_workload(records)
+    _check_one_workload(records, METHOD_KEYS.union(free))
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         groups.setdefault(_configuration(record), []).append(record)
@@ -163,11 +165,11 @@ def _baseline(found: Sequence[Method]) -> Method | None:
     return None
 
 
-def _check_one_workload(records: Sequence[RunRecord]) -> None:
+def _check_one_workload(records: Sequence[RunRecord], free: frozenset[str]) -> None:
     first = records[0]
     for other in records[1:]:
         ours, theirs = ({"seed": run.seed, **run.config} for run in (first, other))
-        for key in sorted((set(ours) | set(theirs)) - METHOD_KEYS):
+        for key in sorted((set(ours) | set(theirs)) - free):
             if ours.get(key) != theirs.get(key):
                 raise ValueError(
                     f"Runs {first.name} and {other.name} differ in {key} ({ours.get(key)!r}, {theirs.get(key)!r}); "
@@ -175,13 +177,14 @@ def _check_one_workload(records: Sequence[RunRecord]) -> None:
                 )
 
 
-def picture(records: Sequence[RunRecord], path: str | Path, title: str = "") -> None:
+def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, free: Collection[str] = ()) -> None:
     """Draw evaluation loss over steps and over seconds of training, one line a method, the best run of each.
 
     Args:
         records: the runs of one workload.
         path: the file; its ending says the format.
         title: over both panels.
+        free: settings besides a method's own in which they may differ.
 
     Raises:
         ValueError: the runs are of different workloads, or matplotlib is not installed.
@@ -192,7 +195,7 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "") -> 
         raise ValueError("The picture needs matplotlib; pip install 'hf-soo[report]'.") from error
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    found = methods(records)
+    found = methods(records, free)
     for index, method in enumerate(found):
         _draw(panels, method, index)
     for axis, name in zip(panels, ("optimizer steps", "seconds of training"), strict=True):

@@ -1,0 +1,188 @@
+"""A pipeline of commands that picks up where it stopped, whatever stopped it.
+
+    OUTPUT/done/STAGE.json   the stage ended well: its command and how long it took; it is not run again
+    OUTPUT/logs/STAGE.log    what it printed; locked as long as one of its processes lives
+
+A stage is a command that goes on by itself when it is given again. The lock is what a killed pipeline leaves behind
+while its stages go on without it: the next one waits for them instead of starting them twice. It lies on the log's
+open file, which every process of a stage inherits, so the system takes it away with the last of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from hf_soo.files import write_atomically
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command.
+
+    Args:
+        name: also of its log.
+        command: program and arguments.
+        needs: stages that must have ended well before.
+        product: a file that is there only when the stage has ended well, for commands that refuse to be given again.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    product: Path | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+class Pipeline:
+    """Stages, in an order in which each comes after those that it needs."""
+
+    def __init__(self, stages: Sequence[Stage], folder: str | Path, *, jobs: int = 1) -> None:
+        """Look at what is done already; nothing is started or written.
+
+        Args:
+            stages: all of them.
+            folder: where logs and marks go.
+            jobs: how many stages run at once.
+
+        Raises:
+            ValueError: a stage was done by another command than it has now.
+        """
+        self.folder, self.jobs = Path(folder), jobs
+        self.stages = list(stages)
+        self.done = {stage.name for stage in stages if self._is_done(stage)}
+        self.failed: dict[str, str] = {}
+        self.running: list[_Running] = []
+        self._told: set[str] = set()
+
+    def _is_done(self, stage: Stage) -> bool:
+        if stage.product is not None and stage.product.is_file():
+            return True
+        mark = self._mark(stage)
+        if not mark.is_file():
+            return False
+        before = json.loads(mark.read_text(encoding="utf-8"))["command"]
+        if before != list(stage.command):
+            raise ValueError(
+                f"stage {stage.name} was done with {shlex.join(before)!r}, now it is {shlex.join(stage.command)!r}; "
+                f"use another output folder, or delete {mark} and what the stage wrote."
+            )
+        return True
+
+    def run(self) -> dict[str, str]:
+        """Run what is not done. A stage that fails stops those that need it, and no others.
+
+        Returns:
+            The stages that failed, or could not start, and why.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the stages have stopped by then.
+        """
+        try:
+            while self._start() or self.running:
+                time.sleep(POLL_SECONDS)
+                self._collect()
+        except KeyboardInterrupt:  # Ctrl-C reaches the stages too: they stop by themselves
+            for each in self.running:
+                each.process.wait()
+            raise
+        finally:
+            for each in self.running:
+                if each.process.poll() is None:
+                    each.process.terminate()
+                    each.process.wait()
+        return self.failed
+
+    def _start(self) -> bool:
+        """Start what can start; whether something still waits for another pipeline's process."""
+        locked = False
+        active = {each.stage.name for each in self.running}
+        for stage in self.stages:
+            if stage.name in self.done | self.failed.keys() | active:
+                continue
+            if broken := [need for need in stage.needs if need in self.failed]:
+                self._fail(stage, f"it needs {broken[0]}, which failed")
+            elif len(self.running) < self.jobs and self.done.issuperset(stage.needs):
+                log = self._lock(stage)
+                locked |= log is None
+                if log is not None:
+                    self._spawn(stage, log)
+        return locked
+
+    def _lock(self, stage: Stage) -> IO[bytes] | None:
+        """The stage's log, locked; None while a process of an earlier pipeline has it."""
+        file = self.folder / "logs" / f"{stage.name}.log"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        log = file.open("ab")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            if stage.name not in self._told:
+                self._told.add(stage.name)
+                self._say(f"{stage.name}: is still running from before; waiting for it")
+            return None
+        return log
+
+    def _spawn(self, stage: Stage, log: IO[bytes]) -> None:
+        with log:
+            if self._is_done(stage):  # it ended while we waited for the lock
+                self.done.add(stage.name)
+                return
+            process = subprocess.Popen(
+                stage.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment()
+            )
+        self.running.append(_Running(stage, process, time.monotonic()))
+        self._say(f"{stage.name}: started ({len(self.done) + 1} of {len(self.stages)})")
+
+    def _environment(self) -> Mapping[str, str]:
+        """Stages that run beside each other share the cores, unless the user has said how many threads."""
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        return {"OMP_NUM_THREADS": str(threads), **os.environ} if self.jobs > 1 else os.environ
+
+    def _collect(self) -> None:
+        for each in [each for each in self.running if each.process.poll() is not None]:
+            self.running.remove(each)
+            seconds = round(time.monotonic() - each.began, 1)
+            if each.process.returncode == 0:
+                mark = self._mark(each.stage)
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(mark, json.dumps({"command": each.stage.command, "seconds": seconds}) + "\n")
+                self.done.add(each.stage.name)
+                self._say(f"{each.stage.name}: done in {seconds:.0f} s")
+            else:
+                self._fail(each.stage, f"exit code {each.process.returncode}, {self._last_words(each.stage)}")
+
+    def _fail(self, stage: Stage, reason: str) -> None:
+        self.failed[stage.name] = reason
+        self._say(f"{stage.name}: failed: {reason}")
+
+    def _last_words(self, stage: Stage) -> str:
+        """The line of the log that says why, or the last one."""
+        file = self.folder / "logs" / f"{stage.name}.log"
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        return f"{(errors or lines or ['nothing was printed'])[-1]} (see {file})"
+
+    def _mark(self, stage: Stage) -> Path:
+        return self.folder / "done" / f"{stage.name}.json"
+
+    @staticmethod
+    def _say(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -1,0 +1,188 @@
+"""The table of the MKOR paper, at a chosen scale: phase 1 once, phase 2 by each optimizer, SQuAD and GLUE after each.
+
+    prepare_phase1, prepare_phase2    raw text -> sequences of 128 and of 512 tokens
+    phase1                            LAMB
+    phase2_NAME                       from phase 1's weights and moments, by bert_SCALE_phase2_NAME.yaml
+    squad_NAME, glue_NAME             fine-tuned by AdamW, the same for all: what is compared is the pretraining
+
+Every stage is one of the project's scripts with flags, which --dry_run prints. OUTPUT/results has the run JSONs, the
+table and the pictures. A pipeline that was stopped, in whatever way, goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hf_soo.experiments import arguments, reproduce_table
+from hf_soo.experiments.pipeline import Pipeline, Stage
+from hf_soo.experiments.script import guarded
+from hf_soo.flags import option
+
+Scale = Literal["mini", "small", "base", "large"]
+ROOT = Path(__file__).resolve().parents[2]
+PHASE_1 = "lamb"
+OPTIMIZERS = ("lamb", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa")
+TASKS = ("rte", "mrpc", "stsb", "cola")
+
+
+@dataclass
+class ReproduceArguments:
+    """What is reproduced, from which data."""
+
+    _argument_group_name = "reproduce"
+
+    scale: Scale = option("mini", "mini: 2 CPU cores, about two hours; small, base: one GPU; large: the paper's.")
+    text: str = option("wikimedia/wikipedia:20231101.en", "Corpus: what prepare_pretraining.py takes as --source.")
+    vocab: str | None = option(None, "WordPiece vocabulary, one piece a line; None: trained on the corpus.")
+    squad_train: str | None = option(None, "SQuAD's train JSON; None: from the hub.")
+    squad_dev: str | None = option(None, "SQuAD's dev JSON; None: from the hub.")
+    glue_dir: str | None = option(None, "Folder of GLUE's folders; None: from the hub.")
+    optimizers: list[str] | None = option(
+        None, f"Of phase 2, by the names of its configs; None: {' '.join(OPTIMIZERS)}."
+    )
+    glue_tasks: list[str] | None = option(None, f"Tasks of GLUE, or all; None: {' '.join(TASKS)}.")
+    seeds: list[int] | None = option(None, "Of the fine-tuning on GLUE, the table has medians; None: 0.")
+    output: str | None = option(None, "Folder for everything; None: out/reproduce_SCALE.")
+    num_proc: int = option(1, "Processes that prepare the text.")
+    jobs: int = option(1, "Stages that run at once; on CPUs they share the cores.")
+    launch: str = option("accelerate launch", "How training scripts are started, with a --config_file for example.")
+    dry_run: bool = option(False, "Print the commands and run nothing.")
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail later.
+
+        Raises:
+            ValueError: a count below 1, an unknown optimizer, one SQuAD file of two, or a missing file.
+        """
+        for name in ("num_proc", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if (self.squad_train is None) != (self.squad_dev is None):
+            raise ValueError(
+                f"squad_train={self.squad_train!r} and squad_dev={self.squad_dev!r}; give both or neither."
+            )
+        for name in ("vocab", "squad_train", "squad_dev", "glue_dir"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).exists():
+                raise ValueError(f"{name}={value!r} does not exist; give an existing path.")
+        self.optimizers = self.optimizers or list(OPTIMIZERS)
+        for name in self.optimizers:
+            if not self.config("pretrain", f"phase2_{name}").is_file():
+                known = sorted(
+                    path.stem.split("phase2_")[1] for path in (ROOT / "configs").glob(f"*/bert_{self.scale}_phase2_*")
+                )
+                raise ValueError(f"optimizers has {name!r}; allowed are {', '.join(known)}.")
+
+    def config(self, kind: str, name: str) -> Path:
+        """A recipe of this scale.
+
+        Args:
+            kind: folder under configs/.
+            name: after "bert_SCALE_".
+        """
+        return ROOT / "configs" / kind / f"bert_{self.scale}_{name}.yaml"
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output or f"out/reproduce_{self.scale}")
+
+
+def stages(of: ReproduceArguments) -> list[Stage]:
+    """All stages, each after those that it needs.
+
+    Args:
+        of: what is reproduced.
+    """
+    data, results = of.folder / "data", of.folder / "results"
+    vocab = (of.vocab,) if of.vocab is not None else ()
+    found = [_prepare(of, 1, vocab), _prepare(of, 2, (str(data / "phase1" / "vocab.txt"),))]
+    found.append(_pretrain(of, 1, PHASE_1, ("prepare_phase1",)))
+    names = of.optimizers or ()
+    for name in names:
+        found.append(_pretrain(of, 2, name, ("prepare_phase2", "phase1")))
+    for name in names:
+        model = ("--model_name_or_path", str(of.folder / f"phase2_{name}"))
+        files = ("--train_file", of.squad_train, "--validation_file", of.squad_dev) if of.squad_train else ()
+        squad = (*model, *files, "--name", name, "--results_dir", results / "squad")
+        found.append(_script(of, f"squad_{name}", "run_squad", "squad", "adamw", squad, (f"phase2_{name}",)))
+        local = ("--data_dir", of.glue_dir) if of.glue_dir else ()
+        tasks = ("--task_name", *(of.glue_tasks or TASKS), "--seeds", *(of.seeds or (0,)))
+        glue = (*model, *local, *tasks, "--results_dir", results / "glue" / name)
+        found.append(_script(of, f"glue_{name}", "run_glue", "glue", "adamw", glue, (f"phase2_{name}",)))
+    return found
+
+
+def _prepare(of: ReproduceArguments, phase: int, vocab: tuple[str, ...]) -> Stage:
+    output = of.folder / "data" / f"phase{phase}"
+    lengths = {1: ("128", "0.1"), 2: ("512", "0")}[phase]
+    flags = ("--max_seq_length", lengths[0], "--short_seq_prob", lengths[1], "--eval_documents", "0.01")
+    given = tuple(item for file in vocab for item in ("--vocab", file))
+    command = (sys.executable, ROOT / "scripts" / "prepare_pretraining.py", "--source", of.text, "--output", output)
+    needs = ("prepare_phase1",) if phase == 2 else ()  # its vocabulary
+    everything = (*command, *flags, *given, "--num_proc", of.num_proc)
+    return Stage(f"prepare_phase{phase}", tuple(map(str, everything)), needs, output / "manifest.json")
+
+
+def _pretrain(of: ReproduceArguments, phase: int, name: str, needs: tuple[str, ...]) -> Stage:
+    stage = "phase1" if phase == 1 else f"phase2_{name}"
+    before = ("--previous_phase", of.folder / "phase1") if phase == 2 else ()
+    places = (
+        "--data_dir",
+        of.folder / "data" / f"phase{phase}",
+        "--results_dir",
+        of.folder / "results" / f"phase{phase}",
+    )
+    return _script(
+        of, stage, "pretrain_bert", "pretrain", f"phase{phase}_{name}", (*places, *before, "--name", name), needs
+    )
+
+
+def _script(
+    of: ReproduceArguments,
+    stage: str,
+    script: str,
+    kind: str,
+    config: str,
+    flags: tuple[object, ...],
+    needs: tuple[str, ...],
+) -> Stage:
+    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", "--config", of.config(kind, config))
+    return Stage(stage, tuple(map(str, (*command, "--output_dir", of.folder / stage, *flags))), needs)
+
+
+def run(flags: list[str]) -> None:
+    """Run the stages, and make the table of what is there.
+
+    Args:
+        flags: of the command line.
+
+    Raises:
+        ValueError: settings that cannot be, or stages that failed.
+    """
+    (of,) = arguments.parse((ReproduceArguments,), flags, __doc__ or "")
+    planned = stages(of)
+    if of.dry_run:
+        print("\n".join(shlex.join(stage.command) for stage in planned))
+        return
+    failed = Pipeline(planned, of.folder, jobs=of.jobs).run()
+    print(reproduce_table.write(of.folder / "results", of.scale), end="")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(planned)} stages did not end well: {', '.join(failed)}.")
+
+
+def main(flags: list[str] | None = None) -> int:
+    """The command: 0 when every stage ended well, 1 after an error, 130 after Ctrl-C.
+
+    Args:
+        flags: None: those of the process.
+    """
+    return guarded(run, flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
