@@ -1,0 +1,232 @@
+"""The table of GLUE runs: a row an optimizer and learning rate, a column a task, medians over seeds.
+
+The average is that of the GLUE paper: the mean over tasks of the mean of a task's metrics. Each row says which tasks it
+is over; rows over different tasks cannot be compared by it. Cells that are not known stay empty.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+from hf_soo.experiments.runs import RunRecord
+from hf_soo.tasks.glue import TASKS, GlueTask
+
+COMBINED = "combined_score"  # the mean of the two before it, for choosing a model; not shown
+# What a record's config says besides a method's settings and what is one task's alone.
+IDENTITY = ("learning_rate", "optim_args", "base_optim_args", "precondition_include", "precondition_exclude")
+PER_RUN = ("initial_weights", "task")
+SUBSET, PARTIAL = "\\*", "†"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The runs of one model, optimizer and setting: by task, and of each task by seed."""
+
+    model: str
+    optimizer: str
+    base: str
+    rate: str
+    note: str
+    cells: dict[str, list[RunRecord]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Those with a completed run, in the order of the columns."""
+        return [name for name in TASKS if any(run.status == "completed" for run in self.cells.get(name, ()))]
+
+    def average(self) -> float | None:
+        """Over its tasks, of the mean of each one's metrics; None where there is none."""
+        means = [mean(values) for name in self.tasks if (values := list(medians(self.cells[name]).values()))]
+        return mean(means) if means else None
+
+
+def is_glue(record: RunRecord) -> bool:
+    """Whether a record is of a fine-tuning run on GLUE (evaluations alone are not).
+
+    Args:
+        record: of any run.
+    """
+    return record.config.get("task") in TASKS and (record.steps > 0 or record.status not in ("completed",))
+
+
+def medians(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """The median of each official metric over the completed runs of a cell.
+
+    Args:
+        runs: of one task.
+    """
+    task = TASKS[runs[0].config["task"]]
+    return {metric: median(values) for metric in shown(task) if (values := _values(runs, metric))}
+
+
+def shown(task: GlueTask) -> list[str]:
+    """The metrics of a task that stand in its column.
+
+    Args:
+        task: of GLUE.
+    """
+    return [metric for metric in task.metrics if metric != COMBINED]
+
+
+def _values(runs: Sequence[RunRecord], metric: str) -> list[float]:
+    completed = (run.final.get(metric) for run in runs if run.status == "completed")
+    return [value for value in completed if value is not None]
+
+
+def rows(records: Sequence[RunRecord]) -> list[Row]:
+    """Put runs together; where a task was run in two ways, each way has a row that says what it differs in.
+
+    Args:
+        records: of runs on GLUE.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(json.dumps(_identity(record)), []).append(record)
+    found = []
+    for group in groups.values():
+        parts = [group] if _one_way(group) else _ways(group)
+        found += [_row(part, _difference(part, parts)) for part in parts]
+    return sorted(found, key=lambda row: -(row.average() or 0.0))
+
+
+def _identity(record: RunRecord) -> list[Any]:
+    model = (record.config.get("model") or {}).get("name")
+    return [model, record.optimizer, record.base, *(record.config.get(key) for key in IDENTITY)]
+
+
+def _way(record: RunRecord) -> dict[str, Any]:
+    """Everything else that a record says of its settings, data flattened."""
+    data: dict[str, Any] = record.config.get("data") or {}
+    config = {key: value for key, value in record.config.items() if key not in (*IDENTITY, *PER_RUN, "model", "data")}
+    return config | data
+
+
+def _one_way(group: Sequence[RunRecord]) -> bool:
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for record in group:
+        ways.setdefault(record.config["task"], []).append(_way(record))
+    return all(way == each[0] for each in ways.values() for way in each)
+
+
+def _ways(group: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """The group split by those settings in which runs of one task differ."""
+    keys = _differing(group)
+    parts: dict[str, list[RunRecord]] = {}
+    for record in group:
+        parts.setdefault(json.dumps([_way(record).get(key) for key in keys]), []).append(record)
+    return list(parts.values())
+
+
+def _differing(group: Sequence[RunRecord]) -> list[str]:
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for record in group:
+        by_task.setdefault(record.config["task"], []).append(_way(record))
+    return sorted({key for ways in by_task.values() for way in ways for key in way if way.get(key) != ways[0].get(key)})
+
+
+def _difference(part: Sequence[RunRecord], parts: Sequence[Sequence[RunRecord]]) -> str:
+    if len(parts) == 1:
+        return ""
+    keys = _differing([record for each in parts for record in each])
+    return ", ".join(f"{key}={_way(part[0]).get(key)}" for key in keys)
+
+
+def _row(runs: Sequence[RunRecord], difference: str) -> Row:
+    first, cells = runs[0], {}
+    for name in TASKS:
+        by_seed = {run.seed: run for run in runs if run.config["task"] == name}
+        if by_seed:
+            cells[name] = [by_seed[seed] for seed in sorted(by_seed)]
+    config = first.config
+    given = {**(config.get("optim_args") or {}), **(config.get("base_optim_args") or {})}
+    notes = [f"{key}={value}" for key, value in given.items()]
+    notes += [f"{key}={' '.join(config[key])}" for key in IDENTITY[3:] if config.get(key)]
+    return Row(
+        str((config.get("model") or {}).get("name", "")),
+        first.optimizer,
+        "" if first.base == first.optimizer else first.base,
+        f"{config['learning_rate']:g}" if config.get("learning_rate") is not None else "",
+        ", ".join(filter(None, (*notes, difference))),
+        cells,
+    )
+
+
+def table(records: Sequence[RunRecord]) -> str:
+    """The markdown table of a folder of run JSONs, and below it the seeds that its medians are of.
+
+    Args:
+        records: of any runs; those that are not of GLUE are passed over.
+    """
+    found = rows([record for record in records if is_glue(record)])
+    if not found:
+        return "No runs on GLUE.\n"
+    names = [name for name in TASKS if any(name in row.cells for row in found)]
+    header = ["model", "optimizer", "base", "learning rate", *(_column(TASKS[name]) for name in names), "average"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * 4 + "---:|" * (len(names) + 1)]
+    for row in found:
+        optimizer = f"{row.optimizer} ({row.note})" if row.note else row.optimizer
+        cells = [_cell(row.cells[name]) if name in row.cells else "" for name in names]
+        lines.append("| " + " | ".join([row.model, optimizer, row.base, row.rate, *cells, _average(row)]) + " |")
+    return "\n".join([*lines, "", *_notes(found, lines), *_seeds(found)]) + "\n"
+
+
+def _column(task: GlueTask) -> str:
+    short = {
+        "matthews_correlation": "Matthews", "accuracy": "acc", "f1": "F1", "pearson": "Pearson",
+        "spearmanr": "Spearman", "accuracy_mm": "mm",
+    }  # fmt: skip
+    named = "m/mm acc" if task.name == "mnli" else "/".join(short[metric] for metric in shown(task))
+    return f"{task.title} {named}"
+
+
+def _cell(runs: Sequence[RunRecord]) -> str:
+    """Medians in percent, or why there are none."""
+    failed = [run.status for run in runs if run.status != "completed"]
+    text = "/".join(f"{100 * value:.1f}" for value in medians(runs).values())
+    if failed:
+        text = f"{text} ({', '.join(sorted(set(failed)))}: {len(failed)} of {len(runs)})".strip()
+    data = runs[0].config.get("data") or {}
+    return text + (SUBSET if data.get("dev_subset") else "") + (PARTIAL if data.get("train_subset") else "")
+
+
+def _average(row: Row) -> str:
+    value = row.average()
+    return "" if value is None else f"{100 * value:.1f} ({len(row.tasks)} task{'s' * (len(row.tasks) != 1)})"
+
+
+def _notes(found: Sequence[Row], lines: Sequence[str]) -> list[str]:
+    """What the average is over, and what the marks mean where they occur."""
+    covered = list(dict.fromkeys(tuple(row.tasks) for row in found if row.tasks))
+    sets = "; ".join(f"{len(names)}: {', '.join(TASKS[name].title for name in names)}" for name_set in covered
+                     for names in [name_set])  # fmt: skip
+    text = ["Dev sets, in percent, medians over seeds."]
+    if covered:
+        text.append(f"Average: the mean over tasks of the mean of a task's metrics, over {sets}.")
+    if len(covered) > 1:
+        text.append("Averages over different tasks cannot be compared.")
+    if any(SUBSET in line for line in lines):
+        text.append(f"{SUBSET} not the whole official dev set: no official score.")
+    if any(PARTIAL in line for line in lines):
+        text.append(f"{PARTIAL} not trained on the official training set as a whole.")
+    return [" ".join(text)]
+
+
+def _seeds(found: Sequence[Row]) -> list[str]:
+    """Median, lowest and highest of each cell with several seeds."""
+    lines = []
+    for row in found:
+        for name, runs in row.cells.items():
+            for metric in shown(TASKS[name]):
+                if len(values := _values(runs, metric)) > 1:
+                    numbers = (f"{100 * value:.1f}" for value in (median(values), min(values), max(values)))
+                    seeds = " ".join(str(run.seed) for run in runs if run.status == "completed")
+                    over = f" over {row.base}" if row.base else ""
+                    method = f"{row.model}, {row.optimizer}{over}, {row.rate}"
+                    cells = [method, TASKS[name].title, metric, *numbers, seeds]
+                    lines.append(f"| {' | '.join(cells)} |")
+    header = ["", "| run | task | metric | median | lowest | highest | seeds |", "|---|---|---|---:|---:|---:|---|"]
+    return [*header, *lines] if lines else []
