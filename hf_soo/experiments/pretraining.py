@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,6 +17,7 @@ from hf_soo.experiments.training import Task, base_name, optimizer_name
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
 from hf_soo.tasks.masking import PretrainingCollator
+from hf_soo.tasks.pretraining_metrics import METRICS, prediction_sums, pretraining_metrics
 
 EVAL_SEED = 0  # of the masks of every evaluation, whatever the run's seed: losses of different seeds compare
 
@@ -25,6 +26,7 @@ class PretrainingTask(Task):
     """Masked words and next sentence on prepared text."""
 
     title = "BERT pretraining"
+    metrics = METRICS
 
     def __init__(self, model: ModelArguments, data: DataArguments, args: RunTrainingArguments) -> None:
         """Load the data, or prepare it.
@@ -79,6 +81,7 @@ class PretrainingTask(Task):
             data_collator=training,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
+            compute_metrics=pretraining_metrics,
             callbacks=[EpochCallback(training), *callbacks],
             processing_class=BertTokenizer(vocab=self.data.vocab_file),  # kept with every checkpoint
         )
@@ -92,7 +95,10 @@ class PretrainingTask(Task):
 
 
 class PretrainingTrainer(SecondOrderTrainer):
-    """Goes on from an earlier phase; evaluates with a collator of its own, which draws the same masks every time."""
+    """Goes on from an earlier phase; evaluates with a collator of its own, which draws the same masks every time.
+
+    Of the logits only sums are kept.
+    """
 
     eval_collator: PretrainingCollator
     phase: PreviousPhase | None = None
@@ -117,6 +123,31 @@ class PretrainingTrainer(SecondOrderTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = training
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer's, with each example's `prediction_sums` for the logits, which are too large to keep.
+
+        Args:
+            model: Trainer's.
+            inputs: Trainer's.
+            prediction_loss_only: Trainer's.
+            ignore_keys: Trainer's.
+
+        Returns:
+            The loss, the sums [B, 4], and the labels that the Trainer wants beside predictions.
+        """
+        step: tuple[Tensor | None, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = step
+        if logits is None:  # the loss alone was asked for
+            return loss, None, None
+        (word_logits, next_logits), (words, next_sentence) = logits[:2], labels
+        return loss, prediction_sums(word_logits, next_logits, words, next_sentence), next_sentence
 
 
 class EpochCallback(TrainerCallback):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,8 @@ from hf_soo.experiments.pipeline import Pipeline, Stage
 from hf_soo.experiments.script import guarded
 from hf_soo.flags import option
 
-Scale = Literal["mini", "small", "base", "large"]
 ROOT = Path(__file__).resolve().parents[2]
 PHASE_1 = "lamb"
-OPTIMIZERS = ("lamb", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa")
-TASKS = ("rte", "mrpc", "stsb", "cola")
 
 
 @dataclass
@@ -35,17 +32,24 @@ class ReproduceArguments:
 
     _argument_group_name = "reproduce"
 
-    scale: Scale = option("mini", "mini: 2 CPU cores, about two hours; small, base: one GPU; large: the paper's.")
+    scale: Literal["mini", "small", "base", "large"] = option(
+        "mini", "mini: 2 CPU cores, about two hours; small, base: one GPU; large: the paper's."
+    )
     text: str = option("wikimedia/wikipedia:20231101.en", "Corpus: what prepare_pretraining.py takes as --source.")
     vocab: str | None = option(None, "WordPiece vocabulary, one piece a line; None: trained on the corpus.")
     squad_train: str | None = option(None, "SQuAD's train JSON; None: from the hub.")
     squad_dev: str | None = option(None, "SQuAD's dev JSON; None: from the hub.")
     glue_dir: str | None = option(None, "Folder of GLUE's folders; None: from the hub.")
-    optimizers: list[str] | None = option(
-        None, f"Of phase 2, by the names of its configs; None: {' '.join(OPTIMIZERS)}."
+    optimizers: list[str] = field(
+        default_factory=lambda: ["lamb", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa"],
+        metadata={"help": "Of phase 2, by the names of its configs."},
     )
-    glue_tasks: list[str] | None = option(None, f"Tasks of GLUE, or all; None: {' '.join(TASKS)}.")
-    seeds: list[int] | None = option(None, "Of the fine-tuning on GLUE, the table has medians; None: 0.")
+    glue_tasks: list[str] = field(
+        default_factory=lambda: ["rte", "mrpc", "stsb", "cola"], metadata={"help": "Tasks of GLUE, or all."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of the fine-tuning on GLUE; the table has medians."}
+    )
     output: str | None = option(None, "Folder for everything; None: out/reproduce_SCALE.")
     num_proc: int = option(1, "Processes that prepare the text.")
     jobs: int = option(1, "Stages that run at once; on CPUs they share the cores.")
@@ -69,7 +73,6 @@ class ReproduceArguments:
             value = getattr(self, name)
             if value is not None and not Path(value).exists():
                 raise ValueError(f"{name}={value!r} does not exist; give an existing path.")
-        self.optimizers = self.optimizers or list(OPTIMIZERS)
         for name in self.optimizers:
             if not self.config("pretrain", f"phase2_{name}").is_file():
                 known = sorted(
@@ -102,16 +105,15 @@ def stages(of: ReproduceArguments) -> list[Stage]:
     vocab = (of.vocab,) if of.vocab is not None else ()
     found = [_prepare(of, 1, vocab), _prepare(of, 2, (str(data / "phase1" / "vocab.txt"),))]
     found.append(_pretrain(of, 1, PHASE_1, ("prepare_phase1",)))
-    names = of.optimizers or ()
-    for name in names:
+    for name in of.optimizers:
         found.append(_pretrain(of, 2, name, ("prepare_phase2", "phase1")))
-    for name in names:
+    for name in of.optimizers:
         model = ("--model_name_or_path", str(of.folder / f"phase2_{name}"))
         files = ("--train_file", of.squad_train, "--validation_file", of.squad_dev) if of.squad_train else ()
         squad = (*model, *files, "--name", name, "--results_dir", results / "squad")
         found.append(_script(of, f"squad_{name}", "run_squad", "squad", "adamw", squad, (f"phase2_{name}",)))
         local = ("--data_dir", of.glue_dir) if of.glue_dir else ()
-        tasks = ("--task_name", *(of.glue_tasks or TASKS), "--seeds", *(of.seeds or (0,)))
+        tasks = ("--task_name", *of.glue_tasks, "--seeds", *of.seeds)
         glue = (*model, *local, *tasks, "--results_dir", results / "glue" / name)
         found.append(_script(of, f"glue_{name}", "run_glue", "glue", "adamw", glue, (f"phase2_{name}",)))
     return found
