@@ -109,8 +109,15 @@ def stages(of: ReproduceArguments) -> list[Stage]:
         found.append(_pretrain(of, 2, name, ("prepare_phase2", "phase1")))
     for name in of.optimizers:
         model = ("--model_name_or_path", str(of.folder / f"phase2_{name}"))
-        files = ("--train_file", of.squad_train, "--validation_file", of.squad_dev) if of.squad_train else ()
-        squad = (*model, *files, "--name", name, "--results_dir", results / "squad")
+        files = ("--train_file", of.squad_train, "--validation_file", of.squad_dev)
+        squad = (
+            *model,
+            *(files if of.squad_train else ("--dataset_name", "squad")),
+            "--name",
+            name,
+            "--results_dir",
+            results / "squad",
+        )
         found.append(_script(of, f"squad_{name}", "run_squad", "squad", "adamw", squad, (f"phase2_{name}",)))
         local = ("--data_dir", of.glue_dir) if of.glue_dir else ()
         tasks = ("--task_name", *of.glue_tasks, "--seeds", *of.seeds)

@@ -1,0 +1,113 @@
+"""The pipeline of commands: order, failures, what is not run twice, and what a SIGKILL leaves behind."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_soo.experiments.pipeline import Pipeline, Stage
+
+
+def stage(folder: Path, name: str, *needs: str, code: str = "", product: Path | None = None) -> Stage:
+    """A command that adds its name to a file, and does what `code` says."""
+    program = f"open({str(folder / 'order')!r}, 'a').write({name + ' '!r}); print('this is {name}'); {code}"
+    return Stage(name, (sys.executable, "-c", program), needs, product)
+
+
+def order(folder: Path) -> list[str]:
+    return (folder / "order").read_text().split()
+
+
+def test_stages_run_after_those_they_need_and_only_once(tmp_path: Path) -> None:
+    stages = [stage(tmp_path, "a"), stage(tmp_path, "b", "a"), stage(tmp_path, "c", "b")]
+    assert Pipeline(stages, tmp_path).run() == {}
+    assert order(tmp_path) == ["a", "b", "c"]
+    mark = json.loads((tmp_path / "done" / "b.json").read_text())
+    assert mark["command"] == list(stages[1].command) and mark["seconds"] > 0
+    assert (tmp_path / "logs" / "b.log").read_text() == "this is b\n"
+    assert Pipeline(stages, tmp_path).run() == {}
+    assert order(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_failure_stops_those_that_need_it_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = stage(tmp_path, "b", "a", code="print('error: no such file'); print('more'); raise SystemExit(3)")
+    stages = [stage(tmp_path, "a"), broken, stage(tmp_path, "c", "b"), stage(tmp_path, "d", "a")]
+    failed = Pipeline(stages, tmp_path).run()
+    assert failed["b"].startswith("exit code 3, error: no such file (see ")
+    assert failed["c"] == "it needs b, which failed"
+    assert order(tmp_path) == ["a", "b", "d"]
+    assert "b: failed: exit code 3" in capsys.readouterr().out
+    stages[1] = stage(tmp_path, "b", "a")  # put right: it goes on from there
+    assert Pipeline(stages, tmp_path).run() == {}
+    assert order(tmp_path) == ["a", "b", "d", "b", "c"]
+
+
+def test_a_product_says_that_a_stage_is_done(tmp_path: Path) -> None:
+    product = tmp_path / "manifest.json"
+    product.write_text("{}")
+    assert Pipeline([stage(tmp_path, "a", product=product), stage(tmp_path, "b", "a")], tmp_path).run() == {}
+    assert order(tmp_path) == ["b"]
+
+
+def test_another_command_for_a_stage_that_is_done(tmp_path: Path) -> None:
+    Pipeline([stage(tmp_path, "a")], tmp_path).run()
+    with pytest.raises(ValueError, match=r"stage a was done with .* use another output folder, or delete"):
+        Pipeline([stage(tmp_path, "a", code="1 + 1")], tmp_path)
+
+
+def test_jobs_run_beside_each_other_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two waits for a file that the other writes; one after the other they would never end."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    wait = "import os, time\nopen({mine!r}, 'w').write(os.environ['OMP_NUM_THREADS'])\n"
+    wait += "while not os.path.exists({other!r}): time.sleep(0.01)"
+    files = [str(tmp_path / name) for name in ("first", "second")]
+    programs = [wait.format(mine=mine, other=other) for mine, other in (files, files[::-1])]
+    stages = [Stage(str(i), (sys.executable, "-c", program)) for i, program in enumerate(programs)]
+    assert Pipeline(stages, tmp_path, jobs=2).run() == {}
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    assert [Path(file).read_text() for file in files] == [threads, threads]
+
+
+SLOW = "import time, os; open('order', 'a').write('x ')\nwhile not os.path.exists('go'): time.sleep(0.01)"
+
+
+def run_slow(folder: Path) -> None:
+    """A stage that is a child of a child, as under a launcher; its pipeline may be killed."""
+    os.chdir(folder)
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLOW!r}], check=True)"
+    assert Pipeline([Stage("slow", (sys.executable, "-c", child))], folder).run() == {}
+    (folder / f"ended-{os.getpid()}").touch()
+
+
+def test_after_sigkill_a_stage_that_lives_on_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The next pipeline must not start it a second time beside the first."""
+    context = multiprocessing.get_context("fork")  # a fresh process would spend its time importing torch
+    first = context.Process(target=run_slow, args=(tmp_path,))
+    first.start()
+    until(lambda: (tmp_path / "order").is_file())
+    first.kill()
+    first.join()
+    second = context.Process(target=run_slow, args=(tmp_path,))
+    second.start()
+    said: list[str] = []
+    until(lambda: said.append(capfd.readouterr().out) or "running from before; waiting for it" in "".join(said))
+    assert order(tmp_path) == ["x"]
+    (tmp_path / "go").touch()
+    second.join(timeout=60)
+    assert second.exitcode == 0 and (tmp_path / f"ended-{second.pid}").is_file()
+    assert order(tmp_path) == ["x", "x"]  # nobody knows how it ended: it is asked to go on, and has nothing to do
+
+
+def until(condition: Callable[[], object]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError
