@@ -75,7 +75,7 @@ def test_wikiextractor_json_output(tmp_path: Path) -> None:
 
 def test_cut_off_wikiextractor_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "wiki_00").write_text(WIKI[:-20], encoding="utf-8")
-    with pytest.raises(ValueError, match=r"wiki_00' ends inside a <doc> block"):
+    with pytest.raises(ValueError, match=r"wiki_00' ends inside the <doc> block of line 12"):
         list(read_documents(str(tmp_path)))
 
 
@@ -144,8 +144,8 @@ def test_corpus_can_be_read_twice_and_limited() -> None:
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\n \n", "holds no text"),
-        ("a.txt", b"good line\nbad \xff byte\n", r"a.txt' is not UTF-8: byte 0xff at offset 14; convert it"),
-        ("a.txt", "ok\nü".encode()[:-1], r"a.txt' is not UTF-8: byte 0xc3 at offset 3"),
+        ("a.txt", b"good line\nbad \xff byte\n", r"a.txt', line 2 is not UTF-8: byte 0xff at offset 14; convert it"),
+        ("a.txt", "ok\nü".encode()[:-1], r"a.txt', line 2 is not UTF-8: byte 0xc3 at offset 3"),
         ("a.jsonl", b'{"text": "a"}\n{oops\n', r"line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1 has no column 'text'; it has body: choose one with text_column"),
         ("a.jsonl", b"[1]\n", "line 1 is a JSON list"),

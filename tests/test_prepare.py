@@ -26,7 +26,7 @@ from hf_soo.tasks.wordpiece import load_tokenizer, special_ids
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_pretraining.py"
 DATA = Path(os.environ.get("HF_SOO_DATA", ROOT.parent / "shared" / "data"))
-COLUMNS = ["input_ids", "segment_b_start", "next_sentence_label", "example_id"]
+COLUMNS = ["input_ids", "segment_b_start", "next_sentence_label", "length", "example_id"]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def text(tmp_path: Path) -> str:
 
 
 def config(source: str, output: Path, **changes: Any) -> PrepareConfig:
-    settings = {"vocab_size": 300, "max_seq_length": 48, "eval_documents": 0.2, **changes}
+    settings = {"vocab_size": 300, "max_seq_length": 48, "eval_documents": 0.2, "min_document_characters": 1, **changes}
     return PrepareConfig(source=source, output=str(output), **settings)
 
 
@@ -73,7 +73,7 @@ def test_folder_holds_what_it_promises(text: str, tmp_path: Path) -> None:
     for split in ("train", "eval"):
         rows, counts = data[split], manifest["counts"][split]
         assert rows.column_names == COLUMNS
-        assert [str(rows.features[name].dtype) for name in COLUMNS[1:]] == ["int32", "int8", "int32"]
+        assert [str(rows.features[name].dtype) for name in COLUMNS[1:]] == ["int32", "int8", "int32", "int32"]
         assert rows.features["input_ids"].feature.dtype == "int32"
         assert counts["examples"] == len(rows) and counts["tokens"] == sum(map(len, rows["input_ids"]))
         assert counts["random_next"] == sum(rows["next_sentence_label"])
@@ -129,12 +129,12 @@ def test_every_setting_counts(text: str, tmp_path: Path, changes: dict[str, Any]
 
 
 def test_shards_hold_every_document_once_and_the_last_is_not_small() -> None:
-    documents = [[f"document {i}"] for i in range(3 * sharding.MOST_DOCUMENTS + 3)]
+    documents = [f"document {i}" for i in range(3 * sharding.MOST_DOCUMENTS + 3)]
     shards = list(sharding.make_shards(documents, 0.0, 0))
     assert [len(shard.documents) for shard in shards] == [256, 256, 259]
     assert [document for shard in shards for document in shard.documents] == documents
     assert [shard.number for shard in shards] == [0, 1, 2]
-    long = [["x" * 1_000_000]] * 40
+    long = ["x" * 1_000_000] * 40
     assert [len(shard.documents) for shard in sharding.make_shards(long, 0.0, 0)] == [16, 24]
 
 
@@ -175,7 +175,9 @@ def test_bad_config_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_too_few_evaluation_documents(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"eval_documents=0.001 keeps 0 documents; .* raise it, or set it to 0"):
+    with pytest.raises(
+        ValueError, match=r"eval_documents=0.001 keeps nothing for evaluation; raise it, or set it to 0"
+    ):
         prepare(config(text, tmp_path / "out", eval_documents=0.001))
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -219,7 +221,7 @@ def test_unfinished_or_damaged_folder_is_not_loaded(text: str, tmp_path: Path) -
         (tmp_path / "out" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
     write(format=99)
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 2"):
         load_prepared(tmp_path / "out")
     counts = {**manifest["counts"], "train": {**manifest["counts"]["train"], "examples": 10**6}}
     write(counts=counts)
@@ -275,7 +277,8 @@ def test_killed_worker_is_a_clear_error() -> None:
 def test_script_reports_counts(
     text: str, tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--source", text, "--output", str(tmp_path / "out"), "--vocab_size", "300", "--eval_documents", "0.2"]
+    flags = ["--source", text, "--output", str(tmp_path / "out"), "--vocab_size", "300"]
+    flags += ["--eval_documents", "0.2", "--min_document_characters", "1"]
     assert run(script, monkeypatch, *flags) == 0
     counts = load_prepared(tmp_path / "out")["manifest"]["counts"]["train"]
     assert f"train: 72 documents, {counts['examples']:,} examples" in capsys.readouterr().out

@@ -5,8 +5,9 @@ Semantics of `create_instances_from_document` (google-research/bert, create_pret
     target = L - 3, or with probability short_seq_prob a uniform length in [2, L - 3], drawn once per document
     chunk  = sentences until their length >= target or the document ends
     A      = the first a sentences of the chunk, a uniform in [1, n - 1] (1 if the chunk has one sentence)
-    B      = the rest (label 0); or, with probability 1/2 and always if the chunk has one sentence, sentences of another
-             document from a random one on until target - |A| tokens are there (label 1); the rest is put back then
+    B      = the rest (label 0); or, with probability random_next (1/2), and always if the chunk has one sentence,
+             sentences of another document from a random one on until target - |A| tokens are there (label 1); the
+             rest is put back then
     then the longer of A and B loses tokens from its front or back, a coin each, until |A| + |B| <= L - 3.
 
 A document is one flat array with sentence bounds, A and B are slices of it: no list of tokens is ever built.
@@ -20,6 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +44,9 @@ class TokenDocument:
     @classmethod
     def from_sentences(cls, sentences: Sequence[Sequence[int]]) -> TokenDocument:
         """Join sentences of token ids; empty ones are dropped."""
-        kept = [np.asarray(sentence, dtype=np.int32) for sentence in sentences if len(sentence)]
-        bounds = np.cumsum([0, *map(len, kept)]).tolist()
-        return cls(np.concatenate(kept) if kept else np.empty(0, np.int32), bounds)
+        kept = [sentence for sentence in sentences if len(sentence)]
+        ids = np.fromiter(chain.from_iterable(kept), dtype=np.int32)
+        return cls(ids, [0, *accumulate(map(len, kept))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class PairConfig:
     max_seq_length: int = 128
     short_seq_prob: float = 0.1
     dupe_factor: int = 1
+    random_next: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -65,6 +68,8 @@ class PairConfig:
             raise ValueError(f"max_seq_length is {self.max_seq_length}; it must be at least 8 (BERT: 128, then 512)")
         if not 0.0 <= self.short_seq_prob <= 1.0:
             raise ValueError(f"short_seq_prob is {self.short_seq_prob}; it must lie between 0 and 1 (BERT: 0.1)")
+        if not 0.0 <= self.random_next <= 1.0:
+            raise ValueError(f"random_next is {self.random_next}; it must lie between 0 and 1 (BERT: 0.5)")
         if self.dupe_factor < 1:
             raise ValueError(
                 f"dupe_factor is {self.dupe_factor}; it must be at least 1 (masks change each epoch without it)"
@@ -162,7 +167,7 @@ def pairs_of_document(
         n = last - first
         split = first + (int(rng.integers(1, n)) if n >= 2 else 1)
         a, b, b_document = (bounds[first], bounds[split]), (bounds[split], bounds[last]), index
-        is_random = n == 1 or rng.random() < 0.5
+        is_random = n == 1 or rng.random() < config.random_next
         if is_random:
             b_document = _other(len(documents), index, rng)
             b = _random_span(documents[b_document], target - (a[1] - a[0]), rng)

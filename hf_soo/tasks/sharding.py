@@ -5,7 +5,6 @@ Where a shard ends is decided by the documents alone, so it is the same for any 
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -20,9 +19,11 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from hf_soo.tasks.corpus import sentences_of
 from hf_soo.tasks.pairs import PairBatch, PairConfig, TokenDocument, make_pairs
-from hf_soo.tasks.wordpiece import Document, load_tokenizer
+from hf_soo.tasks.wordpiece import load_tokenizer
 
 # A shard ends after so many documents, or so many characters: random next sentences come from the same shard, so it
 # must hold many documents; a worker holds a whole shard in memory, so it must not hold too much text.
@@ -36,11 +37,21 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Whole documents of one split; `number` counts the shards of the split."""
+    """Texts of whole documents of one split, a paragraph a line; `number` counts the shards of the split."""
 
     split: str
     number: int
-    documents: list[Document]
+    documents: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPairs:
+    """Pairs of one split and what they were made of."""
+
+    split: str
+    pairs: PairBatch
+    documents: int = 0
+    without_tokens: int = 0
 
 
 class _Grouper:
@@ -49,14 +60,14 @@ class _Grouper:
     def __init__(self, split: str) -> None:
         self.split = split
         self.number = 0
-        self.ready: list[Document] = []
-        self.current: list[Document] = []
+        self.ready: list[str] = []
+        self.current: list[str] = []
         self.characters = 0
 
-    def add(self, document: Document) -> Iterator[Shard]:
+    def add(self, document: str) -> Iterator[Shard]:
         """Take a document, and yield the shard that it made certain, if any."""
         self.current.append(document)
-        self.characters += sum(map(len, document))
+        self.characters += len(document)
         full = self.characters >= MOST_CHARACTERS and len(self.current) >= LEAST_DOCUMENTS
         if full or len(self.current) >= MOST_DOCUMENTS:
             yield from self._next()
@@ -66,6 +77,11 @@ class _Grouper:
         """Yield what is left."""
         if len(self.current) < LEAST_DOCUMENTS:
             self.ready, self.current = self.ready + self.current, []
+        if len(self.ready) == 1:  # the only one of its split
+            raise ValueError(
+                f"the {self.split} split has one document and needs at least 2, as random next sentences come from "
+                "another; give more documents (in a .txt file a blank line separates them) or change eval_documents"
+            )
         yield from self._next()
         self.ready = self.current
         yield from self._next()
@@ -77,22 +93,33 @@ class _Grouper:
             self.number += 1
 
 
-def make_shards(documents: Iterable[Document], eval_share: float, seed: int) -> Iterator[Shard]:
+def eval_rows(first: int, count: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which of the documents (or rows) first, first + 1, ... are for evaluation: evenly spread, the seed moves them."""
+    phase = float(np.random.default_rng([seed, 2]).random())
+    steps: npt.NDArray[np.bool_] = np.diff(np.floor(np.arange(first, first + count + 1) * share + phase)) > 0
+    return steps
+
+
+def make_shards(documents: Iterable[str], eval_share: float, seed: int) -> Iterator[Shard]:
     """Cut a corpus into shards of training and of evaluation documents.
 
     Args:
-        documents: The corpus.
+        documents: Texts of the corpus.
         eval_share: Share of the documents for evaluation, evenly spread; the seed decides where the first one is.
         seed: See `eval_share`.
 
     Yields:
         Shards of "train" and of "eval", as they are complete.
+
+    Raises:
+        ValueError: A split has exactly one document.
     """
-    phase = float(np.random.default_rng([seed, 2]).random())
     groups = {split: _Grouper(split) for split in ("train", "eval")}
+    is_eval = np.empty(0, dtype=np.bool_)
     for index, document in enumerate(documents):
-        is_eval = math.floor((index + 1) * eval_share + phase) > math.floor(index * eval_share + phase)
-        yield from groups["eval" if is_eval else "train"].add(document)
+        if index % MOST_DOCUMENTS == 0:
+            is_eval = eval_rows(index, MOST_DOCUMENTS, eval_share, seed)
+        yield from groups["eval" if is_eval[index % MOST_DOCUMENTS] else "train"].add(document)
     for group in groups.values():
         yield from group.finish()
 
@@ -107,18 +134,18 @@ class ShardWorker:
     sep_id: int
     seed: int
 
-    def __call__(self, shard: Shard) -> tuple[str, int, PairBatch]:
-        """Split of the shard, number of its documents that hold tokens, and their pairs."""
+    def __call__(self, shard: Shard) -> list[SplitPairs]:
+        """The pairs of the shard's documents that hold tokens."""
         documents = [document for document in self._tokenise(shard.documents) if document.sentences]
         rng = np.random.default_rng([self.seed, int(shard.split == "eval"), shard.number])
         pairs = make_pairs(documents, self.config, cls_id=self.cls_id, sep_id=self.sep_id, rng=rng)
-        return shard.split, len(documents), pairs
+        return [SplitPairs(shard.split, pairs, len(documents), len(shard.documents) - len(documents))]
 
-    def _tokenise(self, documents: list[Document]) -> Iterator[TokenDocument]:
+    def _tokenise(self, documents: list[str]) -> Iterator[TokenDocument]:
         """Token ids of the documents, one at a time: an encoding takes 100 bytes a token."""
         tokenizer = _tokenizer(self.vocab_file)
         for document in documents:
-            encodings = tokenizer.encode_batch_fast(document, add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast(sentences_of(document), add_special_tokens=False)
             yield TokenDocument.from_sentences([encoding.ids for encoding in encodings])
 
 

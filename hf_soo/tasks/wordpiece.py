@@ -144,16 +144,16 @@ def _uncased(tokenizer: Any) -> Any:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends; a wrong byte is named by file and offset."""
+    """The lines of a UTF-8 file without their ends; a wrong byte is named by file, line and offset."""
     offset = 0
     with file.open("rb") as stream:
-        for raw in stream:
+        for number, raw in enumerate(stream, start=1):
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"file {str(file)!r} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}; "
-                    "convert it first, for example with iconv"
+                    f"file {str(file)!r}, line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
+                    f"{offset + error.start}; convert it first, for example with iconv"
                 ) from error
             yield line.rstrip("\r\n").removeprefix("\ufeff" if offset == 0 else "")
             offset += len(raw)
