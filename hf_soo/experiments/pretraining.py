@@ -123,8 +123,8 @@ class PretrainingTrainer(SecondOrderTrainer):
         loss, logits, labels = step
         if logits is None:  # the loss alone was asked for
             return loss, None, None
-        words, next_sentence = labels
-        return loss, prediction_sums(*logits[:2], words, next_sentence), next_sentence
+        sums = prediction_sums(logits[0], logits[1], labels=labels[0], next_sentence_label=labels[1])
+        return loss, sums, labels[1]
 
 
 class EpochCallback(TrainerCallback):
