@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
@@ -13,6 +13,7 @@ from hf_soo.experiments.pretraining_inputs import PretrainingData, load_data, ma
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.training import Task
 from hf_soo.integrations.trainer import SecondOrderTrainer
+from hf_soo.tasks.length_sampler import LengthGroupedSampler, example_lengths
 from hf_soo.tasks.masking import PretrainingCollator
 from hf_soo.tasks.pretraining_metrics import METRICS, prediction_sums, pretraining_metrics
 
@@ -35,6 +36,7 @@ class PretrainingTask(Task):
         """
         self.model, self.masking = model, data
         self.data: PretrainingData = load_data(data, args)
+        self.sampling = args.train_sampling_strategy
 
     def make_model(self, seed: int) -> nn.Module:
         """A BERT for the vocabulary of the data.
@@ -50,7 +52,9 @@ class PretrainingTask(Task):
         Args:
             model: a BERT.
         """
-        return {"model": model_description(model), "data": self.data.description}
+        # the usual order is not named: runs that were recorded before there was another one compare, and resume
+        order = {} if self.sampling == "random" else {"train_sampling_strategy": self.sampling}
+        return {"model": model_description(model), "data": self.data.description, **order}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
@@ -84,10 +88,19 @@ class PretrainingTask(Task):
 class PretrainingTrainer(SecondOrderTrainer):
     """Evaluates with a collator of its own, whose epoch stands still: the same masks at every evaluation.
 
-    Of the logits only sums are kept.
+    Of the logits only sums are kept. `train_sampling_strategy="group_by_length"` is resumed exactly.
     """
 
     eval_collator: PretrainingCollator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        lengths = example_lengths(train_dataset or self.train_dataset, self.args.length_column_name)
+        round_size = self._train_batch_size * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(lengths, round_size, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches.
