@@ -187,7 +187,7 @@ def test_without_evaluations_there_is_one_at_the_end(script: ModuleType, flags: 
     assert script.main([*flags, "--eval_strategy", "no", "--max_steps", "3", "--target_eval_loss", "99"]) == 0
     run = only_run(tmp_path / "out" / "runs")
     assert [(step, loss is not None) for step, _, loss in losses(run)] == [(2, False), (3, True)]
-    assert run["target"] == {"eval_loss": 99.0, "steps": 3.0, "seconds": run["seconds"]}
+    assert run["target"] == {"eval_loss": 99.0, "steps": 3.0, "seconds": run["seconds"], "stopped": False}
 
 
 def test_yaml_first_flags_over_it(tmp_path: Path) -> None:

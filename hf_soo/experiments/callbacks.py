@@ -1,4 +1,4 @@
-"""The Trainer callback that fills a run record: curve, training seconds, divergence, health."""
+"""The Trainer callback that fills a run record: curve, training seconds, divergence, target, health."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_soo.experiments import machine
 from hf_soo.experiments.runs import CurvePoint, RunRecord
@@ -25,15 +26,17 @@ class RecordCallback(TrainerCallback):
     ``logging_nan_inf_filter=False``, since the Trainer otherwise logs the last finite loss in its place.
     """
 
-    def __init__(self, record: RunRecord, metrics: Sequence[str] = ()) -> None:
+    def __init__(self, record: RunRecord, metrics: Sequence[str] = (), target: float | None = None) -> None:
         """Start with an empty curve.
 
         Args:
             record: the record to fill; its status is left alone unless the run diverges.
             metrics: what an evaluation measures besides its loss, to be kept too: "accuracy".
+            target: the evaluation loss to stop at, with a checkpoint if the run keeps any.
         """
         self.record = record
         self.metrics = tuple(metrics)
+        self.target = math.nan if target is None else target  # no loss is <= NaN
         self._mark = 0.0
 
     def on_train_begin(
@@ -75,7 +78,7 @@ class RecordCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take losses and metrics into the curve; stop when a loss is not finite."""
+        """Take losses and metrics into the curve; stop when a loss is not finite, or at the target."""
         for key, entry in (("loss", "train_loss"), ("eval_loss", "eval_loss")):
             if logs is None or key not in logs:
                 continue
@@ -84,6 +87,9 @@ class RecordCallback(TrainerCallback):
             if not math.isfinite(loss):
                 self.record.status = "diverged"
                 control.should_training_stop = True
+            elif entry == "eval_loss" and loss <= self.target:
+                control.should_training_stop = True
+                control.should_save = args.save_strategy != SaveStrategy.NO
         for metric in self.metrics:
             if logs is not None and f"eval_{metric}" in logs:
                 self._point(state.global_step)[metric] = self.record.final[metric] = float(logs[f"eval_{metric}"])
@@ -115,6 +121,16 @@ class RecordCallback(TrainerCallback):
             point: CurvePoint = {"step": step, "seconds": self.record.seconds, "train_loss": None, "eval_loss": None}
             self.record.curve.append(point)
         return self.record.curve[-1]
+
+
+def kept_curve(state: TrainerState) -> list[CurvePoint]:
+    """The curve that a checkpoint keeps.
+
+    Args:
+        state: read from the checkpoint.
+    """
+    kept: dict[str, Any] = _kept(state).get(STATE_KEY, {})
+    return list(kept.get("curve", []))
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:

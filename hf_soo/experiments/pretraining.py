@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
@@ -16,6 +16,7 @@ from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.training import Task, base_name, optimizer_name
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
+from hf_soo.tasks.length_sampler import LengthGroupedSampler, example_lengths
 from hf_soo.tasks.masking import PretrainingCollator
 from hf_soo.tasks.pretraining_metrics import METRICS, prediction_sums, pretraining_metrics
 
@@ -46,6 +47,7 @@ class PretrainingTask(Task):
             model = dataclasses.replace(model, model_name_or_path=self.phase.folder)
         self.model = model
         self.data: PretrainingData = load_data(data, args)
+        self.sampling = args.train_sampling_strategy
 
     def make_model(self, seed: int) -> nn.Module:
         """A BERT for the vocabulary of the data.
@@ -62,7 +64,9 @@ class PretrainingTask(Task):
             model: a BERT.
         """
         before = self.phase.describe(self.base) if self.phase is not None else {}
-        return {"model": model_description(model), "data": self.data.description, **before}
+        # the usual order is not named: runs that were recorded before there was another one compare, and resume
+        order = {} if self.sampling == "random" else {"train_sampling_strategy": self.sampling}
+        return {"model": model_description(model), "data": self.data.description, **before, **order}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
@@ -97,7 +101,7 @@ class PretrainingTask(Task):
 class PretrainingTrainer(SecondOrderTrainer):
     """Goes on from an earlier phase; evaluates with a collator of its own, which draws the same masks every time.
 
-    Of the logits only sums are kept.
+    Of the logits only sums are kept. `train_sampling_strategy="group_by_length"` is resumed exactly.
     """
 
     eval_collator: PretrainingCollator
@@ -111,6 +115,15 @@ class PretrainingTrainer(SecondOrderTrainer):
             self._attach()
             take_moments(self.second_order, self.phase)
         return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        lengths = example_lengths(train_dataset or self.train_dataset, self.args.length_column_name)
+        round_size = self._train_batch_size * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(lengths, round_size, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches.
@@ -146,8 +159,8 @@ class PretrainingTrainer(SecondOrderTrainer):
         loss, logits, labels = step
         if logits is None:  # the loss alone was asked for
             return loss, None, None
-        (word_logits, next_logits), (words, next_sentence) = logits[:2], labels
-        return loss, prediction_sums(word_logits, next_logits, words, next_sentence), next_sentence
+        sums = prediction_sums(logits[0], logits[1], labels=labels[0], next_sentence_label=labels[1])
+        return loss, sums, labels[1]
 
 
 class EpochCallback(TrainerCallback):

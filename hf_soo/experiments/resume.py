@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_soo.experiments.callbacks import kept_curve
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.experiments.runs import RunRecord, jsonable
+from hf_soo.experiments.runs import RunRecord, jsonable, reach
 from hf_soo.files import write_atomically
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
 
@@ -83,16 +84,19 @@ class OutputFolder(TrainerCallback):
         write_atomically(self.folder / SETTINGS_FILE, json.dumps(self.settings, indent=1) + "\n")
 
 
-def is_finished(checkpoint: str | None, args: RunTrainingArguments) -> bool:
+def is_finished(checkpoint: str | None, args: RunTrainingArguments, target: float | None = None) -> bool:
     """Whether a checkpoint is of the last step already; the Trainer would do one step too many from there.
 
     Args:
         checkpoint: a checkpoint folder, or None.
         args: says how long the run is.
+        target: the evaluation loss that it stops at.
     """
     if checkpoint is None:
         return False
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if target is not None and reach(kept_curve(state), target)["steps"] is not None:
+        return True
     if args.max_steps > 0:
         return bool(state.global_step >= args.max_steps)
     return bool(state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs)

@@ -22,7 +22,7 @@ class RunArguments:
     name: str | None = option(None, "Name of the run's JSON; None: optimizer, base and learning rates.")
     results_dir: str | None = option(None, "Folder of the run JSONs; None: OUTPUT_DIR/runs.")
     target_eval_loss: float | None = option(
-        None, "Record the steps and seconds to this loss; compare_with: to its own."
+        None, "Stop at this loss, and record the steps and seconds to it; compare_with stops the first run alone."
     )
     restart: bool = option(False, "Start over although OUTPUT_DIR holds checkpoints, which are deleted.")
     traceback: bool = option(False, "Show the traceback of an error.")

@@ -7,6 +7,7 @@ The keys are fixed (more may be added)::
      "steps", "seconds", "curve": [{"step", "seconds", "train_loss", "eval_loss"}], "final": {metric: value},
      "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}}
 
+``target.stopped`` says, where the run had a loss to stop at, whether it stopped there before its last step.
 Numbers that are not finite are written as ``null``, and a path of the machine as its last part.
 """
 

@@ -129,9 +129,12 @@ def train(job: Job, task: Task) -> list[RunRecord]:
     hashes = [record.config["initial_weights"] for record in records]
     if hashes[0] != hashes[1]:
         raise RuntimeError(f"The runs started from different weights ({hashes[0]}, {hashes[1]}); nothing to compare.")
-    if (goal := records[1].final.get("eval_loss")) is not None and records[1].status == "completed":
+    goal = job.run.target_eval_loss
+    if goal is None and records[1].status == "completed":
+        goal = records[1].final.get("eval_loss")
+    if goal is not None:
         for record in records:
-            record.target = reach(record.curve, goal)
+            record.target = (record.target or {}) | reach(record.curve, goal)
             _write(record, first)
     return records
 
@@ -143,7 +146,8 @@ def _compared(job: Job) -> tuple[Job, Job]:
     second = job.training.compared(job.run, str(output / f"2-{job.run.compare_with}"))
     jobs = (
         dataclasses.replace(job, run=run, training=first),
-        dataclasses.replace(job, run=dataclasses.replace(run, name=None), training=second),
+        # the second run is the reference: it has its whole length, and its whole curve
+        dataclasses.replace(job, run=dataclasses.replace(run, name=None, target_eval_loss=None), training=second),
     )
     names = [run_name(each) for each in jobs]
     if names[0] == names[1]:
@@ -166,12 +170,13 @@ def train_one(job: Job, task: Task) -> RunRecord:
     record = describe(job, task, model)
     output = OutputFolder(args, record, restart=job.run.restart)
     checkpoint = output.checkpoint()
-    finished = args.do_train and is_finished(checkpoint, args)
+    target = job.run.target_eval_loss
+    finished = args.do_train and is_finished(checkpoint, args, target)
     if finished and (path := job.results_dir / f"{record.name}.json").is_file():
         logger.warning("%s is finished already; --restart runs it again", record.name)
         return read_run(path)
     with recording(record, job.results_dir if args.process_index == 0 else None):
-        keeper = RecordCallback(record, task.metrics)
+        keeper = RecordCallback(record, task.metrics, target)
         trainer = task.make_trainer(model, args, [output, keeper])
         try:
             if finished:  # and stopped before its JSON was written
@@ -188,8 +193,9 @@ def train_one(job: Job, task: Task) -> RunRecord:
                 record.final |= task.finish(trainer)
         finally:
             record.peak_memory_bytes = machine.peak_memory_bytes(args.device)
-        if job.run.target_eval_loss is not None:
-            record.target = reach(record.curve, job.run.target_eval_loss)
+        if target is not None:
+            record.target = reach(record.curve, target)
+            record.target["stopped"] = record.target["steps"] is not None and record.steps < trainer.state.max_steps
     return record
 
 
@@ -202,7 +208,7 @@ def _take_trained(trainer: Trainer, keeper: RecordCallback, checkpoint: str) -> 
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
             f"{checkpoint} is the last checkpoint of a finished run whose JSON is missing, and it is sharded; give "
-            "--restart to run it again, or a larger --max_steps to go on."
+            "--restart to run it again, or a larger --max_steps (a lower --target_eval_loss) to go on."
         )
     trainer._load_from_checkpoint(checkpoint)
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
