@@ -164,8 +164,8 @@ def train_one(job: Job, task: Task) -> RunRecord:
     model = task.make_model(args.seed)
     record = describe(job, task, model)
     output = OutputFolder(args, record, restart=job.run.restart)
-    checkpoint = output.checkpoint()
-    if args.do_train and is_finished(checkpoint, args):
+    checkpoint = output.checkpoint() if args.do_train else None
+    if is_finished(checkpoint, args):
         return _finished(record, job)
     with recording(record, job.results_dir if args.process_index == 0 else None):
         trainer = task.make_trainer(model, args, [output, RecordCallback(record, task.metrics)])
