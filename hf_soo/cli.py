@@ -127,7 +127,9 @@ def _report(options: argparse.Namespace) -> str:
     if options.readme:
         report.update_readme(options.readme, Path(options.folder).resolve().name, text)
     if options.picture and not records:
-        raise ValueError(f"--picture: {options.folder} holds benchmarks, which have no curve; leave it out.")
+        raise ValueError(
+            f"--picture: {options.folder} holds benchmarks or runs on GLUE, which have no one curve; leave it out."
+        )
     if options.picture:
         report.picture(records, options.picture, options.title)
     return text

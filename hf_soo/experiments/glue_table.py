@@ -50,7 +50,7 @@ def is_glue(record: RunRecord) -> bool:
     Args:
         record: of any run.
     """
-    return record.config.get("task") in TASKS and (record.steps > 0 or record.status not in ("completed",))
+    return record.config.get("task") in TASKS and (record.steps > 0 or record.status != "completed")
 
 
 def medians(runs: Sequence[RunRecord]) -> dict[str, float]:

@@ -119,9 +119,9 @@ def _part(asked: QuestionSet, name: str, data: QaDataArguments, tokenizer: Any, 
     room = data.max_seq_length - template.size - int(tokens.questions.lengths[longest])
     if data.doc_stride >= room:
         raise ValueError(
-            f"doc_stride={data.doc_stride} leaves no step: with max_seq_length={data.max_seq_length} only {room} "
-            f"tokens of a context fit beside question {asked.questions[longest].id!r} of {asked.source}; give a smaller "
-            "doc_stride or max_query_length, or a larger max_seq_length."
+            f"doc_stride={data.doc_stride} leaves no step: with max_seq_length={data.max_seq_length} only "
+            f"{room} tokens of a context fit beside question {asked.questions[longest].id!r} of {asked.source}; give a "
+            "smaller doc_stride or max_query_length, or a larger max_seq_length."
         )
     labels = None if name == "test" else find_labels(asked, tokens)
     config = WindowConfig(data.max_seq_length, data.doc_stride, data.max_query_length)

@@ -169,9 +169,9 @@ def train_one(job: Job, task: Task) -> RunRecord:
     model = task.make_model(args.seed)
     record = describe(job, task, model)
     output = OutputFolder(args, record, restart=job.run.restart)
-    checkpoint = output.checkpoint()
+    checkpoint = output.checkpoint() if args.do_train else None
     target = job.run.target_eval_loss
-    finished = args.do_train and is_finished(checkpoint, args, target)
+    finished = is_finished(checkpoint, args, target)
     if finished and (path := job.results_dir / f"{record.name}.json").is_file():
         logger.warning("%s is finished already; --restart runs it again", record.name)
         return read_run(path)
