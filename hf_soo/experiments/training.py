@@ -164,8 +164,8 @@ def train_one(job: Job, task: Task) -> RunRecord:
     model = task.make_model(args.seed)
     record = describe(job, task, model)
     output = OutputFolder(args, record, restart=job.run.restart)
-    checkpoint = output.checkpoint()
-    if args.do_train and is_finished(checkpoint, args):
+    checkpoint = output.checkpoint() if args.do_train else None
+    if is_finished(checkpoint, args):
         return _finished(record, job)
     with recording(record, job.results_dir if args.process_index == 0 else None):
         trainer = task.make_trainer(model, args, [output, RecordCallback(record, task.metrics)])
@@ -257,6 +257,7 @@ def run_name(job: Job) -> str:
     names = dict.fromkeys((optimizer_name(args), base_name(args)))
     settings = [item for key in METHOD_SETTINGS for item in parse_settings(key, getattr(args, key)).items()]
     parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
+    parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 
