@@ -104,6 +104,7 @@ class SquadTask(Task):
             callbacks=callbacks,
             processing_class=self.tokenizer,  # kept with every checkpoint
             compute_metrics=self._evaluate,
+            preprocess_logits_for_metrics=_start_and_end,
         )
 
     def finish(self, trainer: Trainer) -> dict[str, float]:
@@ -150,7 +151,7 @@ class SquadTask(Task):
         return self._score(part, self.latest)
 
     def _answer(self, part: Part, logits: Any) -> Predictions:
-        start, end = logits[:2]
+        start, end = logits
         return answer(start, end, part.windows, part.asked, self.answers)
 
     def _score(self, part: Part, predictions: Predictions) -> dict[str, float]:
@@ -190,6 +191,11 @@ def _in_order(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.train_sampling_strategy = asked
+
+
+def _start_and_end(logits: Any, labels: Any) -> Any:
+    """Without hidden states, which some models and configurations return too."""
+    return logits[:2]
 
 
 def _write(predictions: Predictions, folder: Path, prefix: str) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, set_seed
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    set_seed,
+)
 
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
@@ -119,8 +125,8 @@ def _part(asked: QuestionSet, name: str, data: QaDataArguments, tokenizer: Any, 
     room = data.max_seq_length - template.size - int(tokens.questions.lengths[longest])
     if data.doc_stride >= room:
         raise ValueError(
-            f"doc_stride={data.doc_stride} leaves no step: with max_seq_length={data.max_seq_length} only "
-            f"{room} tokens of a context fit beside question {asked.questions[longest].id!r} of {asked.source}; give a "
+            f"doc_stride={data.doc_stride} leaves no step: with max_seq_length={data.max_seq_length} only {room} "
+            f"tokens of a context fit beside question {asked.questions[longest].id!r} of {asked.source}; give a "
             "smaller doc_stride or max_query_length, or a larger max_seq_length."
         )
     labels = None if name == "test" else find_labels(asked, tokens)
@@ -181,8 +187,8 @@ def load_tokenizer(model: QaModelArguments) -> Any:
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give the folder or hub name of a pretrained encoder.")
     name = model.tokenizer_name or model.model_name_or_path
-    _check_folder("tokenizer_name" if model.tokenizer_name else "model_name_or_path", name)
-    return AutoTokenizer.from_pretrained(name, cache_dir=model.cache_dir)
+    flag = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
+    return _load(AutoTokenizer, "tokenizer", flag, name, model.cache_dir)
 
 
 def load_config(model: QaModelArguments, tokenizer: Any, max_seq_length: int) -> Any:
@@ -194,21 +200,17 @@ def load_config(model: QaModelArguments, tokenizer: Any, max_seq_length: int) ->
         max_seq_length: their length.
 
     Raises:
-        ValueError: they do not belong together.
+        ValueError: they do not belong together, or such a model answers no questions.
     """
     name = model.config_name or str(model.model_name_or_path)
-    if model.config_name is not None:
-        _check_folder("config_name", name)
-    config = AutoConfig.from_pretrained(name, cache_dir=model.cache_dir)
-    if config.model_type == "bert":
-        try:
-            check_vocabulary(config, len(tokenizer))
-        except ValueError as error:
-            raise ValueError(f"tokenizer {tokenizer.name_or_path} does not fit model {name}: {error}") from error
-    elif len(tokenizer) > config.vocab_size:
+    flag = "config_name" if model.config_name else "model_name_or_path"
+    config = _load(AutoConfig, "configuration", flag, name, model.cache_dir)
+    if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+        raise ValueError(f"model {name} is a {config.model_type}, which has no question-answering head; use a BERT.")
+    if not _fits(config, len(tokenizer)):
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path} has {len(tokenizer)} entries, model {name} only {config.vocab_size}; "
-            "give the model's own tokenizer."
+            f"tokenizer {tokenizer.name_or_path} has {len(tokenizer)} entries, model {name} has vocab_size="
+            f"{config.vocab_size}; give the model's own tokenizer (--tokenizer_name, or its files beside the model)."
         )
     limits = [getattr(config, "max_position_embeddings", None)]
     if config.model_type != "bert":  # RoBERTa's kind keeps two of its positions for itself; only the tokenizer knows
@@ -219,6 +221,28 @@ def load_config(model: QaModelArguments, tokenizer: Any, max_seq_length: int) ->
             f"max_seq_length={max_seq_length} is more than the {limit} positions of model {name}; give at most that."
         )
     return config
+
+
+def _fits(config: Any, vocab_size: int) -> bool:
+    """Whether a vocabulary can be the model's; BERT's must be equal but for padding, others keep rows to spare."""
+    if config.model_type != "bert":
+        return vocab_size <= int(config.vocab_size)
+    try:
+        check_vocabulary(config, vocab_size)
+    except ValueError:
+        return False
+    return True
+
+
+def _load(cls: Any, what: str, flag: str, name: str, cache_dir: str | None) -> Any:
+    """From a folder or the hub; a path that is no folder would be asked of the hub."""
+    path = Path(name)
+    if not path.is_dir() and (path.exists() or name.startswith(("/", "./", "../")) or name.count("/") > 1):
+        raise ValueError(f"{flag}={name!r} is no folder; give an existing folder, or a name on the hub.")
+    try:
+        return cls.from_pretrained(name, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag}={name!r}: no {what} can be loaded: {error}") from error
 
 
 def make_model(model: QaModelArguments, config: Any, seed: int) -> nn.Module:
@@ -241,7 +265,7 @@ def make_model(model: QaModelArguments, config: Any, seed: int) -> nn.Module:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except RuntimeError as error:  # weights of other shapes
+    except (OSError, RuntimeError) as error:  # no weights, or of other shapes
         raise ValueError(f"model_name_or_path={model.model_name_or_path!r}: {error}") from error
     encoder = [key for key in info["missing_keys"] if key.startswith(f"{made.base_model_prefix}.")]
     if encoder:
@@ -252,10 +276,3 @@ def make_model(model: QaModelArguments, config: Any, seed: int) -> nn.Module:
         )
     assert isinstance(made, nn.Module)
     return made
-
-
-def _check_folder(flag: str, name: str) -> None:
-    """A path that is no folder would be asked of the hub."""
-    path = Path(name).expanduser()
-    if not path.is_dir() and (path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
-        raise ValueError(f"{flag}={name!r} is no folder; give an existing folder, or a name on the hub.")

@@ -287,6 +287,7 @@ def run_name(job: Job) -> str:
     names = dict.fromkeys((optimizer_name(args), base_name(args)))
     settings = [item for key in METHOD_SETTINGS for item in parse_settings(key, getattr(args, key)).items()]
     parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
+    parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 

@@ -110,14 +110,21 @@ def score_v2(
         each.id: [text for _, text in each.given_answers if normal(text)] or [""] for each in questions
     }  # fmt: skip
     answerable = {each.id: bool(each.given_answers) for each in questions}
-    odds = {key: (null_odds or {}).get(key, 0.0) for key in answers}
+    given = {key: value for key, value in (null_odds or {}).items() if key in answers}
+    odds = given | {
+        key: 0.0 for key in answers if key not in given
+    }  # in the file's order, which decides between equals
     raw = {
         "exact": _best(exact_match, answers, predictions),
         "f1": _best(f1_or_empty, answers, predictions),
     }
     scores = raw
     if threshold is not None:
-        scores = {name: _withdraw(each, odds, answerable, threshold) for name, each in raw.items()}
+        withdrawn = {key for key in answers if key in predictions and odds[key] > threshold}
+        scores = {
+            name: {key: float(not answerable[key]) if key in withdrawn else score for key, score in each.items()}
+            for name, each in raw.items()
+        }
     metrics = {}
     for prefix, keys in (
         ("", list(answers)),
@@ -141,15 +148,6 @@ def _best(
         key: max(metric(predictions[key], text) for text in texts) if key in predictions else 0.0
         for key, texts in answers.items()
     }
-
-
-def _withdraw(
-    scores: Mapping[str, float], odds: Mapping[str, float], answerable: Mapping[str, bool], threshold: float
-) -> dict[str, float]:
-    """The scores if nothing were answered where the odds are above the threshold."""
-    return {
-        key: float(not answerable[key]) if odds[key] > threshold else score for key, score in scores.items()
-    }  # fmt: skip
 
 
 def _best_threshold(
