@@ -21,6 +21,11 @@ from hf_soo.experiments import arguments, reproduce_table
 from hf_soo.experiments.pipeline import Pipeline, Stage
 from hf_soo.experiments.script import guarded
 from hf_soo.flags import option
+from hf_soo.tasks.corpus import Corpus
+from hf_soo.tasks.glue import find_tasks
+from hf_soo.tasks.glue_data import GlueDataArguments, load_part
+from hf_soo.tasks.squad import read_questions
+from hf_soo.tasks.wordpiece import read_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASE_1 = "lamb"
@@ -164,6 +169,31 @@ def _script(
     return Stage(stage, tuple(map(str, (*command, "--output_dir", of.folder / stage, *flags))), needs)
 
 
+def check_inputs(of: ReproduceArguments) -> None:
+    """Read what is here, as the stages will read it hours later; the hub's data sets are left to them.
+
+    Args:
+        of: what is reproduced.
+
+    Raises:
+        ValueError: a file that is missing or malformed, or a task that GLUE does not have.
+    """
+    tasks = find_tasks(of.glue_tasks)
+    if of.glue_dir is not None:
+        data = GlueDataArguments(data_dir=of.glue_dir)
+        for task in tasks:
+            for part in ("train", *task.evaluation_parts):
+                load_part(task, part, data)
+    for file in (of.squad_train, of.squad_dev):
+        if file is not None:
+            read_questions(file)
+    if of.vocab is not None:
+        read_vocabulary(of.vocab)
+    corpus = Corpus(of.text)
+    if not corpus.on_hub:
+        next(corpus.texts())
+
+
 def run(flags: list[str]) -> None:
     """Run the stages, and make the table of what is there.
 
@@ -178,6 +208,7 @@ def run(flags: list[str]) -> None:
     if of.dry_run:
         print("\n".join(shlex.join(stage.command) for stage in planned))
         return
+    check_inputs(of)
     failed = Pipeline(planned, of.folder, jobs=of.jobs).run()
     print(reproduce_table.write(of.folder / "results", of.scale), end="")
     if failed:

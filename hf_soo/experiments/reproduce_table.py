@@ -31,17 +31,18 @@ def write(results: Path, scale: str) -> str:
         scale: for the title.
 
     Returns:
-        The table.
+        The table; empty, and nothing is written, while there is no run of phase 2.
     """
     phase_2 = {record.name: record for record in _read(results / "phase2")}
+    if not phase_2:
+        return ""
     squad = {record.name: record for record in _read(results / "squad")}
     glue = {name: _read(results / "glue" / name) for name in phase_2}
     text = table(phase_2, squad, glue) + notes(_read(results / "phase1"), phase_2, squad, glue)
     write_atomically(results / "table.md", text)
-    if phase_2:
-        first = next(iter(phase_2.values()))
-        title = f"Phase 2 of BERT-{scale} ({first.parameters / 1e6:.1f} M parameters)"
-        report.picture(list(phase_2.values()), results / "phase2.png", title, free={"max_steps"})
+    size = next(iter(phase_2.values())).parameters / 1e6
+    title = f"Phase 2 of BERT-{scale} ({size:.1f} M parameters)"
+    report.picture(list(phase_2.values()), results / "phase2.png", title, free={"max_steps"})
     return text
 
 

@@ -94,6 +94,13 @@ class Corpus:
         """The sentences of the documents, from the first on."""
         return map(sentences_of, self.texts())
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether the source is the name of a hub data set, and nothing here."""
+        path = Path(self.source).expanduser()
+        here = self.source == "embedded" or path.exists() or path.suffix in _FILE_SUFFIXES
+        return not here and _HUB_NAME.fullmatch(self.source) is not None
+
     def _raw(self) -> Iterator[RawDocument]:
         """The documents as they are written."""
         path = Path(self.source).expanduser()
@@ -101,7 +108,7 @@ class Corpus:
             return read_embedded()
         if path.exists():
             return read_path(path, self.text_column)
-        if path.suffix in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(self.source):
+        if not self.on_hub:
             raise ValueError(
                 f"source {self.source!r} is no file or folder here; "
                 "give an existing path, 'embedded' or a hub data set's name"
