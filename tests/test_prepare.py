@@ -248,7 +248,8 @@ def test_interrupted_run_leaves_nothing(text: str, tmp_path: Path, monkeypatch: 
 def test_ctrl_c_stops_the_script_and_its_workers(text: str, tmp_path: Path) -> None:
     big = tmp_path / "big.txt"
     big.write_text((Path(text).read_text() + "\n\n") * 100, encoding="utf-8")
-    flags = ["--source", str(big), "--output", str(tmp_path / "out"), "--vocab_size", "300", "--num_proc", "2"]
+    flags = ["--source", str(big), "--output", str(tmp_path / "out"), "--vocab_size", "300"]
+    flags += ["--num_proc", "2", "--keep_duplicates"]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags],
         cwd=ROOT,

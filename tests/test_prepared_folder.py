@@ -243,7 +243,7 @@ def test_flags_of_cleaning_reach_the_corpus(text: Path, tmp_path: Path) -> None:
     assert first == {"documents": 4, "text_bytes": 123, "left_out": left, "headings_left_out": 3}
     assert source(1, min_document_characters=10, keep_duplicates=True)["left_out"]["duplicate"] == 0
     assert source(2, min_document_characters=10, keep_headings=True)["headings_left_out"] == 0
-    assert source(3, min_document_characters=26)["left_out"] == {**left, "too_short": 2, "duplicate": 0}
+    assert source(3, min_document_characters=24)["left_out"] == {**left, "too_short": 2, "duplicate": 0}
 
 
 def test_output_in_the_source_is_refused(text: Path) -> None:
