@@ -273,6 +273,19 @@ def test_killed_worker_is_a_clear_error() -> None:
         list(sharding.map_in_order(os._exit, [9, 9], 2))
 
 
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "from hf_soo.tasks.sharding import map_in_order\n"
+        "list(map_in_order(exec, ['import time; print(1, flush=True); time.sleep(600)'], 2))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    process.kill()
+    process.communicate(timeout=60)  # the pipe ends when the last process that holds it does
+
+
 def test_script_reports_counts(
     text: str, tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
