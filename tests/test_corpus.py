@@ -94,6 +94,22 @@ def test_jsonl_and_parquet_agree(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path))) == [*ROW_DOCUMENTS, *ROW_DOCUMENTS]
 
 
+def test_damaged_parquet_names_the_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"Text number {i} here." for i in range(3000)]})
+    pq.write_table(table, file, row_group_size=1000, compression="zstd", use_dictionary=False)
+    second = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    start = second.data_page_offset + 60
+    content[start : start + 200] = bytes(200)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet' is not Parquet after row (768|1000) \(.*; write it again"):
+        list(read_documents(str(file)))
+    pq.write_table(pa.table({"body": ["a"]}), file)
+    with pytest.raises(ValueError, match=r"a.parquet' has no column 'text'; it has body: choose one"):
+        list(read_documents(str(file)))
+
+
 def test_hub_name_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -149,6 +165,13 @@ def test_corpus_can_be_read_twice_and_limited() -> None:
         ("a.jsonl", b'{"text": "a"}\n{oops\n', r"line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1 has no column 'text'; it has body: choose one with text_column"),
         ("a.jsonl", b"[1]\n", "line 1 is a JSON list"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\\ud800"}\n', "line 3: 'text' holds half of a surrogate pair"),
+        (
+            "wiki_00",
+            b"<doc id=1>\nA\n\nText.\n<doc id=2>\n",
+            "line 5 begins a <doc> inside that of line 1, which",
+        ),
+        ("wiki_00", b"<doc id=1>\nA\n</doc>\nText.\n", "line 4 is outside any <doc>"),
         ("a.jsonl", b'{"text": 5}\n', "'text' is a int; it must be text"),
         ("a.parquet", b"not parquet", "is not Parquet"),
         ("a.bin", b"\x00\x01", "is of unknown kind"),

@@ -267,7 +267,7 @@ class _Clock:
         now = time.monotonic(), *_cpu_seconds()
         wall, main, workers = (after - before for before, after in zip(self._began, now, strict=True))
         times = {"seconds": wall, "cpu_seconds": main + workers, "cpu_seconds_of_main_process": main}
-        report: dict[str, Any] = {name: round(value, 1) for name, value in times.items()}
+        report: dict[str, Any] = {name: round(value, 2) for name, value in times.items()}
         if text_bytes:
             hours = self.WIKIPEDIA / text_bytes / 3600
             report["text_mb_per_cpu_second"] = round(text_bytes / 1e6 / (main + workers), 3)

@@ -123,19 +123,22 @@ def _read_wiki(file: Path) -> Iterator[RawDocument]:
 def _read_text(file: Path) -> Iterator[RawDocument]:
     """Plain text: lines are paragraphs or sentences, blank lines separate documents.
 
-    A file whose first line of text is ` = Title = ` is WikiText: there titles begin documents, and blank lines do not.
+    A file whose first line of text is ` = Title = ` is WikiText: there such lines after a blank one begin documents,
+    and blank lines alone do not.
     """
     lines: list[str] = []
     wikitext: bool | None = None
+    after_blank = True
     for line in read_lines(file):
         blank = not line.strip()
         if wikitext is None and not blank:
             wikitext = bool(_WIKITEXT_TITLE.fullmatch(line))
-        if lines and (_WIKITEXT_TITLE.fullmatch(line) if wikitext else blank):
+        if lines and (after_blank and _WIKITEXT_TITLE.fullmatch(line) if wikitext else blank):
             yield RawDocument(lines)
             lines = []
         if not blank:
             lines.append(line)
+        after_blank = blank
     if lines:
         yield RawDocument(lines)
 

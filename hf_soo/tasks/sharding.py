@@ -173,7 +173,7 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], n
         yield from map(function, items)
         return
     # "spawn": forking a process that has threads (Arrow, torch, tokenizers) can deadlock.
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_use_one_thread)
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: deque[Future[_Result]] = deque()
     try:
         for item in items:
@@ -191,9 +191,18 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], n
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _use_one_thread() -> None:
-    """Keep a worker to one core: the processes are the parallelism."""
+def _start_worker() -> None:
+    """Keep a worker to one core, as the processes are the parallelism, and end it when its parent is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work forever: it holds both ends of the pipe itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
