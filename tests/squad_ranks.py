@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from tests.script_runs import load_script
+from hf_soo.experiments import arguments
+from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.experiments.squad import SquadTask
+from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
+from hf_soo.experiments.training import Job, train
 
 
-def evaluate(rank: int, world: int, flags: list[str]) -> int:
-    """The script on one of several processes."""
-    code: int = load_script("run_squad").main(flags)
-    return code
+def run(rank: int, world: int, flags: list[str]) -> dict[str, float | None]:
+    """The script's run on one of several processes, whose group stays; what its record says at the end."""
+    classes = (QaModelArguments, QaDataArguments, RunArguments, RunTrainingArguments)
+    model, data, kept, training = arguments.parse(classes, flags)
+    assert training.world_size == world
+    (record,) = train(Job(kept, training), SquadTask(model, data, training))
+    return record.final
