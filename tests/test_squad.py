@@ -12,16 +12,9 @@ from transformers import AutoTokenizer
 
 from hf_soo.tasks.squad import QuestionSet, collect, read_questions
 from hf_soo.tasks.squad_answers import AnswerConfig, answer
-from hf_soo.tasks.squad_features import (
-    Labels,
-    WindowCollator,
-    WindowConfig,
-    Windows,
-    find_labels,
-    read_template,
-    tokenize,
-)
+from hf_soo.tasks.squad_features import WindowCollator, WindowConfig, Windows
 from hf_soo.tasks.squad_metrics import score_v1
+from hf_soo.tasks.squad_tokens import Labels, find_labels, read_template, tokenize
 from tests.squad_data import DATA, colour_questions, nested, paragraph, qa, real_file, tokenizer, write
 
 CONTEXT = "w1 red w2"
