@@ -42,13 +42,17 @@ class SquadTask(Task):
             args: what is done.
 
         Raises:
-            ValueError: settings of the Trainer that keep no logits to answer from.
+            ValueError: settings of the Trainer that keep no logits to answer from, or a best model by a metric that
+                is not measured.
         """
         if args.prediction_loss_only or args.batch_eval_metrics or not args.eval_do_concat_batches:
             raise ValueError(
                 "prediction_loss_only, batch_eval_metrics and eval_do_concat_batches=False leave no logits to answer "
                 "from; leave them out."
             )
+        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in {"loss", *self.metrics}:
+            raise ValueError(f"metric_for_best_model={best!r} is not measured; use loss, {' or '.join(self.metrics)}.")
         self.model, self.settings = model, data
         self.tokenizer = load_tokenizer(model)
         self.config = load_config(model, self.tokenizer, data.max_seq_length)
@@ -162,7 +166,7 @@ class SquadTask(Task):
 
 
 class SquadTrainer(SecondOrderTrainer):
-    """Evaluates the windows in their order, also where training groups them by length."""
+    """Evaluates all windows in their order, whatever the training's sampling does with its own."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches.
@@ -170,7 +174,7 @@ class SquadTrainer(SecondOrderTrainer):
         Args:
             eval_dataset: see `Trainer`.
         """
-        with _in_order(self.args):
+        with _all_in_order(self.args):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
@@ -179,18 +183,19 @@ class SquadTrainer(SecondOrderTrainer):
         Args:
             test_dataset: see `Trainer`.
         """
-        with _in_order(self.args):
+        with _all_in_order(self.args):
             return super().get_test_dataloader(test_dataset)
 
 
 @contextmanager
-def _in_order(args: TrainingArguments) -> Iterator[None]:
-    """Meanwhile the Trainer groups nothing by length."""
-    asked, args.train_sampling_strategy = args.train_sampling_strategy, "random"
+def _all_in_order(args: TrainingArguments) -> Iterator[None]:
+    """Meanwhile the Trainer groups nothing by length, and drops no batch that is not full."""
+    asked = args.train_sampling_strategy, args.dataloader_drop_last
+    args.train_sampling_strategy, args.dataloader_drop_last = "random", False
     try:
         yield
     finally:
-        args.train_sampling_strategy = asked
+        args.train_sampling_strategy, args.dataloader_drop_last = asked
 
 
 def _start_and_end(logits: Any, labels: Any) -> Any:

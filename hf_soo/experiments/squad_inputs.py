@@ -24,15 +24,8 @@ from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
 from hf_soo.tasks.bert import check_vocabulary
 from hf_soo.tasks.squad import QuestionSet, read_hub, read_questions
-from hf_soo.tasks.squad_features import (
-    Labels,
-    Template,
-    WindowConfig,
-    Windows,
-    find_labels,
-    read_template,
-    tokenize,
-)
+from hf_soo.tasks.squad_features import WindowConfig, Windows
+from hf_soo.tasks.squad_tokens import Labels, Template, find_labels, read_template, tokenize
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from hf_soo.files import write_atomically
 from hf_soo.tasks.squad import QuestionSet
-from hf_soo.tasks.squad_features import Ints, Windows
+from hf_soo.tasks.squad_features import Windows
+from hf_soo.tasks.squad_tokens import Ints
 
 Floats = NDArray[np.float32]
 _Entry = tuple[str, float, float]  # text, start and end logit
