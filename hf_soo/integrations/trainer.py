@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
@@ -249,7 +250,8 @@ class _LoopCallback(TrainerCallback):
         self.trainer._attach()
         optimizer = self.trainer.second_order
         if optimizer is not None and self.trainer.is_world_process_zero():
-            print(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}", flush=True)
+            # write, not print: the Trainer's progress bar stands on this line already
+            tqdm.write(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer.second_order is not None:
