@@ -13,8 +13,8 @@ from tests.script_runs import load_script, only_run
 
 RUN = [
     *TINY, "--dropout", "0", "--optim", "mkor", "--learning_rate", "0.02", "--max_steps", "2", "--eval_strategy",
-    "steps", "--eval_steps", "1", "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true", "--vocab_size", "110",
-    "--seq_length", "24",
+    "steps", "--eval_steps", "1", "--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true",
+    "--vocab_size", "110", "--seq_length", "24",
 ]  # fmt: skip
 COMPILED = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
 # how far losses may lie from those of the plain run: fp32 sums in another order; bf16 has 8 bits
