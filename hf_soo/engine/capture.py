@@ -96,8 +96,11 @@ class Recorder(Protocol):
     def allocate(self, layer: Layer) -> Buffers:
         """Zero buffers for a layer."""
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
-        """The output, with a node behind it that adds to the buffers in the backward pass."""
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+        """The output, with a node behind it that adds to the buffers in the backward pass.
+
+        ``real`` is true for the rows of x that are no padding, x's shape without the last dimension; None: all are.
+        """
 
     def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
         """The layers that can be updated in this step."""
@@ -118,7 +121,7 @@ class GradientRecorder:
         """Nothing."""
         return []
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
         """Not called: there are no hooks."""
         return output
 
@@ -138,6 +141,9 @@ class Capture:
 
     ``collecting`` is read by every forward pass; the optimizer sets it at the end of a step (``collect``), so that all
     micro-batches of a window, and both passes of a checkpointed one, see the same value.
+
+    ``mask`` [B, T] is false at the current micro-batch's padding, and stays until the next one's: a checkpointed layer
+    runs again in the backward pass.
     """
 
     def __init__(self, layers: Sequence[Layer], recorder: Recorder) -> None:
@@ -149,6 +155,7 @@ class Capture:
         """
         self.recorder = recorder
         self.collecting = False
+        self.mask: Tensor | None = None
         self.sampled: list[Tensor] | None = None if recorder.phase is None else []  # outputs; see fisher.py
         self._sampled_layers: set[str] = set()
         self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if recorder.hooks else []
@@ -197,7 +204,12 @@ class Capture:
             )
         if self.sampled is not None:
             self._keep_sampled(layer, output)
-        return self.recorder.commit(layer, x, output, self.buffers[layer.name])
+        return self.recorder.commit(layer, x, output, self.buffers[layer.name], self._real(layer, x))
+
+    def _real(self, layer: RowLayer, x: Tensor) -> Tensor | None:
+        """The mask where its rows are those of the layer's input: not of an image, or of positions that were chosen."""
+        fits = self.mask is not None and layer.channel_dim == -1 and x.shape[:-1] == self.mask.shape
+        return self.mask if fits else None
 
     def _keep_sampled(self, layer: RowLayer, output: Tensor) -> None:
         """Remember an output for the sampled loss's backward pass.
@@ -221,14 +233,17 @@ class Capture:
         """Drop what the current window has collected (a skipped step, an out-of-memory retry).
 
         Args:
-            outputs: those kept for a sampled loss too; False if its backward pass may be still to come.
+            outputs: those kept for a sampled loss, and the mask; False if the backward pass may be still to come.
         """
         tensors = [tensor for buffers in self.buffers.values() for tensor in buffers]
         if tensors:
             torch._foreach_zero_(tensors)
         if self.recorder.phase is not None:
             self.recorder.phase.passes = 0
-        if self.sampled is not None and outputs:
+        if not outputs:
+            return
+        self.mask = None
+        if self.sampled is not None:
             self.sampled.clear()
             self._sampled_layers.clear()
 

@@ -69,8 +69,8 @@ class FactorRecorder:
 
         return [zeros(2), zeros(m, m), zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
-        """See ``Recorder``."""
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+        """See ``Recorder``; padding is told by its output gradient here (``row_filter``)."""
         x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
         return cast(Tensor, _CommitFactors.apply(output, x, layer, self, *buffers))  # type: ignore[no-untyped-call]
 

@@ -212,6 +212,17 @@ class PreconditionedOptimizer(Saving, Optimizer):
 
     # ---- windows ---------------------------------------------------------------------------------------------------
 
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Leave padding out of the means of layer inputs, in the forward and backward passes from now on.
+
+        A layer whose input is [B, T, d] for a mask of [B, T] counts the rows where it is not zero; all others count
+        every row. Methods that keep factors (K-FAC, FOOF) tell padding by its gradient and need no mask.
+
+        Args:
+            mask: the micro-batch's attention mask [B, T], 1 for tokens and 0 for padding; None: there is no padding.
+        """
+        self.capture.mask = None if mask is None else mask != 0
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what the window has collected (a step may have been skipped).
 

@@ -31,7 +31,7 @@ class SumRecorder:
 
     A layer's buffers, all in the accumulation dtype:
 
-    0. rows of each group, [groups];
+    0. rows of each group that are no padding, [groups];
     1. Σ input rows, [groups, d_in], empty if not asked for;
     2. Σ output gradients, [groups, d_out], empty if not asked for or given by ``bias.grad``;
     3. Σ over micro-batches of |Σe|² and of δ² Σ|e|² (``NOISE_LEVEL``), [2], empty if not asked for.
@@ -78,10 +78,14 @@ class SumRecorder:
             zeros(2 if self.noise else 0),
         ]
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers) -> Tensor:
-        """See ``Recorder``."""
-        inputs, rows = layer.input_sums(x, self.groups)
-        counts = group_sizes(rows, self.groups, buffers[0])
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+        """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
+        if real is None:
+            inputs, rows = layer.input_sums(x, self.groups)
+            counts = group_sizes(rows, self.groups, buffers[0])
+        else:
+            inputs, _ = layer.input_sums(x * real[..., None].to(x.dtype), self.groups)
+            counts = group_sums(real.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
         return cast(Tensor, _CommitSums.apply(output, inputs, counts, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
@@ -151,20 +152,32 @@ class SecondOrderTrainerMixin(ResumingMixin):
         optimizer.backward_sampled(sampled / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's; tells the optimizer the loss.
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As Trainer's; tells the optimizer what is padding, and the loss.
 
         Args:
+            model: Trainer's.
+            inputs: Trainer's.
             *args: Trainer's.
             **kwargs: Trainer's.
 
         Returns:
             The loss.
         """
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.second_order is not None:
+            self.second_order.mask_rows(self._padding_mask(inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self.second_order is not None and not self.is_deepspeed_enabled:  # its engine has reported it, and stepped
             self.second_order.report_loss(loss)
         return loss
+
+    def _padding_mask(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """The attention mask [B, T], where it is that of all layers: a decoder has tokens of its own."""
+        mask = inputs.get("attention_mask")
+        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return mask.to(self.args.device) if isinstance(mask, torch.Tensor) and not encoder_decoder else None
 
     def _settings(self) -> dict[str, Any]:
         """The method's settings; the batch size is filled in for methods that need one."""
@@ -237,7 +250,8 @@ class _LoopCallback(TrainerCallback):
         self.trainer._attach()
         optimizer = self.trainer.second_order
         if optimizer is not None and self.trainer.is_world_process_zero():
-            print(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}", flush=True)
+            # write, not print: the Trainer's progress bar stands on this line already
+            tqdm.write(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer.second_order is not None:
