@@ -16,12 +16,21 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    RobertaConfig,
+)
 
 import hf_soo
 from hf_soo.experiments import arguments, glue_runs
-from hf_soo.experiments.glue import GlueFineTuning
-from hf_soo.experiments.glue_model import GlueModelArguments, find_pretrained
+from hf_soo.experiments.glue import GlueFineTuning, best_class, numbers
+from hf_soo.experiments.glue_model import GlueModelArguments, Pretrained, check_tokenizer, find_pretrained
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.tasks.bert import GatheredBertForPreTraining, name_bias_once
@@ -88,6 +97,7 @@ def test_a_run_from_the_shell(flags: list[str], tmp_path: Path) -> None:
     assert run["final"].keys() == {"train_loss", "eval_loss", "accuracy", "f1", "combined_score"}
     assert run["final"]["accuracy"] >= 0.9 and run["final"]["f1"] >= 0.9  # the first word says it: chance is 0.5
     config = run["config"]
+    assert len(config["data"].pop("digest")) == 12
     assert config["data"] == {
         "source": "MRPC/train.tsv, MRPC/dev.tsv", "train_examples": 48, "eval_examples": 20, "train_subset": True,
         "dev_subset": True,
@@ -144,15 +154,20 @@ def test_seeds_make_a_table_and_an_interrupted_one_goes_on(
     assert script.main([*flags, *more, "--max_train_samples", "8"]) == 1
     check_error(capsys, "is of a run with data={'source'")
     assert runs(out / "runs") == again
+    assert script.main([*flags, *more, "--seeds", "0", "--max_train_samples", "8", "--restart"]) == 0
+    assert runs(out / "runs")[next(iter(first))]["config"]["data"]["train_examples"] == 8
 
 
-def test_predictions_are_the_servers(script: ModuleType, flags: list[str], tmp_path: Path, world: Path) -> None:
+def test_predictions_are_the_servers(
+    script: ModuleType, flags: list[str], tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A trained folder is evaluated and predicts; both agree, and its training run's JSON stays."""
     out = tmp_path / "out"
     assert script.main([*flags, "--task_name", "rte", "--save_strategy", "epoch", "--max_steps", "40"]) == 0
     trained = only_run(out / "runs")
     again = [*flags, "--task_name", "rte", "--model_name_or_path", str(out)]
     assert script.main([*again, "--do_eval"]) == 0
+    assert f"rte-evaluation-seed3: eval_loss {trained['final']['eval_loss']}, accuracy" in capsys.readouterr().out
     evaluated = runs(out / "runs").pop("rte-evaluation-seed3")
     keys = ("eval_loss", "accuracy")
     assert [evaluated["final"][key] for key in keys] == [trained["final"][key] for key in keys]
@@ -230,6 +245,50 @@ def test_heads_come_from_the_seed_and_encoders_from_the_folder(world: Path, tmp_
     assert weights[0]["classifier.weight"].shape == (2, 16)
 
 
+def test_configuration_tokenizer_and_revision_are_those_asked_for(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the weights are fp32, whatever the checkpoint has."""
+    shutil.copytree(world / "tiny", tmp_path / "half")
+    BertModel.from_pretrained(world / "tiny", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    BertConfig.from_pretrained(world / "tiny", hidden_dropout_prob=0.3).save_pretrained(tmp_path / "config")
+    given = GlueModelArguments(
+        model_name_or_path=str(tmp_path / "half"),
+        config_name=str(tmp_path / "config"),
+        tokenizer_name=str(world / "tiny"),
+        cache_dir=str(tmp_path / "cache"),
+        model_revision="v2",
+    )
+    asked = []
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForSequenceClassification):
+        loaded = loader.from_pretrained
+
+        def spy(name: str, loaded: Any = loaded, **kwargs: Any) -> Any:
+            asked.append((Path(name).name, kwargs["revision"], Path(kwargs["cache_dir"]).name))
+            return loaded(name, **kwargs)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    model = find_pretrained(given, 24).make(TASKS["rte"], 0)
+    assert list(dict.fromkeys(asked)) == [(name, "v2", "cache") for name in ("config", "tiny", "half")]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.hidden_dropout_prob == 0.3
+
+
+def test_models_that_return_more_than_logits() -> None:
+    logits = torch.tensor([[0.1, 0.7], [0.9, 0.2]])
+    assert best_class((logits, logits), None).tolist() == best_class(logits, None).tolist() == [1, 0]
+    assert numbers((logits[:, :1], logits), None).tolist() == numbers(logits[:, :1], None).tolist()
+
+
+def test_tokenizers_of_other_kinds_of_model() -> None:
+    """Rounded up is fine; an empty one, which transformers makes where it finds no files, is not."""
+    config = DebertaV2Config(vocab_size=128100)
+    check_tokenizer(config, 128001, "x")
+    for size in (5, 128101):
+        with pytest.raises(ValueError, match=f"The tokenizer of 'x' does not fit the model: the vocabulary has {size}"):
+            check_tokenizer(config, size, "x")
+
+
 def test_padding(world: Path, tmp_path: Path) -> None:
     """To the longest (17), a multiple of 8 unless that is past the last position; or all to max_seq_length."""
     for positions, given, width in (
@@ -247,6 +306,11 @@ def test_padding(world: Path, tmp_path: Path) -> None:
         assert batch["input_ids"].shape == (2, width), given
         assert batch["labels"].tolist() == [longest % 2, 0]
         assert task.make_model(0)(**batch).logits.shape == (2, 2)
+
+
+def test_roberta_numbers_its_positions_from_two() -> None:
+    config = RobertaConfig(max_position_embeddings=514)
+    assert Pretrained(GlueModelArguments("x"), config, None).positions() == 512
 
 
 def test_a_regression_has_one_number_and_squared_error(world: Path) -> None:

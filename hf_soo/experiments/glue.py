@@ -18,7 +18,7 @@ from hf_soo.experiments.training import Task
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.tasks.glue import GlueTask
 from hf_soo.tasks.glue_data import GlueDataArguments, load_part
-from hf_soo.tasks.glue_files import Examples
+from hf_soo.tasks.glue_files import Examples, digest
 from hf_soo.tasks.metrics import score
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class GlueFineTuning(Task):
             "eval_examples": development,
             "train_subset": self.train is not None and len(self.train) != self.task.train_rows,
             "dev_subset": bool(self.evaluated) and development != self.task.dev_rows,
+            "digest": digest(parts),
         }
         return {
             "model": {"name": self.pretrained.name, **shape(model)},
@@ -178,21 +179,21 @@ def shape(model: nn.Module) -> dict[str, Any]:
     return {key: value for key in keys if (value := getattr(model.config, key, None)) is not None}
 
 
-def best_class(logits: Tensor, labels: Tensor | None) -> Tensor:
+def best_class(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
     """The class with the largest logit: all that is kept of an evaluation.
 
     Args:
-        logits: [B, classes].
+        logits: [B, classes]; the first of a tuple, which some models return.
         labels: [B], not used.
     """
-    return logits.argmax(-1)
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def numbers(logits: Tensor, labels: Tensor | None) -> Tensor:
+def numbers(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
     """The predicted number of a regression.
 
     Args:
-        logits: [B, 1].
+        logits: [B, 1]; the first of a tuple, which some models return.
         labels: [B], not used.
     """
-    return logits.squeeze(-1)
+    return (logits[0] if isinstance(logits, tuple) else logits).squeeze(-1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -77,6 +79,7 @@ class Pretrained:
                 self.arguments.model_name_or_path,
                 config=task_config(self.config, task),
                 output_loading_info=True,
+                dtype=torch.float32,  # not the checkpoint's: weights in half precision lose small steps
                 ignore_mismatched_sizes=self.arguments.ignore_mismatched_sizes,
                 cache_dir=self.arguments.cache_dir,
                 revision=self.arguments.model_revision,
@@ -127,12 +130,12 @@ def check_tokenizer(config: PretrainedConfig, size: int, name: str) -> None:
         name: of the tokenizer, for the message.
 
     Raises:
-        ValueError: ids without an embedding, or a BERT whose vocabulary has another size.
+        ValueError: the two sizes do not belong together.
     """
     try:
         if isinstance(config, BertConfig):
             check_vocabulary(config, size)
-        elif size > config.vocab_size:
+        elif not 0.95 * config.vocab_size <= size <= config.vocab_size:  # some are rounded up, by less than 1 %
             raise ValueError(f"the vocabulary has {size} entries but config.vocab_size is {config.vocab_size}")
     except ValueError as error:
         raise ValueError(f"The tokenizer of {name!r} does not fit the model: {error}.") from error
@@ -174,7 +177,7 @@ def task_config(config: PretrainedConfig, task: GlueTask) -> PretrainedConfig:
         config: of the pretrained model.
         task: says which labels.
     """
-    kept = type(config).from_dict(config.to_dict())
+    kept = copy.deepcopy(config)
     kept.problem_type = "regression" if task.regression else "single_label_classification"
     labels = task.labels or ("score",)
     kept.id2label, kept.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}

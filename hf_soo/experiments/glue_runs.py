@@ -93,8 +93,22 @@ def run(flags: list[str], description: str) -> None:
         read_runs(job.results_dir)  # the table is of all of them: one that cannot be read shows now
     records = [record or train_anew(each) for record, each in zip(ended, planned, strict=True)]
     if training.process_index == 0:
-        print(glue_table.table(records), end="")
-        write_atomically(job.results_dir / TABLE_FILE, glue_table.table(read_runs(job.results_dir)))
+        present(job, records)
+
+
+def present(job: Job, records: Sequence[RunRecord]) -> None:
+    """Print the table, and write that of all runs of the folder; of evaluations alone, print the metrics.
+
+    Args:
+        job: says where the JSONs are.
+        records: of this command.
+    """
+    if not job.training.do_train:
+        for record in records:
+            print(f"{record.name}: {', '.join(f'{key} {value}' for key, value in record.final.items())}")
+        return
+    print(glue_table.table(records), end="")
+    write_atomically(job.results_dir / TABLE_FILE, glue_table.table(read_runs(job.results_dir)))
 
 
 def check_sweep(data: GlueDataArguments, seeds: GlueSeedArguments, job: Job, tasks: Sequence[GlueTask]) -> None:
@@ -173,6 +187,8 @@ def ended_record(planned: Planned) -> RunRecord | None:
                 "--results_dir or --name, or --restart to replace it."
             )
     logger.info("%s is finished already; --restart runs it again", found.name)
+    if job.training.do_predict:
+        logger.warning("It predicts nothing now; --model_name_or_path %s --do_predict does", job.training.output_dir)
     return found
 
 

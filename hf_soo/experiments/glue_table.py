@@ -35,12 +35,12 @@ class Row:
 
     @property
     def tasks(self) -> list[str]:
-        """Those with a completed run, in the order of the columns."""
-        return [name for name in TASKS if any(run.status == "completed" for run in self.cells.get(name, ()))]
+        """Those that were measured, in the order of the columns."""
+        return [name for name in TASKS if name in self.cells and medians(self.cells[name])]
 
     def average(self) -> float | None:
         """Over its tasks, of the mean of each one's metrics; None where there is none."""
-        means = [mean(values) for name in self.tasks if (values := list(medians(self.cells[name]).values()))]
+        means = [mean(medians(self.cells[name]).values()) for name in self.tasks]
         return mean(means) if means else None
 
 
@@ -201,8 +201,7 @@ def _average(row: Row) -> str:
 def _notes(found: Sequence[Row], lines: Sequence[str]) -> list[str]:
     """What the average is over, and what the marks mean where they occur."""
     covered = list(dict.fromkeys(tuple(row.tasks) for row in found if row.tasks))
-    sets = "; ".join(f"{len(names)}: {', '.join(TASKS[name].title for name in names)}" for name_set in covered
-                     for names in [name_set])  # fmt: skip
+    sets = "; ".join(f"{len(names)}: {', '.join(TASKS[name].title for name in names)}" for names in covered)
     text = ["Dev sets, in percent, medians over seeds."]
     if covered:
         text.append(f"Average: the mean over tasks of the mean of a task's metrics, over {sets}.")

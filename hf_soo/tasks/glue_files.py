@@ -8,6 +8,7 @@ official archive (``Quality``, ``#1 String``, ``gold_label`` ...) or ``text_a``,
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import math
@@ -45,6 +46,19 @@ class Examples:
         """
         labels = None if self.labels is None else self.labels[:count]
         return Examples(tuple(texts[:count] for texts in self.texts), labels, self.source)
+
+
+def digest(parts: Sequence[Examples]) -> str:
+    """What tells two data sets apart: a hash of all texts and labels, in order.
+
+    Args:
+        parts: of one task.
+    """
+    sha = hashlib.sha256()
+    for part in parts:
+        for row in zip(*part.texts, part.labels or [None] * len(part), strict=True):
+            sha.update(repr(row).encode())
+    return sha.hexdigest()[:12]
 
 
 def read_examples(file: str | Path, task: GlueTask, *, labelled: bool) -> Examples:
