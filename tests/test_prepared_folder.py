@@ -125,6 +125,12 @@ def test_damaged_file_is_named(copied: Path, name: str) -> None:
         load_prepared(copied)
 
 
+def test_damaged_manifest_is_named(copied: Path) -> None:
+    (copied / "manifest.json").write_bytes((copied / "manifest.json").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"out' has a manifest.json that is no JSON \(.*; prepare it again"):
+        load_prepared(copied)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     monkeypatch.setattr("sys.argv", ["prepare_pretraining.py", *flags])
     return int(load_script("prepare_pretraining").main())

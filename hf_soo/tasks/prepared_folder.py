@@ -176,7 +176,10 @@ def load_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
     name = repr(str(folder))
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{name} is no finished data set, it has no {MANIFEST}; {_AGAIN}")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} has a {MANIFEST} that is no JSON ({error}); {_AGAIN}") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{name} has format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}")
     if sha256_of(folder / VOCABULARY) != manifest["vocab_sha256"]:
