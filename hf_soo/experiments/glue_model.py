@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -105,12 +106,14 @@ def find_pretrained(arguments: GlueModelArguments, max_seq_length: int) -> Pretr
         max_seq_length: of the inputs.
 
     Raises:
-        ValueError: there is no such model, its tokenizer does not fit it, or it has fewer positions.
+        ValueError: there is no such model, it cannot classify, its tokenizer does not fit, or it has fewer positions.
     """
     name = arguments.model_name_or_path
     if name is None:
         raise ValueError("model_name_or_path is missing; give a folder, or a name on the hub: bert-base-uncased.")
     config = _load(AutoConfig, "config_name" if arguments.config_name else "model_name_or_path", arguments)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(f"{name!r} is a model of the kind {config.model_type!r}, which does not classify sequences.")
     tokenizer = _load(AutoTokenizer, "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path", arguments)
     found = Pretrained(arguments, config, tokenizer)
     if tokenizer.pad_token_id is None:

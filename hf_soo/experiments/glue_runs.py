@@ -75,6 +75,7 @@ def run(flags: list[str], description: str) -> None:
 
     Raises:
         ValueError: settings, files or a model that cannot be used.
+        OSError: the results cannot be written.
     """
     model, data, seeds, settings, training = arguments.parse(CLASSES, flags, description)
     check_installed()
@@ -84,12 +85,14 @@ def run(flags: list[str], description: str) -> None:
     check_sweep(data, seeds, job, tasks)
     pretrained = find_pretrained(model, data.max_seq_length)
     fine_tunings = [GlueFineTuning(task, pretrained, data, training) for task in tasks]
+    for folder in (job.results_dir, training.folder):
+        folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now
     if settings.compare_with is not None:
         script.present(job, train(job, fine_tunings[0]), fine_tunings[0].title)
         return
     planned = plan(job, fine_tunings, seeds.seeds)
     ended = [ended_record(each) for each in planned]  # all of them before the first is trained: it may refuse
-    if job.results_dir.is_dir() and any(job.results_dir.glob("*.json")):
+    if any(job.results_dir.glob("*.json")):
         read_runs(job.results_dir)  # the table is of all of them: one that cannot be read shows now
     records = [record or train_anew(each) for record, each in zip(ended, planned, strict=True)]
     if training.process_index == 0:
