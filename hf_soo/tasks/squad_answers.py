@@ -84,6 +84,7 @@ def answer(start: Floats, end: Floats, windows: Windows, asked: QuestionSet, con
         asked: their questions.
         config: how to choose.
     """
+    assert len(start) == len(end) == len(windows)
     start, end = (np.nan_to_num(np.asarray(each, dtype=np.float32)) for each in (start, end))
     found = _candidates(start, end, windows, config.n_best_size, config.max_answer_length)
     splits = np.searchsorted(found.question, np.arange(len(asked.questions) + 1))
