@@ -120,9 +120,7 @@ def _candidates(start: Floats, end: Floats, windows: Windows, n_best: int, max_l
     rank = np.arange(len(order)) - np.searchsorted(question, question)  # within the question
     kept = order[rank < n_best]
     window, first, last = window[kept], first[kept], last[kept]
-    span = np.stack(
-        (windows.characters(window, first)[..., 0], windows.characters(window, last)[..., 1]), axis=-1
-    )  # fmt: skip
+    span = np.stack((windows.characters(window, first)[:, 0], windows.characters(window, last)[:, 1]), axis=-1)
     return _Candidates(question[rank < n_best], start[window, first], end[window, last], span)
 
 
