@@ -116,7 +116,7 @@ def windows(
     coder = tokenizer(tmp_path)
     tokens = tokenize(coder, asked, query)
     labels = find_labels(asked, tokens)
-    return asked, Windows(tokens, read_template(coder), WindowConfig(length, stride, query), labels), labels
+    return asked, Windows(tokens, read_template(coder), WindowConfig(length, stride), labels), labels
 
 
 @pytest.mark.parametrize(("length", "stride"), [(10, 0), (10, 2), (12, 4), (13, 1), (24, 3), (64, 16)])
@@ -306,7 +306,7 @@ def test_real_labels_decode_to_their_answers_and_perfect_logits_score_near_100()
         asked = read_questions(real_file(name))
         tokens = tokenize(coder, asked, 64)
         labels = find_labels(asked, tokens)
-        ours = Windows(tokens, read_template(coder), WindowConfig(384, 128, 64), labels)
+        ours = Windows(tokens, read_template(coder), WindowConfig(384, 128), labels)
         assert (len(asked.questions), len(labels.inexact), labels.wrong, labels.lost) == (count, inexact, (), ())
         assert int((labels.spans[:, 1] - labels.spans[:, 0] >= 30).sum()) == long
         assert ours.labels is not None

@@ -139,9 +139,9 @@ def _answers(content: Any) -> list[Any]:
 def test_v2_learns_when_there_is_no_answer(
     script: ModuleType, flags: list[str], files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--train_file", files["train2"], "--validation_file", files["dev2"], "--max_steps", "40"]
+    more = ["--train_file", files["train2"], "--validation_file", files["dev2"], "--max_steps", "40", "--optim", "mkor"]
     test = ["--do_train", "--do_eval", "--do_predict", "--test_file", files["dev2"]]
-    assert script.main([*flags, *more, *test]) == 0
+    assert script.main([*flags, *more, *test, "--base_optim", "adamw"]) == 0
     out = tmp_path / "out"
     run = only_run(out / "runs")
     final = run["final"]
@@ -171,13 +171,15 @@ def test_every_setting_of_the_answers_matters(
 ) -> None:
     out = tmp_path / "out"
     more = ["--do_eval", "--n_best_size", "3", "--max_answer_length", "2", "--max_eval_samples", "6"]
+    more += ["--max_query_length", "2"]
     assert script.main([*flags, *more, "--pad_to_max_length", "--max_seq_length", "20", "--doc_stride", "2"]) == 0
     candidates = read(out / "nbest_predictions.json")
     assert len(candidates) == 6 and max(len(each) for each in candidates.values()) == 3
     assert {len(entry["text"].split()) for each in candidates.values() for entry in each} <= {1, 2}
     data = only_run(out / "runs")["config"]["data"]
     assert (data["pad_to_max_length"], data["max_seq_length"], data["doc_stride"]) == (True, 20, 2)
-    assert data["eval"]["windows"] == 6 * 2  # 24 tokens of context, 14 at a time, 2 shared
+    assert data["eval"]["windows"] == 6 * 2  # 24 tokens of context, 15 at a time, 2 shared
+    assert data["eval"]["questions_cut"] == 6
 
 
 def test_two_processes_answer_as_one(flags: list[str], script: ModuleType, tmp_path: Path) -> None:
@@ -209,6 +211,11 @@ def test_a_pretraining_folder_and_other_optimizers(
             assert torch.equal(trained[f"bert.embeddings.{key}"], value)
     run = read_run(tmp_path / "out" / "runs" / "mkor-adamw-lr0.json")
     assert run.steps == 2 and run.config["model"]["start"] == "pretrained" and run.health
+    (folder / "config.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (folder / name).unlink()
+    more = ["--model_name_or_path", str(folder), "--tokenizer_name", files["model"], "--config_name", files["model"]]
+    assert script.main([*flags, *more, "--restart"]) == 0
 
 
 def test_questions_of_the_hub(

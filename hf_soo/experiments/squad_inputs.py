@@ -123,7 +123,7 @@ def _part(asked: QuestionSet, name: str, data: QaDataArguments, tokenizer: Any, 
             "smaller doc_stride or max_query_length, or a larger max_seq_length."
         )
     labels = None if name == "test" else find_labels(asked, tokens)
-    config = WindowConfig(data.max_seq_length, data.doc_stride, data.max_query_length)
+    config = WindowConfig(data.max_seq_length, data.doc_stride)
     windows = Windows(tokens, template, config, labels)
     description = {"questions": len(asked.questions), "digest": _digest(asked), "questions_cut": tokens.cut}
     if labels is not None:

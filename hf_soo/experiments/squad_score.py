@@ -69,21 +69,12 @@ def score_file(flags: Sequence[str]) -> str:
     else:
         odds = _read(args.na_prob_file, float, "question id -> number")
         result = score_v2(asked.questions, predictions, odds, args.na_prob_thresh)
-    report_misfits(result, asked, args.score)
+    _report_misfits(result, asked, args.score)
     return json.dumps(result.metrics)
 
 
-def report_misfits(result: Score, asked: QuestionSet, source: str) -> None:
-    """Say how many questions have no prediction, and how many predictions no question.
-
-    Args:
-        result: of the score.
-        asked: the questions.
-        source: of the predictions.
-
-    Raises:
-        ValueError: no prediction is for any question: the two files do not belong together.
-    """
+def _report_misfits(result: Score, asked: QuestionSet, source: str) -> None:
+    """Name the questions without a prediction and the predictions for no question; refuse where none fits."""
     if len(result.missing) == len(asked.questions):
         raise ValueError(
             f"{source}: holds no prediction for any question of {asked.source}; they do not belong together."

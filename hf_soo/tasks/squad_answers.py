@@ -84,6 +84,7 @@ def answer(start: Floats, end: Floats, windows: Windows, asked: QuestionSet, con
         asked: their questions.
         config: how to choose.
     """
+    assert len(start) == len(end) == len(windows)
     start, end = (np.nan_to_num(np.asarray(each, dtype=np.float32)) for each in (start, end))
     found = _candidates(start, end, windows, config.n_best_size, config.max_answer_length)
     splits = np.searchsorted(found.question, np.arange(len(asked.questions) + 1))
@@ -119,9 +120,7 @@ def _candidates(start: Floats, end: Floats, windows: Windows, n_best: int, max_l
     rank = np.arange(len(order)) - np.searchsorted(question, question)  # within the question
     kept = order[rank < n_best]
     window, first, last = window[kept], first[kept], last[kept]
-    span = np.stack(
-        (windows.characters(window, first)[..., 0], windows.characters(window, last)[..., 1]), axis=-1
-    )  # fmt: skip
+    span = np.stack((windows.characters(window, first)[:, 0], windows.characters(window, last)[:, 1]), axis=-1)
     return _Candidates(question[rank < n_best], start[window, first], end[window, last], span)
 
 

@@ -30,11 +30,10 @@ class WindowConfig:
 
     max_seq_length: int
     doc_stride: int  # what consecutive windows share, as in run_qa.py
-    max_query_length: int
 
 
 class Windows(Dataset[dict[str, Ints]]):
-    """Model inputs, one for each window; `starts` and `ends` are the labels."""
+    """Model inputs, one for each window of each question, in the questions' order."""
 
     def __init__(self, tokens: Tokens, template: Template, config: WindowConfig, labels: Labels | None) -> None:
         """Lay the windows over the contexts.
