@@ -110,7 +110,7 @@ def test_sbatch_starts_one_launcher_a_node(sixteen_nodes: Cluster) -> None:
         False,
         f"{training.output_dir}/runs",
     )
-    assert (training.save_strategy, training.save_steps, training.save_total_limit) == ("steps", 500, 2)
+    assert (training.save_strategy, training.save_steps, training.save_total_limit) == ("steps", 100, 2)
     assert (training.ddp_timeout, training.bf16, training.learning_rate) == (1800, True, 0.004)
     assert [argv for argv, _ in sixteen_nodes.calls("scontrol")] == [["show", "hostnames", "node[00-15]"]]
 
@@ -145,7 +145,8 @@ def test_sbatch_requeues_before_the_time_limit_and_the_same_command_resumes(tmp_
     size = {"SLURM_JOB_NUM_NODES": "2", "GPUS_PER_NODE": "1", "SAVE_STEPS": "10"}
     cluster = Cluster(tmp_path, data, HOSTS="127.0.0.1", RUN_NODES="0 1", SLURM_JOB_ID=job_id, **size)
     cluster.stub("accelerate", f'#!/bin/sh\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n')
-    flags = [*TINY, *shlex.split("--max_steps 100 --logging_steps 10 --eval_steps 100 --use_cpu true --bf16 false")]
+    steps = "--max_steps 100 --logging_steps 10 --eval_steps 100 --global_batch_size 8 --dataloader_num_workers 0"
+    flags = [*TINY, *shlex.split(f"{steps} --use_cpu true --bf16 false")]
     output, began = tmp_path / "out", time.monotonic()
     job = cluster.submit(*flags)
     while not (output / "checkpoint-10" / "trainer_state.json").is_file() and job.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -73,6 +74,19 @@ def test_jobs_run_beside_each_other_and_share_the_cores(tmp_path: Path, monkeypa
     assert Pipeline(stages, tmp_path, jobs=2).run() == {}
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     assert [Path(file).read_text() for file in files] == [threads, threads]
+
+
+def test_a_stage_that_runs_alone_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    say = "import os, time\nfile = open({file!r}, 'a', buffering=1)\nthreads = os.environ.get('OMP_NUM_THREADS', '')\n"
+    say += "print({name!r} + threads, file=file)\ntime.sleep(0.3)\nprint('end-' + {name!r}, file=file)"
+    file = str(tmp_path / "said")
+    programs = [Stage(name, (sys.executable, "-c", say.format(file=file, name=name))) for name in "abc"]
+    programs[1] = dataclasses.replace(programs[1], alone=True)
+    assert Pipeline(programs, tmp_path, jobs=2).run() == {}
+    said, threads = Path(file).read_text().split(), max(1, (os.cpu_count() or 1) // 2)
+    assert said[said.index("b") + 1] == "end-b"  # nothing between its beginning and its end
+    assert {f"a{threads}", f"c{threads}"} < set(said)
 
 
 SLOW = "import time, os; open('order', 'a').write('x ')\nwhile not os.path.exists('go'): time.sleep(0.01)"

@@ -35,12 +35,14 @@ class Stage:
         command: program and arguments.
         needs: stages that must have ended well before.
         product: a file that is there only when the stage has ended well, for commands that refuse to be given again.
+        alone: nothing runs beside it, and it has all cores: what everything else waits for.
     """
 
     name: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
     product: Path | None = None
+    alone: bool = False
 
 
 @dataclass(slots=True)
@@ -118,12 +120,17 @@ class Pipeline:
                 continue
             if broken := [need for need in stage.needs if need in self.failed]:
                 self._fail(stage, f"it needs {broken[0]}, which failed")
-            elif len(self.running) < self.jobs and self.done.issuperset(stage.needs):
+            elif self._has_room(stage) and self.done.issuperset(stage.needs):
                 log = self._lock(stage)
                 locked |= log is None
                 if log is not None:
                     self._spawn(stage, log)
         return locked
+
+    def _has_room(self, stage: Stage) -> bool:
+        if any(each.stage.alone for each in self.running):
+            return False
+        return len(self.running) < (1 if stage.alone else self.jobs)
 
     def _lock(self, stage: Stage) -> IO[bytes] | None:
         """The stage's log, locked; None while a process of an earlier pipeline has it."""
@@ -146,15 +153,16 @@ class Pipeline:
                 self.done.add(stage.name)
                 return
             process = subprocess.Popen(
-                stage.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment()
+                stage.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(stage)
             )
         self.running.append(_Running(stage, process, time.monotonic()))
         self._say(f"{stage.name}: started ({len(self.done) + 1} of {len(self.stages)})")
 
-    def _environment(self) -> Mapping[str, str]:
+    def _environment(self, stage: Stage) -> Mapping[str, str]:
         """Stages that run beside each other share the cores, unless the user has said how many threads."""
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        return {"OMP_NUM_THREADS": str(threads), **os.environ} if self.jobs > 1 else os.environ
+        if self.jobs == 1 or stage.alone:
+            return os.environ
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)), **os.environ}
 
     def _collect(self) -> None:
         for each in [each for each in self.running if each.process.poll() is not None]:

@@ -11,6 +11,7 @@ table and the pictures. A pipeline that was stopped, in whatever way, goes on wh
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -109,9 +110,10 @@ def stages(of: ReproduceArguments) -> list[Stage]:
     data, results = of.folder / "data", of.folder / "results"
     vocab = (of.vocab,) if of.vocab is not None else ()
     found = [_prepare(of, 1, vocab), _prepare(of, 2, (str(data / "phase1" / "vocab.txt"),))]
-    found.append(_pretrain(of, 1, PHASE_1, ("prepare_phase1",)))
+    phase_1 = _pretrain(of, 1, PHASE_1, ("prepare_phase1", "prepare_phase2"))
+    found.append(dataclasses.replace(phase_1, alone=True))
     for name in of.optimizers:
-        found.append(_pretrain(of, 2, name, ("prepare_phase2", "phase1")))
+        found.append(_pretrain(of, 2, name, ("phase1",)))
     for name in of.optimizers:
         model = ("--model_name_or_path", str(of.folder / f"phase2_{name}"))
         files = ("--train_file", of.squad_train, "--validation_file", of.squad_dev)
