@@ -71,10 +71,20 @@ def test_one_task_run_in_two_ways_has_two_rows_that_say_so() -> None:
     assert len(cells(glue_table.table(runs), "| tiny |")) == 1
     runs.append(record("mrpc", {"accuracy": 0.5, "f1": 0.5}, num_train_epochs=1.0))
     rows = cells(glue_table.table(runs), "| tiny |")
-    assert {row[1]: row[4] for row in rows} == {
-        "adamw (num_train_epochs=5.0)": "80.0/90.0", "adamw (num_train_epochs=1.0)": "50.0/50.0",
-        "adamw (num_train_epochs=3.0)": "",
-    }  # fmt: skip
+    assert {row[1]: row[4:6] for row in rows} == {
+        "adamw (MRPC: num_train_epochs=5.0)": ["80.0/90.0", ""],
+        "adamw (MRPC: num_train_epochs=1.0)": ["50.0/50.0", "60.0"],
+    }
+
+
+def test_a_trial_on_part_of_the_data_stands_apart_from_the_whole() -> None:
+    part = {**FULL, "train_subset": True, "digest": "1", "train_examples": 64}
+    runs = [record("mrpc", {"accuracy": 0.5, "f1": 0.5}, data=part), record("rte", RTE), record("mrpc", MRPC)]
+    rows = cells(glue_table.table(runs), "| tiny |")
+    assert {row[1]: row[4:6] for row in rows} == {
+        "adamw (MRPC: train_examples=None)": ["80.0/90.0", "60.0"],
+        "adamw (MRPC: train_examples=64)": ["50.0/50.0†", ""],
+    }
 
 
 def test_runs_that_failed_and_subsets_are_marked() -> None:

@@ -78,18 +78,22 @@ def _values(runs: Sequence[RunRecord], metric: str) -> list[float]:
 
 
 def rows(records: Sequence[RunRecord]) -> list[Row]:
-    """Put runs together; where a task was run in two ways, each way has a row that says what it differs in.
+    """Put runs together; where a task was run in several ways, each further one has a row that says what differs.
 
     Args:
         records: of runs on GLUE.
     """
-    groups: dict[str, list[RunRecord]] = {}
+    groups: dict[str, dict[str, list[RunRecord]]] = {}
     for record in records:
-        groups.setdefault(json.dumps(_identity(record)), []).append(record)
+        tasks = groups.setdefault(json.dumps(_identity(record)), {})
+        tasks.setdefault(record.config["task"], []).append(record)
     found = []
-    for group in groups.values():
-        parts = [group] if _one_way(group) else _ways(group)
-        found += [_row(part, _difference(part, parts)) for part in parts]
+    for tasks in groups.values():
+        ways = {name: _ways(tasks[name]) for name in TASKS if name in tasks}
+        for number in range(max(map(len, ways.values()))):
+            part = [run for each in ways.values() for run in (each[number] if number < len(each) else ())]
+            differences = (_difference(name, each, number) for name, each in ways.items())
+            found.append(_row(part, "; ".join(filter(None, differences))))
     return sorted(found, key=lambda row: -(row.average() or 0.0))
 
 
@@ -105,34 +109,25 @@ def _way(record: RunRecord) -> dict[str, Any]:
     return config | data
 
 
-def _one_way(group: Sequence[RunRecord]) -> bool:
-    ways: dict[str, list[dict[str, Any]]] = {}
-    for record in group:
-        ways.setdefault(record.config["task"], []).append(_way(record))
-    return all(way == each[0] for each in ways.values() for way in each)
+def _ways(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """The runs of one task by their other settings, those on whole data first."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        way = _way(run)
+        subset = [bool(way.get(key)) for key in ("dev_subset", "train_subset")]
+        found.setdefault(json.dumps([subset, way], sort_keys=True), []).append(run)
+    return [found[key] for key in sorted(found)]
 
 
-def _ways(group: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """The group split by those settings in which runs of one task differ."""
-    keys = _differing(group)
-    parts: dict[str, list[RunRecord]] = {}
-    for record in group:
-        parts.setdefault(json.dumps([_way(record).get(key) for key in keys]), []).append(record)
-    return list(parts.values())
-
-
-def _differing(group: Sequence[RunRecord]) -> list[str]:
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for record in group:
-        by_task.setdefault(record.config["task"], []).append(_way(record))
-    return sorted({key for ways in by_task.values() for way in ways for key in way if way.get(key) != ways[0].get(key)})
-
-
-def _difference(part: Sequence[RunRecord], parts: Sequence[Sequence[RunRecord]]) -> str:
-    if len(parts) == 1:
+def _difference(name: str, ways: Sequence[Sequence[RunRecord]], number: int) -> str:
+    """What sets one way to run a task apart: "MRPC: num_train_epochs=5.0"; nothing where there is one."""
+    if len(ways) == 1 or number >= len(ways):
         return ""
-    keys = _differing([record for each in parts for record in each])
-    return ", ".join(f"{key}={_way(part[0]).get(key)}" for key in keys)
+    settings = [_way(runs[0]) for runs in ways]
+    keys = {key for way in settings for key in way if any(way[key] != other.get(key) for other in settings)}
+    plain = keys - {"source", "digest", "train_subset", "dev_subset"}  # these only repeat what the others say
+    told = ", ".join(f"{key}={settings[number].get(key)}" for key in sorted(plain or keys))
+    return f"{TASKS[name].title}: {told}"
 
 
 def _row(runs: Sequence[RunRecord], difference: str) -> Row:
@@ -224,7 +219,8 @@ def _seeds(found: Sequence[Row]) -> list[str]:
                     numbers = (f"{100 * value:.1f}" for value in (median(values), min(values), max(values)))
                     seeds = " ".join(str(run.seed) for run in runs if run.status == "completed")
                     over = f" over {row.base}" if row.base else ""
-                    method = f"{row.model}, {row.optimizer}{over}, {row.rate}"
+                    note = f" ({row.note})" if row.note else ""
+                    method = f"{row.model}, {row.optimizer}{over}, {row.rate}{note}"
                     cells = [method, TASKS[name].title, metric, *numbers, seeds]
                     lines.append(f"| {' | '.join(cells)} |")
     header = ["", "| run | task | metric | median | lowest | highest | seeds |", "|---|---|---|---:|---:|---:|---|"]
