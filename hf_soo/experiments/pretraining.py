@@ -47,7 +47,6 @@ class PretrainingTask(Task):
             model = dataclasses.replace(model, model_name_or_path=self.phase.folder)
         self.model = model
         self.data: PretrainingData = load_data(data, args)
-        self.sampling = args.train_sampling_strategy
 
     def make_model(self, seed: int) -> nn.Module:
         """A BERT for the vocabulary of the data.
@@ -64,9 +63,7 @@ class PretrainingTask(Task):
             model: a BERT.
         """
         before = self.phase.describe(self.base) if self.phase is not None else {}
-        # the usual order is not named: runs that were recorded before there was another one compare, and resume
-        order = {} if self.sampling == "random" else {"train_sampling_strategy": self.sampling}
-        return {"model": model_description(model), "data": self.data.description, **before, **order}
+        return {"model": model_description(model), "data": self.data.description, **before}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]

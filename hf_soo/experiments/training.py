@@ -230,8 +230,13 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         model: with its initial weights.
     """
     args = job.training
+    # The usual order is not named: runs that were recorded before there was another one compare, and resume.
+    order = (
+        {} if args.train_sampling_strategy == "random" else {"train_sampling_strategy": args.train_sampling_strategy}
+    )
     config = {
         **task.describe(model),
+        **order,
         "initial_weights": weights_hash(model),
         "processes": args.world_size,
         **{key: _plain(getattr(args, key)) for key in SETTINGS},
