@@ -118,10 +118,10 @@ def _plan(options: argparse.Namespace) -> str:
 
 
 def _report(options: argparse.Namespace) -> str:
-    from hf_soo.experiments import report
+    from hf_soo.experiments import report, reports
     from hf_soo.files import write_atomically
 
-    records, text = report.report(options.folder)
+    records, text = reports.report_of(options.folder)
     if options.table:
         write_atomically(Path(options.table), text)
     if options.readme:

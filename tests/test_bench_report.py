@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_soo.experiments.bench_report import COLUMNS, line, table
-from hf_soo.experiments.report import report
+from hf_soo.experiments.reports import report_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"optimizer": "mkor", "base": "lamb", "step_ratio": 1.224, "refresh_step_ratio": None, "step_to_bare_ratio": 1.5}
@@ -34,6 +34,6 @@ def test_rows_are_as_wide_as_the_head() -> None:
 
 
 def test_readme_shows_the_benchmarks_table() -> None:
-    _, text = report(ROOT / "results" / "bench")
+    _, text = report_of(ROOT / "results" / "bench")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- results:bench -->\n{text.strip()}\n<!-- /results -->" in readme

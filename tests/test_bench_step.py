@@ -18,7 +18,7 @@ from hf_soo.engine.bare import BareProducts, Factorisation, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.experiments.bench import Pair, adamw, parse_pairs, peak_memory, peak_memory_apart, run, state_bytes
 from hf_soo.experiments.cycle import Kind
-from hf_soo.experiments.report import report
+from hf_soo.experiments.reports import report_of
 from hf_soo.experiments.rounds import Stepper, ratios
 from hf_soo.experiments.workload import BenchConfig, Workload
 
@@ -242,7 +242,7 @@ def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
     assert mkor["state_bytes_per_parameter"] > 8 and sgd["state_bytes_per_parameter"] == 4
     assert mkor["peak_memory_ratio"] is None and sgd["capture_ratio"] is None
     assert "| mkor:representation=dense+adamw " in done.stdout and "| sgd " in done.stdout
-    runs, table = report(tmp_path / "new")  # `hf-soo report` makes the same table of the JSON
+    runs, table = report_of(tmp_path / "new")  # `hf-soo report` makes the same table of the JSON
     assert runs == [] and table == done.stdout
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from hf_soo.experiments import arguments, glue_runs, reproduce, reproduce_table
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.reports import report_of
 from hf_soo.experiments.reproduce import ReproduceArguments, stages
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.experiments.runs import RunRecord
@@ -147,7 +148,7 @@ def test_table(tmp_path: Path) -> None:
     said = " ".join(rest)
     assert "Phase 1: 40 steps of 8 x 128 tokens, final eval loss 7.500." in said
     assert "SQuAD v1.1: 4,370 training and 3,000 dev examples, 500 steps of 16, mkor at 0.0003." in said
-    assert (tmp_path / "table.md").read_text() == text
+    assert (tmp_path / "table.md").read_text() == text == report_of(tmp_path)[1]
     assert (tmp_path / "phase2.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.experiments import bench_report, glue_table
-from hf_soo.experiments.runs import RunRecord, reach, read_runs
+from hf_soo.experiments.runs import RunRecord, reach
 from hf_soo.files import write_atomically
 
 # The method the others' steps are counted against: the first of these that is there.
@@ -272,20 +271,3 @@ def update_readme(readme: str | Path, name: str, text: str) -> None:
         )
     tail = rest[0].split(closing, 1)[1]
     write_atomically(path, f"{head}{opening}\n{text.strip()}\n{closing}{tail}")
-
-
-def report(folder: str | Path) -> tuple[list[RunRecord], str]:
-    """The runs of a folder and their table; for step benchmarks, or runs on GLUE, no runs, and their tables.
-
-    Args:
-        folder: of run JSONs, or of JSONs of ``scripts/bench_step.py``.
-
-    Raises:
-        ValueError: no runs there, or runs of different workloads.
-    """
-    if benchmarks := bench_report.read_benchmarks(folder):
-        return [], "\n".join(map(bench_report.table, benchmarks))
-    records = read_runs(folder)
-    if any(map(glue_table.is_glue, records)):
-        return [], glue_table.table(records)
-    return records, table(records)

@@ -11,6 +11,7 @@ from hf_soo.experiments.runs import RunRecord, reach, read_runs
 from hf_soo.files import write_atomically
 from hf_soo.tasks.glue import TASKS
 
+PHASE_2_FOLDER = "phase2"
 REFERENCE = "lamb"
 # MKOR (NeurIPS 2023), BERT-Large phase 2: steps, and SQuAD v1.1 F1 after fine-tuning where the paper has it.
 PAPER = {
@@ -33,17 +34,26 @@ def write(results: Path, scale: str) -> str:
     Returns:
         The table; empty, and nothing is written, while there is no run of phase 2.
     """
-    phase_2 = {record.name: record for record in _read(results / "phase2")}
-    if not phase_2:
+    runs = _read(results / PHASE_2_FOLDER)
+    if not runs:
         return ""
+    text = text_of(results)
+    write_atomically(results / "table.md", text)
+    title = f"Phase 2 of BERT-{scale} ({runs[0].parameters / 1e6:.1f} M parameters)"
+    report.picture(runs, results / "phase2.png", title, free={"max_steps"})
+    return text
+
+
+def text_of(results: Path) -> str:
+    """The table, and what its numbers are of.
+
+    Args:
+        results: the folder with phase1, phase2, squad and glue.
+    """
+    phase_2 = {record.name: record for record in _read(results / PHASE_2_FOLDER)}
     squad = {record.name: record for record in _read(results / "squad")}
     glue = {name: _read(results / "glue" / name) for name in phase_2}
-    text = table(phase_2, squad, glue) + notes(_read(results / "phase1"), phase_2, squad, glue)
-    write_atomically(results / "table.md", text)
-    size = next(iter(phase_2.values())).parameters / 1e6
-    title = f"Phase 2 of BERT-{scale} ({size:.1f} M parameters)"
-    report.picture(list(phase_2.values()), results / "phase2.png", title, free={"max_steps"})
-    return text
+    return table(phase_2, squad, glue) + notes(_read(results / "phase1"), phase_2, squad, glue)
 
 
 def _read(folder: Path) -> list[RunRecord]:
