@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from hf_soo.experiments.runs import reach
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
-from tests.launch_runs import TINY, write_corpus
-from tests.script_runs import load_script
+from tests.launch_runs import TINY
+from tests.script_runs import load_script, prepare_corpus
 
 RUN = [
     *TINY, "--dropout", "0", "--optim", "mkor", "--learning_rate", "0.02", "--max_steps", "6", "--eval_strategy",
@@ -28,10 +27,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("text")
-    data = str(folder / "data")
-    prepare(PrepareConfig(str(write_corpus(folder)), data, vocab_size=120, max_seq_length=32, eval_documents=0.2))
-    return [*RUN, "--data_dir", data]
+    return [*RUN, "--data_dir", str(prepare_corpus(tmp_path_factory.mktemp("text")))]
 
 
 def run_of(folder: Path, name: str) -> dict[str, Any]:
