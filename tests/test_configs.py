@@ -14,6 +14,7 @@ from transformers import BertConfig
 import hf_soo
 from hf_soo.experiments import arguments
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.reproduce_table import PAPER
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.tasks.bert import GatheredBertForPreTraining
@@ -137,6 +138,10 @@ def test_the_published_recipe_of_bert_large() -> None:
     for name, steps in table.items():
         config = yaml.safe_load((ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text())
         assert (config["max_steps"], config["learning_rate"]) == (steps, 0.004)
+        header = (ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text().split("# optimizer")[0]
+        f1 = f"{PAPER[name][1]:.2f}"
+        assert PAPER[name][0] == steps and f"{steps:,} steps, SQuAD v1.1 F1 {f1}." in header
+        assert f"{f1} (published)" in header
 
 
 @pytest.mark.parametrize("path", [*PRETRAINING, *VISION], ids=ids)

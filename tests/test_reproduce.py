@@ -40,7 +40,7 @@ def test_every_command_is_understood(scale: Any, local: dict[str, str]) -> None:
     of = ReproduceArguments(scale=scale, output="out/here", seeds=[0, 1], **local)  # type: ignore[arg-type]
     for stage in stages(of):
         script = next(part for part in stage.command if part.endswith(".py"))
-        flags = list(stage.command[stage.command.index(script) + 1 :])
+        flags = list(stage.whole[stage.whole.index(script) + 1 :])
         *_, last = arguments.parse(
             FLAGS[Path(script).stem], [*flags, *(["--use_cpu", "true"] if "--config" in flags else [])]
         )
@@ -76,6 +76,8 @@ def test_from_the_hub_without_local_files() -> None:
         (["--squad_train", "{folder}"], "give both or neither"),
         (["--vocab", "{folder}/none.txt"], "does not exist; give an existing path"),
         (["--optimizers", "lamb", "adam"], "optimizers has 'adam'; allowed are adamw, eva, kaisa, lamb"),
+        (["--launch", "acelerate launch"], "launch='acelerate launch' names no program on the PATH"),
+        (["--launch", ""], "launch='' names no program on the PATH"),
         (["--glue_tasks", "rtee"], "rtee"),
         (["--text", "{folder}/none.txt"], "none.txt"),
         (["--squad_train", "{folder}/bad.json", "--squad_dev", "{folder}/bad.json"], "bad.json"),
@@ -130,7 +132,9 @@ def test_table(tmp_path: Path) -> None:
     tuned = {
         "data": {"train_examples": 4370, "eval_examples": 3000},
         "learning_rate": 3e-4,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "processes": 2,
     }
     record("mkor", 500, tuned, {"exact_match": 3.25, "f1": 9.5}).write(tmp_path / "squad")
     model = {"model": {"name": "phase2_mkor"}}
