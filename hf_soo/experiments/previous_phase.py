@@ -85,7 +85,7 @@ def find_phase(folder: str, output_dir: Path | None = None) -> PreviousPhase:
             f"previous_phase: {checkpoint} has no whole weights (model.safetensors); let the run before write them: "
             "stage3_gather_16bit_weights_on_model_save: true (ZeRO-3), fsdp_state_dict_type: FULL_STATE_DICT (FSDP2)."
         )
-    saved = load_whole(checkpoint, PRECONDITIONER_FILE)
+    saved = load_whole(checkpoint, PRECONDITIONER_FILE, mmap=True)  # the factors may be gigabytes
     return PreviousPhase(str(checkpoint), int(state["global_step"]), None if saved is None else str(saved["base"]))
 
 
