@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -155,7 +156,23 @@ def test_table(tmp_path: Path) -> None:
     assert (tmp_path / "phase2.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_shell_script_passes_its_flags_on() -> None:
-    command = [str(ROOT / "scripts" / "reproduce.sh"), "--scale", "base", "--optimizers", "eva", "--dry_run"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+def test_a_dry_run_prints_the_commands_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["--scale", "base", "--optimizers", "eva", "--num_proc", "3", "--dry_run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and "configs/pretrain/bert_base_phase2_eva.yaml" in printed[3]
+    assert printed[0].endswith("--num_proc 3") and not list(tmp_path.iterdir())
+
+
+def test_the_shell_script_passes_its_flags_on(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nfor each in "$@"; do echo "$each"; done\n')
+    stub.chmod(0o755)
+    command = [str(ROOT / "scripts" / "reproduce.sh"), "--scale", "base", "--text", "two words"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
+    ).stdout
+    assert printed.splitlines() == ["-m", "hf_soo.experiments.reproduce", "--scale", "base", "--text", "two words"]
