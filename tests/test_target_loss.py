@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -60,6 +61,9 @@ def test_a_run_stops_at_its_target_and_is_then_finished(script: ModuleType, flag
 
     assert script.main(stopping) == 0
     assert run_of(out, "mkor-lamb-lr0.02") == mkor
+    assert script.main([*stopping, "--target_eval_loss", "99"]) == 0  # a higher one: nothing is trained for it either
+    higher = run_of(out, "mkor-lamb-lr0.02")
+    assert higher == mkor | {"target": {"eval_loss": 99.0, "steps": 2.0, "seconds": ANY, "stopped": True}}
     assert script.main([*stopping, "--target_eval_loss", "0.1"]) == 0  # a lower one: it goes on, and never gets there
     longer = run_of(out, "mkor-lamb-lr0.02")
     assert longer["steps"] == 6 and [at(longer, k) for k in (2, 4, 6)] == [at(whole, k) for k in (2, 4, 6)]

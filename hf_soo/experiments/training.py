@@ -186,6 +186,9 @@ def train_one(job: Job, task: Task) -> RunRecord:
     finished = is_finished(checkpoint, args, target)
     if finished and (kept := kept_record(job.results_dir / f"{record.name}.json")) is not None:
         logger.warning("%s is finished already; --restart runs it again", record.name)
+        if target is not None and target != (kept.target or {}).get("eval_loss"):
+            kept.target = (kept.target or {"stopped": False}) | reach(kept.curve, target)
+            _write(kept, job)
         return kept
     with recording(record, job.results_dir if args.process_index == 0 else None):
         keeper = RecordCallback(record, task.metrics, target)
