@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import shlex
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -38,12 +36,3 @@ def environment(**more: str) -> dict[str, str]:
     """That of a run on CPUs."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more
-
-
-def write_corpus(folder: Path) -> Path:
-    """40 documents of 6 sentences over 120 words."""
-    chance = random.Random(0)
-    words = ["".join(chance.choices("abdeilmnorst", k=5)) for _ in range(120)]
-    documents = ["\n".join(f"The {' '.join(chance.choices(words, k=6))}." for _ in range(6)) for _ in range(40)]
-    (folder / "text.txt").write_text("\n\n".join(documents) + "\n")
-    return folder / "text.txt"

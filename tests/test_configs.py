@@ -14,6 +14,7 @@ from transformers import BertConfig
 import hf_soo
 from hf_soo.experiments import arguments
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
+from hf_soo.experiments.reproduce_table import PAPER
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.tasks.bert import GatheredBertForPreTraining
@@ -44,9 +45,9 @@ def test_the_configs_that_the_readme_names_are_there() -> None:
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=ids)
 def test_parses_and_builds_its_optimizer(path: Path) -> None:
-    _, data, _, training = arguments.parse(CLASSES, ["--config", str(path), "--use_cpu", "true"])
+    model_flags, data, run, training = arguments.parse(CLASSES, ["--config", str(path), "--use_cpu", "true"])
     assert (data.data_dir is None) != (data.corpus is None)
-    check_values(path, training)
+    check_values(path, model_flags, data, run, training)
     torch.manual_seed(0)
     model = GatheredBertForPreTraining(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -57,16 +58,16 @@ def test_parses_and_builds_its_optimizer(path: Path) -> None:
 @pytest.mark.parametrize("path", VISION, ids=ids)
 def test_parses_and_builds_its_optimizer_for_images(path: Path) -> None:
     flags = ["--config", str(path), "--use_cpu", "true", "--max_train_samples", "64"]
-    model, data, _, training = arguments.parse(VISION_CLASSES, flags)
-    check_values(path, training, model, data)
+    model, data, run, training = arguments.parse(VISION_CLASSES, flags)
+    check_values(path, training, model, data, run)
     check_optimizer(training, make_image_model(model, load_images(data), seed=0))
 
 
 def check_values(path: Path, *parsed: Any) -> None:
-    """Every scalar of the YAML is the value of the field of that name."""
+    """Every scalar of the YAML is the value of the field of that name, which one of the parsed has."""
     for key, value in yaml.safe_load(path.read_text()).items():
-        (owner,) = (each for each in parsed if hasattr(each, key)) if len(parsed) > 1 else parsed
-        if hasattr(owner, key) and isinstance(value, int | float | bool) and key != "save_strategy":
+        (owner,) = (each for each in parsed if hasattr(each, key))
+        if isinstance(value, int | float | bool) and key != "save_strategy":
             assert getattr(owner, key) == value, key
 
 
@@ -137,6 +138,10 @@ def test_the_published_recipe_of_bert_large() -> None:
     for name, steps in table.items():
         config = yaml.safe_load((ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text())
         assert (config["max_steps"], config["learning_rate"]) == (steps, 0.004)
+        header = (ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text().split("# optimizer")[0]
+        f1 = f"{PAPER[name][1]:.2f}"
+        assert PAPER[name][0] == steps and f"{steps:,} steps, SQuAD v1.1 F1 {f1}." in header
+        assert f"{f1} (published)" in header
 
 
 @pytest.mark.parametrize("path", [*PRETRAINING, *VISION], ids=ids)

@@ -14,10 +14,9 @@ from hf_soo.experiments.pretraining import PretrainingTask
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments, accumulation_steps
 from hf_soo.experiments.training import Job, train
 from hf_soo.tasks.masking import PretrainingCollator
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
 from tests.distributed import run_ranks
-from tests.launch_runs import CLASSES, TINY, write_corpus
-from tests.script_runs import ROOT, only_run
+from tests.launch_runs import CLASSES, TINY
+from tests.script_runs import ROOT, only_run, prepare_corpus
 
 GLOBAL = 8
 
@@ -120,10 +119,7 @@ def steps_of(taken: list[list[int]], steps: int) -> list[set[int]]:
 
 
 def test_resume_on_another_number_of_processes_keeps_the_global_batch(tmp_path: Path) -> None:
-    folder, out = tmp_path / "data", tmp_path / "out"
-    prepare(
-        PrepareConfig(str(write_corpus(tmp_path)), str(folder), vocab_size=120, max_seq_length=32, eval_documents=0.1)
-    )
+    folder, out = prepare_corpus(tmp_path, eval_documents=0.1), tmp_path / "out"
     flags = [
         *TINY, "--data_dir", str(folder), "--optim", "mkor", "--use_cpu", "true", "--report_to", "none", "--seed", "5",
         "--do_train", "true", "--global_batch_size", str(GLOBAL), "--save_strategy", "steps", "--save_steps", "2",

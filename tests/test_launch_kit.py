@@ -21,8 +21,8 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.tasks.bert import GatheredBertForPreTraining
-from tests.launch_runs import TINY, environment, launcher_arguments, script_arguments, write_corpus
-from tests.script_runs import ROOT, only_run
+from tests.launch_runs import TINY, environment, launcher_arguments, script_arguments
+from tests.script_runs import ROOT, only_run, write_corpus
 
 SHAPES = {  # distributed_type, machines, processes
     "cpu": ("MULTI_GPU", 1, 2),

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
-from tests.launch_runs import TINY, environment, launcher_arguments, script_arguments, write_corpus
-from tests.script_runs import ROOT, only_run
+from tests.launch_runs import TINY, environment, launcher_arguments, script_arguments
+from tests.script_runs import ROOT, only_run, prepare_corpus
 
 SBATCH = ROOT / "configs" / "slurm" / "pretrain_64gpu.sbatch"
 STUB = """#!{python}
@@ -138,10 +137,7 @@ def free_port_of_a_job() -> int:
 @pytest.mark.slow
 def test_sbatch_requeues_before_the_time_limit_and_the_same_command_resumes(tmp_path: Path) -> None:
     """Two nodes of one process, both on this machine: configs/accelerate/multi_node_64.yaml with two real launchers."""
-    data, job_id = tmp_path / "data", str(free_port_of_a_job() - 10000)
-    prepare(
-        PrepareConfig(str(write_corpus(tmp_path)), str(data), vocab_size=120, max_seq_length=32, eval_documents=0.2)
-    )
+    data, job_id = prepare_corpus(tmp_path), str(free_port_of_a_job() - 10000)
     size = {"SLURM_JOB_NUM_NODES": "2", "GPUS_PER_NODE": "1", "SAVE_STEPS": "10"}
     cluster = Cluster(tmp_path, data, HOSTS="127.0.0.1", RUN_NODES="0 1", SLURM_JOB_ID=job_id, **size)
     cluster.stub("accelerate", f'#!/bin/sh\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n')

@@ -11,10 +11,9 @@ from datasets import Dataset
 
 from hf_soo.tasks.length_sampler import LengthGroupedSampler, example_lengths
 from hf_soo.tasks.masking import PretrainingCollator
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
 from hf_soo.tasks.wordpiece import SpecialIds
-from tests.launch_runs import TINY, write_corpus
-from tests.script_runs import only_run
+from tests.launch_runs import TINY
+from tests.script_runs import only_run, prepare_corpus
 from tests.test_global_batch import train_and_watch
 
 LENGTHS = np.random.default_rng(0).integers(8, 129, 3285)
@@ -71,10 +70,7 @@ def test_lengths_are_those_of_the_column_or_counted() -> None:
 
 def test_resume_in_the_second_epoch(tmp_path: Path) -> None:
     """48 examples, 6 steps an epoch: from step 8 on as if nothing had happened."""
-    data, out = tmp_path / "data", tmp_path / "out"
-    prepare(
-        PrepareConfig(str(write_corpus(tmp_path)), str(data), vocab_size=120, max_seq_length=32, eval_documents=0.1)
-    )
+    data, out = prepare_corpus(tmp_path, eval_documents=0.1), tmp_path / "out"
     flags = [
         *TINY, "--data_dir", str(data), "--output_dir", str(out), "--optim", "mkor", "--use_cpu", "true", "--report_to",
         "none", "--seed", "5", "--do_train", "true", "--max_train_samples", "48", "--global_batch_size", "8",
@@ -88,5 +84,9 @@ def test_resume_in_the_second_epoch(tmp_path: Path) -> None:
     assert train_and_watch(flags)[:16] == whole[64:80]
     run = only_run(out / "runs")
     assert run["curve"] == losses and run["config"]["train_sampling_strategy"] == "group_by_length"
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps=2, now 1"
+    ):  # rounds of other sizes: another order
+        train_and_watch([*flags, "--per_device_train_batch_size", "8", "--max_steps", "12"])
     with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length', now None"):
         train_and_watch([*flags[:-1], "random", "--max_steps", "12"])

@@ -45,9 +45,11 @@ def test_a_failure_stops_those_that_need_it_and_no_others(tmp_path: Path, capsys
     assert failed["c"] == "it needs b, which failed"
     assert order(tmp_path) == ["a", "b", "d"]
     assert "b: failed: exit code 3" in capsys.readouterr().out
+    stages[1] = stage(tmp_path, "b", "a", code="print('other words'); raise SystemExit(4)")
+    assert Pipeline(stages, tmp_path).run()["b"].startswith("exit code 4, other words (see ")  # not the first start's
     stages[1] = stage(tmp_path, "b", "a")  # put right: it goes on from there
     assert Pipeline(stages, tmp_path).run() == {}
-    assert order(tmp_path) == ["a", "b", "d", "b", "c"]
+    assert order(tmp_path) == ["a", "b", "d", "b", "b", "c"]
 
 
 def test_a_product_says_that_a_stage_is_done(tmp_path: Path) -> None:
@@ -58,7 +60,20 @@ def test_a_product_says_that_a_stage_is_done(tmp_path: Path) -> None:
 
 
 def test_another_command_for_a_stage_that_is_done(tmp_path: Path) -> None:
-    Pipeline([stage(tmp_path, "a")], tmp_path).run()
+    """Also where its product is there: it is that of the other command."""
+    product = tmp_path / "manifest.json"
+    done = stage(tmp_path, "a", code=f"open({str(product)!r}, 'w')", product=product)
+    Pipeline([done], tmp_path).run()
+    assert product.is_file()
+    with pytest.raises(ValueError, match=r"stage a was done with .* use another output folder, or delete"):
+        Pipeline([stage(tmp_path, "a", product=product)], tmp_path)
+
+
+def test_how_a_stage_works_may_change_once_it_is_done(tmp_path: Path) -> None:
+    fast = dataclasses.replace(stage(tmp_path, "a", code="import sys; print(sys.argv[1:])"), how=("--num_proc", "4"))
+    Pipeline([fast], tmp_path).run()
+    assert (tmp_path / "logs" / "a.log").read_text() == "this is a\n['--num_proc', '4']\n"
+    assert Pipeline([dataclasses.replace(fast, how=("--num_proc", "1"))], tmp_path).done == {"a"}
     with pytest.raises(ValueError, match=r"stage a was done with .* use another output folder, or delete"):
         Pipeline([stage(tmp_path, "a", code="1 + 1")], tmp_path)
 
@@ -71,9 +86,8 @@ def test_jobs_run_beside_each_other_and_share_the_cores(tmp_path: Path, monkeypa
     files = [str(tmp_path / name) for name in ("first", "second")]
     programs = [wait.format(mine=mine, other=other) for mine, other in (files, files[::-1])]
     stages = [Stage(str(i), (sys.executable, "-c", program)) for i, program in enumerate(programs)]
-    assert Pipeline(stages, tmp_path, jobs=2).run() == {}
-    threads = str(max(1, (os.cpu_count() or 1) // 2))
-    assert [Path(file).read_text() for file in files] == [threads, threads]
+    assert Pipeline(stages, tmp_path, jobs=2, cores=6).run() == {}
+    assert [Path(file).read_text() for file in files] == ["3", "3"]
 
 
 def test_a_stage_that_runs_alone_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,10 +97,10 @@ def test_a_stage_that_runs_alone_has_all_cores(tmp_path: Path, monkeypatch: pyte
     file = str(tmp_path / "said")
     programs = [Stage(name, (sys.executable, "-c", say.format(file=file, name=name))) for name in "abc"]
     programs[1] = dataclasses.replace(programs[1], alone=True)
-    assert Pipeline(programs, tmp_path, jobs=2).run() == {}
-    said, threads = Path(file).read_text().split(), max(1, (os.cpu_count() or 1) // 2)
-    assert said[said.index("b") + 1] == "end-b"  # nothing between its beginning and its end
-    assert {f"a{threads}", f"c{threads}"} < set(said)
+    assert Pipeline(programs, tmp_path, jobs=2, cores=6).run() == {}
+    said = Path(file).read_text().split()
+    assert said[said.index("b6") + 1] == "end-b"  # nothing between its beginning and its end
+    assert {"a3", "c3"} < set(said)
 
 
 SLOW = "import time, os; open('order', 'a').write('x ')\nwhile not os.path.exists('go'): time.sleep(0.01)"

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch_runs import TINY, write_corpus
-from tests.script_runs import load_script, only_run
+from tests.launch_runs import TINY
+from tests.script_runs import load_script, only_run, write_corpus
 
 RUN = [
     *TINY, "--dropout", "0", "--optim", "mkor", "--learning_rate", "0.02", "--max_steps", "2", "--eval_strategy",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from hf_soo.experiments import arguments, pretraining_inputs
 from hf_soo.experiments.pretraining import PretrainingTrainer
@@ -23,10 +23,8 @@ from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.experiments.script import check_processes
 from hf_soo.experiments.training import weights_hash
 from hf_soo.tasks.bert import GatheredBertForPreTraining
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
-from tests.script_runs import ROOT, check_error, load_script, only_run
+from tests.script_runs import ROOT, check_error, load_script, only_run, prepare_corpus
 
-WORDS = ["".join(random.Random(i).choices("abdeilmnorst", k=5)) for i in range(120)]
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--dropout", "0"]
 STEPS = ["--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "2"]
 OTHER = ["--learning_rate", "0.02", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu", "true"]
@@ -39,20 +37,14 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 documents of 6 sentences over 120 words."""
-    chance = random.Random(0)
-    documents = ["\n".join(f"The {' '.join(chance.choices(WORDS, k=6))}." for _ in range(6)) for _ in range(40)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n\n".join(documents) + "\n")
-    return file
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_corpus(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
-def prepared(corpus: Path) -> Path:
-    folder = corpus.parent / "prepared"
-    prepare(PrepareConfig(str(corpus), str(folder), vocab_size=120, max_seq_length=32, eval_documents=0.2))
-    return folder
+def corpus(prepared: Path) -> Path:
+    """The text that it was prepared from."""
+    return prepared.parent / "text.txt"
 
 
 @pytest.fixture
@@ -120,12 +112,31 @@ def test_resume_is_exact_and_keeps_the_whole_curve(script: ModuleType, flags: li
     assert only_run(out / "runs") == resumed
     weights = (out / "checkpoint-6" / "model.safetensors").read_bytes()
     assert (out / "model.safetensors").read_bytes() == weights and (out / "tokenizer.json").is_file()
-    shutil.rmtree(out / "runs")  # as if it had been killed after its last checkpoint
+    (file,) = (out / "runs").iterdir()
+    failed = json.dumps(resumed | {"status": "failed", "final": {}})  # what is done after the last checkpoint was not
+    for left in ("", failed):
+        file.unlink()  # as if it had been killed after its last checkpoint
+        if left:
+            file.write_text(left)
+        (out / "model.safetensors").unlink()
+        assert script.main(saving) == 0
+        last = only_run(out / "runs")
+        assert (losses(last), last["final"], last["status"]) == (losses(resumed), resumed["final"], "completed")
+        assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_a_finished_run_without_its_json_keeps_its_best_model(
+    script: ModuleType, flags: list[str], tmp_path: Path
+) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "2", "--load_best_model_at_end", "true", "--learning_rate"]
+    assert script.main([*flags, *saving, "0.5"]) == 0
+    out = tmp_path / "out"
+    best = (out / "model.safetensors").read_bytes()
+    assert best != (out / "checkpoint-6" / "model.safetensors").read_bytes()  # 0.5 is too high
     (out / "model.safetensors").unlink()
-    assert script.main(saving) == 0
-    last = only_run(out / "runs")
-    assert (losses(last), last["final"], last["status"]) == (losses(resumed), resumed["final"], "completed")
-    assert (out / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(out / "runs")
+    assert script.main([*flags, *saving, "0.5"]) == 0
+    assert (out / "model.safetensors").read_bytes() == best
 
 
 def test_another_runs_checkpoints_are_refused_and_kept(
@@ -184,10 +195,10 @@ def test_a_run_that_ends_early_leaves_its_json(
 
 
 def test_without_evaluations_there_is_one_at_the_end(script: ModuleType, flags: list[str], tmp_path: Path) -> None:
-    assert script.main([*flags, "--eval_strategy", "no", "--max_steps", "3", "--target_eval_loss", "99"]) == 0
+    assert script.main([*flags, "--eval_strategy", "no", "--max_steps", "3"]) == 0
     run = only_run(tmp_path / "out" / "runs")
     assert [(step, loss is not None) for step, _, loss in losses(run)] == [(2, False), (3, True)]
-    assert run["target"] == {"eval_loss": 99.0, "steps": 3.0, "seconds": run["seconds"], "stopped": False}
+    assert run["target"] is None
 
 
 def test_yaml_first_flags_over_it(tmp_path: Path) -> None:
@@ -238,6 +249,7 @@ def test_a_bad_yaml_is_one_line(
         (["--corpus", "embedded"], "give one: a prepared folder, or a corpus"),
         (["--data_dir", "absent"], "'absent' is no finished data set"),
         (["--compare_learning_rate", "1"], "compare_learning_rate=1.0 without compare_with"),
+        (["--target_eval_loss", "5", "--eval_strategy", "no"], "target_eval_loss=5.0 and nothing is evaluated while"),
         (["--compare_with", "mkor"], "both runs are 'mkor-lamb-lr0.02'"),
         (["--hidden_size", "15"], "hidden size (15) is not a multiple"),
         (["--output_dir", str(Path(__file__))], "[Errno"),
@@ -290,6 +302,15 @@ def test_model_flags(prepared: Path, tmp_path: Path) -> None:
     started = make_model(model, loaded, seed=1)
     assert weights_hash(started) == weights_hash(bert)
     assert started.config.hidden_dropout_prob == 0.2
+    bert.bfloat16().save_pretrained(tmp_path / "phase1")  # as under DeepSpeed: it goes on with weights in fp32
+    assert {parameter.dtype for parameter in make_model(model, loaded, seed=1).parameters()} == {torch.float32}
+
+    words = Path(loaded.vocab_file).read_text().split()
+    BertTokenizer(vocab={word: i for i, word in enumerate([*words[:-2], *words[:-3:-1]])}).save_pretrained(
+        tmp_path / "phase1"
+    )
+    with pytest.raises(ValueError, match=r"2 of the data's 120 words are others in the vocabulary of .*phase1"):
+        make_model(model, loaded, seed=1)
 
 
 @pytest.mark.parametrize(

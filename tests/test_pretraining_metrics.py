@@ -16,11 +16,12 @@ from hf_soo.experiments import arguments
 from hf_soo.experiments.pretraining import PretrainingTask
 from hf_soo.experiments.training import Job, train_one
 from hf_soo.tasks.masking import PretrainingCollator
-from hf_soo.tasks.pretraining_data import PrepareConfig, load_prepared, prepare
+from hf_soo.tasks.pretraining_data import load_prepared
 from hf_soo.tasks.pretraining_metrics import METRICS, prediction_sums, pretraining_metrics
 from hf_soo.tasks.wordpiece import special_ids
 from tests.distributed import run_ranks
-from tests.launch_runs import CLASSES, write_corpus
+from tests.launch_runs import CLASSES
+from tests.script_runs import prepare_corpus
 
 SHAPE = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2"]
 # 2 steps at a high rate: predictions that are no longer all of one kind
@@ -30,11 +31,7 @@ QUIET = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = tmp_path_factory.mktemp("text")
-    config = PrepareConfig(str(write_corpus(text)), str(text / "data"), vocab_size=120, max_seq_length=32)
-    config.eval_documents = 0.3
-    prepare(config)
-    return text / "data"
+    return prepare_corpus(tmp_path_factory.mktemp("text"), eval_documents=0.3)
 
 
 def evaluate(rank: int, world: int, folder: Path, flags: list[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
-from tests.script_runs import ROOT, load_script, only_run
+from tests.script_runs import ROOT, load_script, only_run, prepare_corpus
 
 RECIPES = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
 SMALL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "32"]
@@ -25,16 +23,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 documents of 5 sentences."""
-    chance = random.Random(0)
-    words = ["".join(chance.choices("abdeilmnorst", k=5)) for _ in range(60)]
-    documents = ["\n".join(f"The {' '.join(chance.choices(words, k=6))}." for _ in range(5)) for _ in range(20)]
-    root = tmp_path_factory.mktemp("recipes")
-    (root / "text.txt").write_text("\n\n".join(documents) + "\n")
-    prepare(
-        PrepareConfig(str(root / "text.txt"), str(root / "data"), vocab_size=110, max_seq_length=32, eval_documents=0.2)
-    )
-    return root / "data"
+    return prepare_corpus(tmp_path_factory.mktemp("phases"))
 
 
 @pytest.fixture(scope="module")
@@ -59,5 +48,5 @@ def test_takes_two_steps(config: Path, script: ModuleType, prepared: Path, phase
     assert (run["status"], run["steps"], len(run["curve"])) == ("completed", 2, 2)
     assert run["config"]["gradient_accumulation_steps"] == 2
     first = run["curve"][0]["train_loss"]
-    assert 4.0 < first < 7.0  # ln(111 words) + ln(2) is 5.4
+    assert 4.0 < first < 7.0  # ln(120 words) + ln(2) is 5.5
     assert ("previous_phase" in run["config"]) == bool(phase)

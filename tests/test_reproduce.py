@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_every_command_is_understood(scale: Any, local: dict[str, str]) -> None:
     of = ReproduceArguments(scale=scale, output="out/here", seeds=[0, 1], **local)  # type: ignore[arg-type]
     for stage in stages(of):
         script = next(part for part in stage.command if part.endswith(".py"))
-        flags = list(stage.command[stage.command.index(script) + 1 :])
+        flags = list(stage.whole[stage.whole.index(script) + 1 :])
         *_, last = arguments.parse(
             FLAGS[Path(script).stem], [*flags, *(["--use_cpu", "true"] if "--config" in flags else [])]
         )
@@ -77,6 +78,8 @@ def test_from_the_hub_without_local_files() -> None:
         (["--squad_train", "{folder}"], "give both or neither"),
         (["--vocab", "{folder}/none.txt"], "does not exist; give an existing path"),
         (["--optimizers", "lamb", "adam"], "optimizers has 'adam'; allowed are adamw, eva, kaisa, lamb"),
+        (["--launch", "acelerate launch"], "launch='acelerate launch' names no program on the PATH"),
+        (["--launch", ""], "launch='' names no program on the PATH"),
         (["--glue_tasks", "rtee"], "rtee"),
         (["--text", "{folder}/none.txt"], "none.txt"),
         (["--squad_train", "{folder}/bad.json", "--squad_dev", "{folder}/bad.json"], "bad.json"),
@@ -131,7 +134,9 @@ def test_table(tmp_path: Path) -> None:
     tuned = {
         "data": {"train_examples": 4370, "eval_examples": 3000},
         "learning_rate": 3e-4,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "processes": 2,
     }
     record("mkor", 500, tuned, {"exact_match": 3.25, "f1": 9.5}).write(tmp_path / "squad")
     model = {"model": {"name": "phase2_mkor"}}
@@ -152,7 +157,23 @@ def test_table(tmp_path: Path) -> None:
     assert (tmp_path / "phase2.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_shell_script_passes_its_flags_on() -> None:
-    command = [str(ROOT / "scripts" / "reproduce.sh"), "--scale", "base", "--optimizers", "eva", "--dry_run"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+def test_a_dry_run_prints_the_commands_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["--scale", "base", "--optimizers", "eva", "--num_proc", "3", "--dry_run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and "configs/pretrain/bert_base_phase2_eva.yaml" in printed[3]
+    assert printed[0].endswith("--num_proc 3") and not list(tmp_path.iterdir())
+
+
+def test_the_shell_script_passes_its_flags_on(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nfor each in "$@"; do echo "$each"; done\n')
+    stub.chmod(0o755)
+    command = [str(ROOT / "scripts" / "reproduce.sh"), "--scale", "base", "--text", "two words"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
+    ).stdout
+    assert printed.splitlines() == ["-m", "hf_soo.experiments.reproduce", "--scale", "base", "--text", "two words"]

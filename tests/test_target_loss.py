@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from hf_soo.experiments.runs import reach
-from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
-from tests.launch_runs import TINY, write_corpus
-from tests.script_runs import load_script
+from tests.launch_runs import TINY
+from tests.script_runs import load_script, prepare_corpus
 
 RUN = [
     *TINY, "--dropout", "0", "--optim", "mkor", "--learning_rate", "0.02", "--max_steps", "6", "--eval_strategy",
@@ -28,10 +28,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("text")
-    data = str(folder / "data")
-    prepare(PrepareConfig(str(write_corpus(folder)), data, vocab_size=120, max_seq_length=32, eval_documents=0.2))
-    return [*RUN, "--data_dir", data]
+    return [*RUN, "--data_dir", str(prepare_corpus(tmp_path_factory.mktemp("text")))]
 
 
 def run_of(folder: Path, name: str) -> dict[str, Any]:
@@ -64,6 +61,9 @@ def test_a_run_stops_at_its_target_and_is_then_finished(script: ModuleType, flag
 
     assert script.main(stopping) == 0
     assert run_of(out, "mkor-lamb-lr0.02") == mkor
+    assert script.main([*stopping, "--target_eval_loss", "99"]) == 0  # a higher one: nothing is trained for it either
+    higher = run_of(out, "mkor-lamb-lr0.02")
+    assert higher == mkor | {"target": {"eval_loss": 99.0, "steps": 2.0, "seconds": ANY, "stopped": True}}
     assert script.main([*stopping, "--target_eval_loss", "0.1"]) == 0  # a lower one: it goes on, and never gets there
     longer = run_of(out, "mkor-lamb-lr0.02")
     assert longer["steps"] == 6 and [at(longer, k) for k in (2, 4, 6)] == [at(whole, k) for k in (2, 4, 6)]

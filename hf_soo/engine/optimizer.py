@@ -213,7 +213,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
     # ---- windows ---------------------------------------------------------------------------------------------------
 
     def mask_rows(self, mask: Tensor | None) -> None:
-        """Leave padding out of the means of layer inputs, in the forward and backward passes from now on.
+        """Leave padding out of the means of layer inputs, in the forward and backward passes until the step ends.
 
         A layer whose input is [B, T, d] for a mask of [B, T] counts the rows where it is not zero; all others count
         every row. Methods that keep factors (K-FAC, FOOF) tell padding by its gradient and need no mask.

@@ -58,8 +58,10 @@ class RecordCallback(TrainerCallback):
             return
         self.record.steps, self.record.seconds, self.record.curve = state.global_step, kept["seconds"], kept["curve"]
         for point in self.record.curve:
-            losses = {key: point[key] for key in ("train_loss", "eval_loss") if point[key] is not None}
+            losses = {key: loss for key in ("train_loss", "eval_loss") if (loss := point[key]) is not None}
             self.record.final |= losses | {key: point[key] for key in self.metrics if key in point}
+            if not all(math.isfinite(loss) for loss in losses.values()):
+                self.record.status = "diverged"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let the clock run up to here."""

@@ -36,6 +36,7 @@ class Stage:
         needs: stages that must have ended well before.
         product: a file that is there only when the stage has ended well, for commands that refuse to be given again.
         alone: nothing runs beside it, and it has all cores: what everything else waits for.
+        how: flags after the command that change how it works, not what comes out; they may be others once it is done.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Stage:
     needs: tuple[str, ...] = ()
     product: Path | None = None
     alone: bool = False
+    how: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """What is run."""
+        return (*self.command, *self.how)
 
 
 @dataclass(slots=True)
@@ -50,23 +57,25 @@ class _Running:
     stage: Stage
     process: subprocess.Popen[bytes]
     began: float
+    log_size: int  # of the log before
 
 
 class Pipeline:
     """Stages, in an order in which each comes after those that it needs."""
 
-    def __init__(self, stages: Sequence[Stage], folder: str | Path, *, jobs: int = 1) -> None:
+    def __init__(self, stages: Sequence[Stage], folder: str | Path, *, jobs: int = 1, cores: int | None = None) -> None:
         """Look at what is done already; nothing is started or written.
 
         Args:
             stages: all of them.
             folder: where logs and marks go.
             jobs: how many stages run at once.
+            cores: that they share by OMP_NUM_THREADS, unless the user has set it; None: it is left alone.
 
         Raises:
             ValueError: a stage was done by another command than it has now.
         """
-        self.folder, self.jobs = Path(folder), jobs
+        self.folder, self.jobs, self.cores = Path(folder), jobs, cores
         self.stages = list(stages)
         self.done = {stage.name for stage in stages if self._is_done(stage)}
         self.failed: dict[str, str] = {}
@@ -74,15 +83,13 @@ class Pipeline:
         self._told: set[str] = set()
 
     def _is_done(self, stage: Stage) -> bool:
-        if stage.product is not None and stage.product.is_file():
-            return True
         mark = self._mark(stage)
         if not mark.is_file():
-            return False
+            return stage.product is not None and stage.product.is_file()
         before = json.loads(mark.read_text(encoding="utf-8"))["command"]
-        if before != list(stage.command):
+        if before[: len(before) - len(stage.how)] != list(stage.command):
             raise ValueError(
-                f"stage {stage.name} was done with {shlex.join(before)!r}, now it is {shlex.join(stage.command)!r}; "
+                f"stage {stage.name} was done with {shlex.join(before)!r}, now it is {shlex.join(stage.whole)!r}; "
                 f"use another output folder, or delete {mark} and what the stage wrote."
             )
         return True
@@ -152,17 +159,18 @@ class Pipeline:
             if self._is_done(stage):  # it ended while we waited for the lock
                 self.done.add(stage.name)
                 return
+            size = os.fstat(log.fileno()).st_size
             process = subprocess.Popen(
-                stage.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(stage)
+                stage.whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(stage)
             )
-        self.running.append(_Running(stage, process, time.monotonic()))
+        self.running.append(_Running(stage, process, time.monotonic(), size))
         self._say(f"{stage.name}: started ({len(self.done) + 1} of {len(self.stages)})")
 
     def _environment(self, stage: Stage) -> Mapping[str, str]:
-        """Stages that run beside each other share the cores, unless the user has said how many threads."""
-        if self.jobs == 1 or stage.alone:
+        """Said also to a stage that has all cores: `accelerate launch` gives a process one thread otherwise."""
+        if self.cores is None:
             return os.environ
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)), **os.environ}
+        return {"OMP_NUM_THREADS": str(max(1, self.cores // (1 if stage.alone else self.jobs))), **os.environ}
 
     def _collect(self) -> None:
         for each in [each for each in self.running if each.process.poll() is not None]:
@@ -171,20 +179,20 @@ class Pipeline:
             if each.process.returncode == 0:
                 mark = self._mark(each.stage)
                 mark.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(mark, json.dumps({"command": each.stage.command, "seconds": seconds}) + "\n")
+                write_atomically(mark, json.dumps({"command": each.stage.whole, "seconds": seconds}) + "\n")
                 self.done.add(each.stage.name)
                 self._say(f"{each.stage.name}: done in {seconds:.0f} s")
             else:
-                self._fail(each.stage, f"exit code {each.process.returncode}, {self._last_words(each.stage)}")
+                self._fail(each.stage, f"exit code {each.process.returncode}, {self._last_words(each)}")
 
     def _fail(self, stage: Stage, reason: str) -> None:
         self.failed[stage.name] = reason
         self._say(f"{stage.name}: failed: {reason}")
 
-    def _last_words(self, stage: Stage) -> str:
-        """The line of the log that says why, or the last one."""
-        file = self.folder / "logs" / f"{stage.name}.log"
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    def _last_words(self, ended: _Running) -> str:
+        """The line that says why, or the last one, of what this start printed."""
+        file = self.folder / "logs" / f"{ended.stage.name}.log"
+        lines = file.read_bytes()[ended.log_size :].decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         return f"{(errors or lines or ['nothing was printed'])[-1]} (see {file})"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from hf_soo.experiments.pretraining_inputs import PretrainingData, load_data, ma
 from hf_soo.experiments.previous_phase import PreviousPhase, find_phase, take_moments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.training import Task, base_name, optimizer_name
+from hf_soo.integrations.checkpoints import CHECKPOINT_NAME
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
 from hf_soo.tasks.length_sampler import LengthGroupedSampler, example_lengths
@@ -40,12 +42,12 @@ class PretrainingTask(Task):
         Raises:
             ValueError: two models to start from, or one that is not there.
         """
-        self.masking, self.base = data, base_name(args)
-        self.phase = None if model.previous_phase is None else find_phase(model.previous_phase)
-        if self.phase is not None:
+        self.masking, self.asked, self.model = data, model, model
+        self.phase: PreviousPhase | None = None
+        if model.previous_phase is not None:
             _check_phase(model, args)
-            model = dataclasses.replace(model, model_name_or_path=self.phase.folder)
-        self.model = model
+            self.phase = find_phase(model.previous_phase, args.folder if args.do_train else None)
+            self.model = dataclasses.replace(model, model_name_or_path=self.phase.folder)
         self.data: PretrainingData = load_data(data, args)
 
     def make_model(self, seed: int) -> nn.Module:
@@ -62,8 +64,23 @@ class PretrainingTask(Task):
         Args:
             model: a BERT.
         """
-        before = self.phase.describe(self.base) if self.phase is not None else {}
-        return {"model": model_description(model), "data": self.data.description, **before}
+        # the weights at hand are no longer those it began with, once the phase before has been deleted
+        began = {} if self.phase is None or self.phase.began is None else {"initial_weights": self.phase.began}
+        return {"model": model_description(model), "data": self.data.description, **began}
+
+    def describe_start(self, args: RunTrainingArguments) -> dict[str, Any]:
+        """The phase before, and whether this optimizer takes its moments.
+
+        Args:
+            args: the run's.
+
+        Raises:
+            ValueError: this run cannot go on from a phase before.
+        """
+        if self.phase is None:
+            return {}
+        _check_phase(self.asked, args)
+        return self.phase.describe(base_name(args))
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
@@ -106,11 +123,14 @@ class PretrainingTrainer(SecondOrderTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """A run that begins, and is not resumed, takes the moments of the phase before."""
+        fresh = self.phase if resume_from_checkpoint is None else None
+        if fresh is not None and fresh.began is not None:
+            raise ValueError("previous_phase is gone: this run can be resumed, and not begin anew; drop --restart.")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.phase is not None and resume_from_checkpoint is None:
+        if fresh is not None:
             assert self.second_order is not None  # the task has refused others
             self._attach()
-            take_moments(self.second_order, self.phase)
+            take_moments(self.second_order, fresh)
         return prepared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -180,6 +200,7 @@ class EpochCallback(TrainerCallback):
 
 def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
     """Refuse what a phase cannot go on with."""
+    assert model.previous_phase is not None
     if model.model_name_or_path is not None:
         raise ValueError(
             f"model_name_or_path={model.model_name_or_path!r} and previous_phase={model.previous_phase!r}; give one: "
@@ -189,6 +210,12 @@ def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
         raise ValueError(
             f"previous_phase with optim={optimizer_name(args)!r}, which is transformers' own and cannot take moments "
             "over; use model_name_or_path for the weights alone, or one of hf_soo's optimizers."
+        )
+    before = Path(model.previous_phase).resolve()
+    if args.folder.resolve() == (before.parent if CHECKPOINT_NAME.fullmatch(before.name) else before):
+        raise ValueError(
+            f"previous_phase={model.previous_phase!r} is this run's output_dir, and its checkpoints would be taken for "
+            "this run's own; give another output_dir."
         )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import BertConfig, set_seed
+import torch
+from transformers import BertConfig, BertTokenizer, set_seed
 
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
@@ -110,18 +111,20 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
         seed: of the initial weights.
 
     Raises:
-        ValueError: the folder's model has another vocabulary or too few positions.
+        ValueError: the folder's model has another vocabulary (its size or its words) or too few positions.
     """
     set_seed(seed)
     if model.model_name_or_path is not None:
         kept = GatheredBertForPreTraining.from_pretrained(
             model.model_name_or_path,
+            dtype=torch.float32,  # not the checkpoint's: weights in half precision lose small steps
             attn_implementation=model.attn_implementation,
             hidden_dropout_prob=model.dropout,
             attention_probs_dropout_prob=model.dropout,
         )
         assert isinstance(kept, GatheredBertForPreTraining)
         check_vocabulary(kept.config, data.ids.size)
+        _check_words(model.model_name_or_path, data.vocab_file)
         if kept.config.max_position_embeddings < data.seq_length:
             raise ValueError(
                 f"The model has {kept.config.max_position_embeddings} positions, the data {data.seq_length} tokens; "
@@ -131,6 +134,19 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
         kept = GatheredBertForPreTraining(_config(model, data))
     name_bias_once(kept)
     return kept
+
+
+def _check_words(folder: str, vocab_file: str) -> None:
+    """Refuse a vocabulary of the right size and other words, where the model has its tokenizer beside it."""
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return
+    theirs, ours = BertTokenizer.from_pretrained(folder).get_vocab(), BertTokenizer(vocab=vocab_file).get_vocab()
+    other = sorted(word for word, number in ours.items() if theirs.get(word) != number)
+    if other:
+        raise ValueError(
+            f"{len(other)} of the data's {len(ours)} words are others in the vocabulary of {folder} ({other[0]!r} for "
+            "one); prepare the data with the model's vocabulary (prepare_pretraining.py --vocab)."
+        )
 
 
 def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:

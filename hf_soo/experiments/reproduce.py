@@ -12,11 +12,16 @@ table and the pictures. A pipeline that was stopped, in whatever way, goes on wh
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from hf_soo.experiments import arguments, reproduce_table
 from hf_soo.experiments.pipeline import Pipeline, Stage
@@ -140,8 +145,9 @@ def _prepare(of: ReproduceArguments, phase: int, vocab: tuple[str, ...]) -> Stag
     given = tuple(item for file in vocab for item in ("--vocab", file))
     command = (sys.executable, ROOT / "scripts" / "prepare_pretraining.py", "--source", of.text, "--output", output)
     needs = ("prepare_phase1",) if phase == 2 else ()  # its vocabulary
-    everything = (*command, *flags, *given, "--num_proc", of.num_proc)
-    return Stage(f"prepare_phase{phase}", tuple(map(str, everything)), needs, output / "manifest.json")
+    how = ("--num_proc", str(of.num_proc))
+    everything = tuple(map(str, (*command, *flags, *given)))
+    return Stage(f"prepare_phase{phase}", everything, needs, output / "manifest.json", how=how)
 
 
 def _pretrain(of: ReproduceArguments, phase: int, name: str, needs: tuple[str, ...]) -> Stage:
@@ -178,8 +184,16 @@ def check_inputs(of: ReproduceArguments) -> None:
         of: what is reproduced.
 
     Raises:
-        ValueError: a file that is missing or malformed, or a task that GLUE does not have.
+        ValueError: a file that is missing or malformed, a launcher or a library that is not installed, or a task that
+            GLUE does not have.
     """
+    launcher = shlex.split(of.launch)
+    if not launcher or shutil.which(launcher[0]) is None:
+        raise ValueError(
+            f"launch={of.launch!r} names no program on the PATH; give 'python', 'torchrun ...' or the like."
+        )
+    if find_spec("matplotlib") is None:
+        raise ValueError("The picture needs matplotlib and it is not installed; pip install 'hf-soo[report]'.")
     tasks = find_tasks(of.glue_tasks)
     if of.glue_dir is not None:
         data = GlueDataArguments(data_dir=of.glue_dir)
@@ -208,10 +222,12 @@ def run(flags: list[str]) -> None:
     (of,) = arguments.parse((ReproduceArguments,), flags, __doc__ or "")
     planned = stages(of)
     if of.dry_run:
-        print("\n".join(shlex.join(stage.command) for stage in planned))
+        print("\n".join(shlex.join(stage.whole) for stage in planned))
         return
     check_inputs(of)
-    failed = Pipeline(planned, of.folder, jobs=of.jobs).run()
+    # a launcher of several processes, one for each GPU, knows better
+    cores = None if torch.cuda.is_available() else os.cpu_count()
+    failed = Pipeline(planned, of.folder, jobs=of.jobs, cores=cores).run()
     print(reproduce_table.write(of.folder / "results", of.scale), end="")
     if failed:
         raise ValueError(f"{len(failed)} of {len(planned)} stages did not end well: {', '.join(failed)}.")

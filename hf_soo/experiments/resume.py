@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soo.experiments.callbacks import kept_curve
+from hf_soo.experiments.callbacks import RecordCallback, kept_curve
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.experiments.runs import RunRecord, jsonable, reach
+from hf_soo.experiments.runs import RunRecord, jsonable, reach, read_run
 from hf_soo.files import write_atomically
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
 
@@ -43,6 +43,9 @@ class OutputFolder(TrainerCallback):
         settings = {"optimizer": record.optimizer, "base": record.base, "seed": record.seed, **record.config}
         self.settings: dict[str, Any] = json.loads(json.dumps(jsonable(settings)))  # as it will be read back
         self._asked = args.resume_from_checkpoint
+        # but batches of like lengths are drawn in rounds of all processes' micro-batches
+        deals_alike = args.global_batch_size is not None and args.train_sampling_strategy != "group_by_length"
+        self._free = MAY_CHANGE | HOW_THE_BATCH_IS_MADE if deals_alike else MAY_CHANGE
 
     def checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one asked for, else the last whole one in the folder, else none.
@@ -63,8 +66,7 @@ class OutputFolder(TrainerCallback):
         if not file.is_file():  # checkpoints of another script: the Trainer's own checks must do
             return
         before = json.loads(file.read_text(encoding="utf-8"))
-        free = MAY_CHANGE if self.settings.get("global_batch_size") is None else MAY_CHANGE | HOW_THE_BATCH_IS_MADE
-        for key in sorted((set(before) | set(self.settings)) - free):
+        for key in sorted((set(before) | set(self.settings)) - self._free):
             if before.get(key) != self.settings.get(key):
                 raise ValueError(
                     f"{self.folder} holds checkpoints of a run with {key}={before.get(key)!r}, now "
@@ -100,3 +102,39 @@ def is_finished(checkpoint: str | None, args: RunTrainingArguments, target: floa
     if args.max_steps > 0:
         return bool(state.global_step >= args.max_steps)
     return bool(state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs)
+
+
+def kept_record(file: Path) -> RunRecord | None:
+    """The JSON of a run that is through; None: it was not written, or says that something failed after the training.
+
+    Args:
+        file: the JSON.
+    """
+    record = read_run(file) if file.is_file() else None
+    return record if record is not None and record.status in ("completed", "diverged") else None
+
+
+def take_trained(trainer: Trainer, keeper: RecordCallback, checkpoint: str) -> None:
+    """Weights and record of a last checkpoint, or the best one's weights where the run ends with those.
+
+    The Trainer itself would train a step too many from there.
+
+    Args:
+        trainer: has not trained.
+        keeper: of the run's record.
+        checkpoint: of the last step.
+
+    Raises:
+        ValueError: the weights are in parts that only a run that trains puts together.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{checkpoint} is the last checkpoint of a run that was trained, but its JSON is missing or says that it "
+            "failed; the checkpoint is sharded, and only training puts it together: give --restart to run it again, or "
+            "a larger --max_steps (a lower --target_eval_loss) to go on."
+        )
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    keeper.restore(trainer.state)

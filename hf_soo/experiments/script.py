@@ -79,8 +79,14 @@ def check(job: Job) -> None:
         job: all settings.
 
     Raises:
-        ValueError: a picture is asked for and cannot be drawn, or processes that would each train alone.
+        ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, or processes that
+            would each train alone.
     """
+    if job.run.target_eval_loss is not None and job.training.eval_strategy == "no":
+        raise ValueError(
+            f"target_eval_loss={job.run.target_eval_loss} and nothing is evaluated while the run trains; set "
+            "eval_strategy to steps or epoch."
+        )
     if job.run.compare_with is not None and find_spec("matplotlib") is None:
         raise ValueError("compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'.")
     check_processes(job)

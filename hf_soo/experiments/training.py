@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_soo.experiments import machine
 from hf_soo.experiments.callbacks import RecordCallback
-from hf_soo.experiments.resume import OutputFolder, is_finished
+from hf_soo.experiments.resume import OutputFolder, is_finished, kept_record, take_trained
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.experiments.runs import RunRecord, reach, read_run, recording
+from hf_soo.experiments.runs import RunRecord, reach, recording
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.registry import METHODS
 
@@ -72,6 +72,17 @@ class Task(ABC):
         Args:
             model: with its initial weights.
         """
+
+    def describe_start(self, args: RunTrainingArguments) -> dict[str, Any]:
+        """What the record says, besides, of how one run of this task starts; a comparison has two.
+
+        Args:
+            args: the Trainer's settings.
+
+        Raises:
+            ValueError: this task cannot be trained in these settings.
+        """
+        return {}
 
     @abstractmethod
     def make_trainer(self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
@@ -125,6 +136,7 @@ def train(job: Job, task: Task) -> list[RunRecord]:
     if job.run.compare_with is None:
         return [train_one(job, task)]
     first, second = _compared(job)
+    task.describe_start(second.training)  # refuses what it must before the first run has taken its hours
     records = [train_one(first, task), train_one(second, task)]
     hashes = [record.config["initial_weights"] for record in records]
     if hashes[0] != hashes[1]:
@@ -172,16 +184,19 @@ def train_one(job: Job, task: Task) -> RunRecord:
     checkpoint = output.checkpoint() if args.do_train else None
     target = job.run.target_eval_loss
     finished = is_finished(checkpoint, args, target)
-    if finished and (path := job.results_dir / f"{record.name}.json").is_file():
+    if finished and (kept := kept_record(job.results_dir / f"{record.name}.json")) is not None:
         logger.warning("%s is finished already; --restart runs it again", record.name)
-        return read_run(path)
+        if target is not None and target != (kept.target or {}).get("eval_loss"):
+            kept.target = (kept.target or {"stopped": False}) | reach(kept.curve, target)
+            _write(kept, job)
+        return kept
     with recording(record, job.results_dir if args.process_index == 0 else None):
         keeper = RecordCallback(record, task.metrics, target)
         trainer = task.make_trainer(model, args, [output, keeper])
         try:
-            if finished:  # and stopped before its JSON was written
+            if finished:  # and ended before its evaluation did
                 assert checkpoint is not None
-                _take_trained(trainer, keeper, checkpoint)
+                take_trained(trainer, keeper, checkpoint)
             elif args.do_train:
                 trainer.train(resume_from_checkpoint=checkpoint)
             if args.do_train:
@@ -197,22 +212,6 @@ def train_one(job: Job, task: Task) -> RunRecord:
             record.target = reach(record.curve, target)
             record.target["stopped"] = record.target["steps"] is not None and record.steps < trainer.state.max_steps
     return record
-
-
-def _take_trained(trainer: Trainer, keeper: RecordCallback, checkpoint: str) -> None:
-    """Weights and record of a last checkpoint; the Trainer itself would train a step too many from there.
-
-    Raises:
-        ValueError: the weights are in parts that only a run that trains puts together.
-    """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"{checkpoint} is the last checkpoint of a finished run whose JSON is missing, and it is sharded; give "
-            "--restart to run it again, or a larger --max_steps (a lower --target_eval_loss) to go on."
-        )
-    trainer._load_from_checkpoint(checkpoint)
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    keeper.restore(trainer.state)
 
 
 def _keep_model(trainer: Trainer) -> None:
@@ -235,9 +234,10 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         {} if args.train_sampling_strategy == "random" else {"train_sampling_strategy": args.train_sampling_strategy}
     )
     config = {
-        **task.describe(model),
-        **order,
         "initial_weights": weights_hash(model),
+        **task.describe(model),
+        **task.describe_start(args),
+        **order,
         "processes": args.world_size,
         **{key: _plain(getattr(args, key)) for key in SETTINGS},
         **{key: parse_settings(key, getattr(args, key)) for key in METHOD_SETTINGS},

@@ -158,12 +158,13 @@ def save_whole(folder: str | os.PathLike[str], name: str, state: dict[str, Any])
     os.replace(partial, Path(folder) / name)
 
 
-def load_whole(folder: str | os.PathLike[str], name: str) -> dict[str, Any] | None:
+def load_whole(folder: str | os.PathLike[str], name: str, *, mmap: bool = False) -> dict[str, Any] | None:
     """A file of a checkpoint, on the CPU, or None if there is none.
 
     Args:
         folder: a checkpoint folder.
         name: the file's.
+        mmap: read a tensor only when it is used, for callers that want something else of the file.
 
     Returns:
         What was saved.
@@ -175,7 +176,7 @@ def load_whole(folder: str | os.PathLike[str], name: str) -> dict[str, Any] | No
     if not source.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError) as error:  # what torch.load raises for a truncated archive
         raise ValueError(f"{source} is damaged ({error}); resume from an earlier checkpoint.") from error
     return state
