@@ -374,7 +374,7 @@ def test_config_header(path: Path) -> None:
         "lobal batch",
         "Command: accelerate launch",
         "xpected",
-        "reproduced here: no",
+        "reproduced here: ",
     ):
         assert word in header[0], word
     assert f"configs/{ids(path)}.yaml" in header[0]
