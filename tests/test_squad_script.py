@@ -15,9 +15,10 @@ import yaml
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_soo.experiments import arguments
+from hf_soo.experiments.pretrained import PretrainedArguments
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.experiments.runs import read_run
-from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
+from hf_soo.experiments.squad_arguments import QaDataArguments
 from hf_soo.tasks.bert import GatheredBertForPreTraining
 from tests.distributed import run_ranks
 from tests.script_runs import ROOT, check_error, load_script, only_run
@@ -26,7 +27,7 @@ from tests.squad_ranks import run as run_rank
 from tests.test_configs import OPTIMIZER_KEYS, check_optimizer, check_values, ids
 
 CONFIGS = sorted((ROOT / "configs" / "squad").glob("*.yaml"))
-CLASSES = (QaModelArguments, QaDataArguments, RunArguments, RunTrainingArguments)
+CLASSES = (PretrainedArguments, QaDataArguments, RunArguments, RunTrainingArguments)
 CONFIG = """
 optim: adamw
 learning_rate: 0.01
@@ -261,7 +262,7 @@ def test_questions_whose_answer_is_elsewhere_are_left_out(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--max_seq_length", "65"], "max_seq_length=65 is more than the 64 positions of model"),
+        (["--max_seq_length", "65"], "has 64 positions; give 64."),
         (
             ["--doc_stride", "18"],
             "doc_stride=18 leaves no step: with max_seq_length=24 only 18 tokens of a context fit",
@@ -307,6 +308,8 @@ def test_bad_data_and_models(
     (classifier / "config.json").write_text('{"model_type": "vit"}')
     bare = Path(save_model(tmp_path / "bare"))
     (bare / "model.safetensors").unlink()
+    junk = Path(save_model(tmp_path / "junk"))
+    (junk / "model.safetensors").write_bytes(b"junk")
     wide = Path(save_model(tmp_path / "wide"))
     (wide / "config.json").write_text(
         (wide / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 48')
@@ -319,12 +322,19 @@ def test_bad_data_and_models(
     for more, message in (
         (["--train_file", none], "none.json: question 'n1' has no answer span"),
         (["--validation_file", none], "none.json: question 'n1' has no answer span"),
-        (["--model_name_or_path", str(other)], f"has {len(PIECES)} entries, model {other} has vocab_size="),
-        (["--model_name_or_path", str(classifier)], "is a vit, which has no question-answering head"),
-        (["--model_name_or_path", str(bare)], f"model_name_or_path='{bare}': "),
-        (["--model_name_or_path", str(wide)], f"model_name_or_path='{wide}': "),
-        (["--model_name_or_path", str(deep)], "lacks 16 weights of the encoder (bert.encoder.layer.1."),
-        (["--model_name_or_path", str(empty)], f"model_name_or_path='{empty}': no tokenizer can be loaded"),
+        (
+            ["--model_name_or_path", str(other)],
+            f"The tokenizer of '{other}' does not fit the model: the vocab",
+        ),
+        (["--model_name_or_path", str(classifier)], "of the kind 'vit', which does not answer questions"),
+        (["--model_name_or_path", str(bare)], f"model_name_or_path='{bare}' is no folder of a model"),
+        (["--model_name_or_path", str(junk)], f"model_name_or_path='{junk}' is no folder of a model"),
+        (["--model_name_or_path", str(wide)], f"model_name_or_path='{wide}' is no folder of a model"),
+        (
+            ["--model_name_or_path", str(deep)],
+            "lack 16 of the tensors of a bert (the first is bert.encoder.layer.1.",
+        ),
+        (["--model_name_or_path", str(empty)], f"model_name_or_path='{empty}' is a folder without config.json"),
     ):
         assert script.main([*flags, *more]) == 1
         check_error(capsys, message)

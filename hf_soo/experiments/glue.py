@@ -11,8 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
-from hf_soo.experiments.glue_model import Pretrained, check_head
+from hf_soo.experiments.glue_model import check_head, make_classifier
 from hf_soo.experiments.glue_predictions import file_names, write_predictions
+from hf_soo.experiments.pretrained import Pretrained
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.training import Task
 from hf_soo.integrations.trainer import SecondOrderTrainer
@@ -67,7 +68,7 @@ class GlueFineTuning(Task):
         Args:
             seed: of the head.
         """
-        return self.pretrained.make(self.task, seed)
+        return make_classifier(self.pretrained, self.task, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Model, task, and how many examples of which source.

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import BertConfig, set_seed
 
+from hf_soo.experiments.pretrained import load_weights
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.tasks.bert import GatheredBertForPreTraining, check_vocabulary, name_bias_once
@@ -110,11 +111,12 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
         seed: of the initial weights.
 
     Raises:
-        ValueError: the folder's model has another vocabulary or too few positions.
+        ValueError: the folder holds no BERT, or one with another vocabulary or too few positions.
     """
     set_seed(seed)
     if model.model_name_or_path is not None:
-        kept = GatheredBertForPreTraining.from_pretrained(
+        kept = load_weights(
+            GatheredBertForPreTraining,
             model.model_name_or_path,
             attn_implementation=model.attn_implementation,
             hidden_dropout_prob=model.dropout,

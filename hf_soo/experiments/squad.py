@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from hf_soo.experiments.pretrained import PretrainedArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
-from hf_soo.experiments.squad_inputs import Part, load_config, load_data, load_tokenizer, make_model
+from hf_soo.experiments.squad_arguments import QaDataArguments
+from hf_soo.experiments.squad_inputs import Part, find_reader, load_data
 from hf_soo.experiments.training import Task
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.tasks.squad_answers import AnswerConfig, Predictions, answer
@@ -33,7 +34,7 @@ class SquadTask(Task):
     title = "SQuAD"
     metrics = ("exact_match", "f1")
 
-    def __init__(self, model: QaModelArguments, data: QaDataArguments, args: RunTrainingArguments) -> None:
+    def __init__(self, model: PretrainedArguments, data: QaDataArguments, args: RunTrainingArguments) -> None:
         """Read and check questions, tokenizer and configuration.
 
         Args:
@@ -53,10 +54,8 @@ class SquadTask(Task):
         best = (args.metric_for_best_model or "loss").removeprefix("eval_")
         if best not in {"loss", *self.metrics}:
             raise ValueError(f"metric_for_best_model={best!r} is not measured; use loss, {' or '.join(self.metrics)}.")
-        self.model, self.settings = model, data
-        self.tokenizer = load_tokenizer(model)
-        self.config = load_config(model, self.tokenizer, data.max_seq_length)
-        self.data = load_data(data, args, self.tokenizer, model.cache_dir)
+        self.settings, self.pretrained = data, find_reader(model, data.max_seq_length)
+        self.data = load_data(data, args, self.pretrained.tokenizer, model.cache_dir)
         self.answers = AnswerConfig(
             data.n_best_size, data.max_answer_length, self.data.version_2, data.null_score_diff_threshold
         )
@@ -68,7 +67,7 @@ class SquadTask(Task):
         Args:
             seed: of the head's weights.
         """
-        return make_model(self.model, self.config, seed)
+        return self.pretrained.load(AutoModelForQuestionAnswering, self.pretrained.config, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """The model's shape, and the data with a digest of questions and answers.
@@ -76,14 +75,14 @@ class SquadTask(Task):
         Args:
             model: the model.
         """
-        shape = {key: getattr(self.config, key) for key in SHAPE if hasattr(self.config, key)}
-        name = Path(str(self.model.model_name_or_path)).name
+        config = self.pretrained.config
+        shape = {key: getattr(config, key) for key in SHAPE if hasattr(config, key)}
         data = {
             "version_2": self.data.version_2,
             **{key: getattr(self.settings, key) for key in DATA_SETTINGS},
             **{name: part.description for name, part in self.data.parts.items()},
         }
-        return {"model": {"type": self.config.model_type, "start": name, **shape}, "data": data}
+        return {"model": {"type": config.model_type, "start": self.pretrained.name, **shape}, "data": data}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
@@ -106,7 +105,7 @@ class SquadTask(Task):
             train_dataset=None if data.train is None else data.train.windows,
             eval_dataset=None if data.validation is None else data.validation.windows,
             callbacks=callbacks,
-            processing_class=self.tokenizer,  # kept with every checkpoint
+            processing_class=self.pretrained.tokenizer,  # kept with every checkpoint
             compute_metrics=self._evaluate,
             preprocess_logits_for_metrics=_start_and_end,
         )
