@@ -73,6 +73,11 @@ def test_wikiextractor_json_output(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path))) == ROW_DOCUMENTS
 
 
+def test_wikiextractor_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"\xef\xbb\xbf<doc id=1>\r\nA\r\n\r\nText.\r\n</doc>\r\n")
+    assert list(read_documents(str(tmp_path / "part"))) == [["Text."]]
+
+
 def test_cut_off_wikiextractor_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "wiki_00").write_text(WIKI[:-20], encoding="utf-8")
     with pytest.raises(ValueError, match=r"wiki_00' ends inside the <doc> block of line 12"):

@@ -64,6 +64,7 @@ def test_all_layouts_give_the_same_questions(tmp_path: Path) -> None:
         (nested({"qas": [GOOD]}), "question '1': 'context' is None"),
         (nested(paragraph(" \n", GOOD)), "question '1': 'context' is ' \\n'"),
         (nested(paragraph(CONTEXT, {**GOOD, "question": "  "})), "question '1': 'question' is '  '"),
+        (nested(paragraph(CONTEXT, {**GOOD, "question": "\ud800"})), "question '1': 'question' is '\\ud800'"),
         (nested(paragraph(CONTEXT, {**GOOD, "id": 7})), "question number 1 has no text 'id' (got 7)"),
         (nested(paragraph(CONTEXT, GOOD, GOOD)), "the id '1' is there twice"),
         (nested(paragraph(CONTEXT, {**GOOD, "answers": {}})), "question '1' has no list 'answers'"),

@@ -55,7 +55,8 @@ class Pretrained:
         if count is None or self.config.model_type == "bert":
             return count
         if "roberta" in self.config.model_type or self.config.model_type == "camembert":
-            return count - self.config.pad_token_id - 1  # they number their positions from padding_idx + 1
+            first: int = self.config.pad_token_id + 1  # they number their positions from there
+            return count - first
         # MPNet and others do, too, and only their tokenizers say so; one that does not know has a huge number.
         longest: int = self.tokenizer.model_max_length
         return min(count, longest)

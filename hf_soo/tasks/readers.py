@@ -5,6 +5,7 @@ Every error names the file and the line or row. Memory holds one document, or a 
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import re
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.tasks.cleaning import RawDocument
-from hf_soo.tasks.wordpiece import read_lines
+from hf_soo.tasks.wordpiece import is_broken, read_lines
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads makes them of \\ud800; UTF-8 cannot hold them
 _WIKITEXT_TITLE = re.compile(r"\s*= [^=].* =\s*")
 
 
@@ -65,7 +65,7 @@ def kind_of(file: Path) -> str:
     if file.suffix == ".parquet":
         return "parquet"
     with file.open("rb") as stream:
-        head = stream.read(64).lstrip()
+        head = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"<doc "):
         return "wiki"
     if file.suffix in (".jsonl", ".json") or (file.name.startswith("wiki_") and head.startswith(b"{")):
@@ -220,7 +220,7 @@ def _document_of(row: Any, text_column: str, where: str) -> RawDocument:
     text, title = row[text_column], row.get("title")
     if not isinstance(text, str | None):
         raise ValueError(f"{where}: {text_column!r} is a {type(text).__name__}; it must be text")
-    if _SURROGATE.search(text or ""):
+    if is_broken(text or ""):
         raise ValueError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no text; write it again")
     return RawDocument((text or "").splitlines(), title.strip() if isinstance(title, str) else "", record=True)
 

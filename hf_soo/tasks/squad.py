@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_soo.tasks.wordpiece import is_broken
+
 Answer = tuple[int, str]  # where it starts in the context, in characters, and its text
 
 
@@ -198,7 +200,7 @@ def _question(source: str, place: int, row: Any, contexts: dict[str, str]) -> Qu
             f"{source}: question number {place + 1} has no text 'id' (got {name!r}); every question needs one."
         )
     for key in ("question", "context"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
+        if not isinstance(row.get(key), str) or not row[key].strip() or is_broken(row[key]):
             raise ValueError(
                 f"{source}: question {name!r}: {key!r} is {row.get(key)!r}; a text that is not empty is needed."
             )
