@@ -275,7 +275,7 @@ def test_questions_whose_answer_is_elsewhere_are_left_out(
         (["--tokenizer_name", "./absent"], "tokenizer_name='./absent' is no folder"),
         (["--config_name", "./absent"], "config_name='./absent' is no folder"),
         (["--do_predict"], "there are no questions to predict; give --test_file"),
-        (["--prediction_loss_only", "true"], "leave no logits to answer from"),
+        (["--prediction_loss_only", "true"], "leave no logits to score"),
         (["--metric_for_best_model", "accuracy"], "'accuracy' is not measured; use loss, exact_match or f1"),
         (["--max_query_len", "3"], "unknown flag '--max_query_len'; did you mean '--max_query_length'?"),
     ],

@@ -28,10 +28,10 @@ class PretrainedArguments:
     model_name_or_path: str | None = option(
         None, "Folder of a pretrained encoder (also OUTPUT_DIR of scripts/pretrain_bert.py), or its name on the hub."
     )
-    config_name: str | None = option(None, "Of another configuration; None: the model's.")
-    tokenizer_name: str | None = option(None, "Of another tokenizer; None: the model's.")
-    cache_dir: str | None = option(None, "Where models of the hub are kept; None: transformers' place.")
-    model_revision: str = option("main", "Branch, tag or commit on the hub.")
+    config_name: str | None = option(None, "Folder or hub name of the configuration; None: the model's.")
+    tokenizer_name: str | None = option(None, "Folder or hub name of the tokenizer; None: the model's.")
+    cache_dir: str | None = option(None, "Where models are kept, in run_squad.py data, too; None: the hub's folder.")
+    model_revision: str = option("main", "Branch, tag or commit of model, configuration and tokenizer.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback
 
+from hf_soo.experiments.finetuning import FineTuningTrainer, check_evaluation
 from hf_soo.experiments.pretrained import PretrainedArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.squad_arguments import QaDataArguments
 from hf_soo.experiments.squad_inputs import Part, find_reader, load_data
 from hf_soo.experiments.training import Task
-from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.tasks.squad_answers import AnswerConfig, Predictions, answer
 from hf_soo.tasks.squad_features import WindowCollator
 from hf_soo.tasks.squad_metrics import score_v1, score_v2
@@ -46,14 +43,7 @@ class SquadTask(Task):
             ValueError: settings of the Trainer that keep no logits to answer from, or a best model by a metric that
                 is not measured.
         """
-        if args.prediction_loss_only or args.batch_eval_metrics or not args.eval_do_concat_batches:
-            raise ValueError(
-                "prediction_loss_only, batch_eval_metrics and eval_do_concat_batches=False leave no logits to answer "
-                "from; leave them out."
-            )
-        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-        if best not in {"loss", *self.metrics}:
-            raise ValueError(f"metric_for_best_model={best!r} is not measured; use loss, {' or '.join(self.metrics)}.")
+        check_evaluation(args, self.metrics)
         self.settings, self.pretrained = data, find_reader(model, data.max_seq_length)
         self.data = load_data(data, args, self.pretrained.tokenizer, model.cache_dir)
         self.answers = AnswerConfig(
@@ -86,7 +76,7 @@ class SquadTask(Task):
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
-    ) -> SquadTrainer:
+    ) -> FineTuningTrainer:
         """The Trainer of a run.
 
         Args:
@@ -96,7 +86,7 @@ class SquadTask(Task):
         """
         self.latest = None
         settings, data = self.settings, self.data
-        return SquadTrainer(
+        return FineTuningTrainer(
             model=model,
             args=args,
             data_collator=WindowCollator(
@@ -162,39 +152,6 @@ class SquadTask(Task):
         if self.data.version_2:
             return score_v2(questions, predictions.texts, predictions.null_odds).metrics
         return score_v1(questions, predictions.texts).metrics
-
-
-class SquadTrainer(SecondOrderTrainer):
-    """Evaluates all windows in their order, whatever the training's sampling does with its own."""
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation batches.
-
-        Args:
-            eval_dataset: see `Trainer`.
-        """
-        with _all_in_order(self.args):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """The test batches.
-
-        Args:
-            test_dataset: see `Trainer`.
-        """
-        with _all_in_order(self.args):
-            return super().get_test_dataloader(test_dataset)
-
-
-@contextmanager
-def _all_in_order(args: TrainingArguments) -> Iterator[None]:
-    """Meanwhile the Trainer groups nothing by length, and drops no batch that is not full."""
-    asked = args.train_sampling_strategy, args.dataloader_drop_last
-    args.train_sampling_strategy, args.dataloader_drop_last = "random", False
-    try:
-        yield
-    finally:
-        args.train_sampling_strategy, args.dataloader_drop_last = asked
 
 
 def _start_and_end(logits: Any, labels: Any) -> Any:
