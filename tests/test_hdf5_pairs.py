@@ -233,6 +233,7 @@ def test_longer_rows_than_wanted(tmp_path: Path, vocab: str) -> None:
     [
         ({"vocab": None}, "vocab is None; HDF5 shards hold ids, so give the vocabulary"),
         ({"dupe_factor": 2}, "dupe_factor is 2; the pairs of HDF5 shards are made already: leave it out"),
+        ({"split": "test"}, "split is test; the pairs"),
         ({"random_next": 0.1}, "random_next is 0.1; the pairs"),
         ({"eval_documents": 0.001}, "eval_documents=0.001 keeps nothing"),
     ],

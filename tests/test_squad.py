@@ -190,14 +190,16 @@ def test_an_answer_is_labelled_in_every_window_that_holds_all_of_it(tmp_path: Pa
     assert ours.first.tolist() == [0, 2, 4, 6] and ours.length.tolist() == [4, 4, 4, 3]
     assert ours.labels is not None
     assert ours.labels.tolist() == [[0, 0], [6, 7], [0, 0], [0, 0]]
-    collated = WindowCollator(ours.template)([ours[0], ours[3]])
+    collated = WindowCollator(ours.template, 20)([ours[0], ours[3]])
     assert {key: tuple(value.shape) for key, value in collated.items()} == {
         "attention_mask": (2, 16), "input_ids": (2, 16), "token_type_ids": (2, 16), "start_positions": (2,),
         "end_positions": (2,),
     }  # fmt: skip
     assert collated["attention_mask"].sum(1).tolist() == [10, 9]
     assert collated["input_ids"][1, 9:].tolist() == [0] * 7
-    assert WindowCollator(ours.template, 20)([ours[0]])["input_ids"].shape == (1, 20)
+    for most, always, width in ((20, True, 20), (14, False, 14), (16, False, 16)):  # 10 tokens; never past `most`
+        batch = WindowCollator(ours.template, most, always=always)([ours[0]])
+        assert batch["input_ids"].shape == (1, width)
 
 
 def test_a_long_question_is_cut(tmp_path: Path) -> None:

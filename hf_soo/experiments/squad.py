@@ -89,9 +89,7 @@ class SquadTask(Task):
         return FineTuningTrainer(
             model=model,
             args=args,
-            data_collator=WindowCollator(
-                data.template, settings.max_seq_length if settings.pad_to_max_length else None
-            ),
+            data_collator=WindowCollator(data.template, settings.max_seq_length, always=settings.pad_to_max_length),
             train_dataset=None if data.train is None else data.train.windows,
             eval_dataset=None if data.validation is None else data.validation.windows,
             callbacks=callbacks,
