@@ -92,6 +92,15 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
             read_questions(tmp_path / name)
 
 
+def test_what_can_be_scored(tmp_path: Path) -> None:
+    """Test files lack the answers, or have empty lists of them, which are answers in v2.0 alone."""
+    unknown = {key: value for key, value in GOOD.items() if key != "answers"}
+    for other, expected in (([], (True, True)), ([qa("2", CONTEXT)], (False, True)), ([unknown], (False, False))):
+        file = write(tmp_path / "a.json", nested(paragraph(CONTEXT, GOOD, *({**each, "id": "2"} for each in other))))
+        asked = read_questions(file)
+        assert tuple(asked.can_be_scored(version_2=each) for each in (False, True)) == expected
+
+
 def test_questions_without_answers(tmp_path: Path) -> None:
     none = qa("2", CONTEXT)
     plain = read_questions(write(tmp_path / "a.json", nested(paragraph(CONTEXT, GOOD, none))))

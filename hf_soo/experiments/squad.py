@@ -119,7 +119,7 @@ class SquadTask(Task):
         if self.data.test is not None:
             output = trainer.predict(self.data.test.windows)
             predictions = self._answer(self.data.test, output.predictions)
-            if all(each.answers is not None for each in self.data.test.asked.questions):
+            if self.data.test.asked.can_be_scored(version_2=self.data.version_2):
                 scores = self._score(self.data.test, predictions)
                 metrics |= {f"test_{name}": value for name, value in scores.items()}
             if first:

@@ -48,6 +48,14 @@ class QuestionSet:
         """
         return self if count is None else QuestionSet(self.source, self.questions[:count], self.has_impossible)
 
+    def can_be_scored(self, *, version_2: bool) -> bool:
+        """Whether every question has its answers; those of a test file may be missing or empty.
+
+        Args:
+            version_2: "no answer" counts as one.
+        """
+        return all(each.answers or (version_2 and each.answers is not None) for each in self.questions)
+
     def check_answers(self, *, version_2: bool) -> None:
         """Every question must have its answers.
 
