@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -19,6 +20,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    """The imported libraries are no garbage: each `Trainer.train` collects, and would go through all of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
