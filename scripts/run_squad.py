@@ -23,11 +23,12 @@ def main(flags: list[str] | None = None) -> int:
     if is_asked_for(given):
         return score_main(given)
     # Imported here: scoring needs none of it.
+    from hf_soo.experiments.pretrained import PretrainedArguments
     from hf_soo.experiments.script import run_script
     from hf_soo.experiments.squad import SquadTask
-    from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
+    from hf_soo.experiments.squad_arguments import QaDataArguments
 
-    return run_script(SquadTask, (QaModelArguments, QaDataArguments), __doc__ or "", flags)
+    return run_script(SquadTask, (PretrainedArguments, QaDataArguments), __doc__ or "", flags)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -73,6 +74,11 @@ def test_wikiextractor_json_output(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path))) == ROW_DOCUMENTS
 
 
+def test_wikiextractor_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"\xef\xbb\xbf<doc id=1>\r\nA\r\n\r\nText.\r\n</doc>\r\n")
+    assert list(read_documents(str(tmp_path / "part"))) == [["Text."]]
+
+
 def test_cut_off_wikiextractor_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "wiki_00").write_text(WIKI[:-20], encoding="utf-8")
     with pytest.raises(ValueError, match=r"wiki_00' ends inside the <doc> block of line 12"):
@@ -105,14 +111,14 @@ def test_damaged_parquet_names_the_row(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.parquet' is not Parquet after row (768|1000) \(.*; write it again"):
         list(read_documents(str(file)))
-    pq.write_table(pa.table({"body": ["a"]}), file)
-    with pytest.raises(ValueError, match=r"a.parquet' has no column 'text'; it has body: choose one"):
-        list(read_documents(str(file)))
+    file.unlink()
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet' has no column 'text'; it has body: choose one"):
+        next(read_documents(str(tmp_path)))  # before anything of the first file
 
 
 def test_hub_name_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     load, asked = datasets.load_dataset, []
@@ -130,11 +136,10 @@ def test_hub_name_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.
         list(read_documents("someone/corpus", text_column="body"))
 
 
-def test_unreachable_hub_name_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
+@pytest.mark.parametrize("kind", [ConnectionError, datasets.exceptions.DatasetGenerationError])
+def test_unreachable_hub_name_is_a_one_line_error(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach\n'no/such' on the Hub")
+        raise kind("Couldn't reach\n'no/such' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(

@@ -78,7 +78,7 @@ def test_own_files_in_all_formats(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text('label\tsentence1\tsentence2\r\n0\ta "b", c\td\r\n1\te\tf\r\n')
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "lines.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "x.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "x.jsonl").write_text("".join(f"{json.dumps(row)}\n\n" for row in rows))
     for name in ("x.csv", "x.tsv", "x.json", "lines.json", "x.jsonl"):
         found = load("rte", "validation", validation_file=str(tmp_path / name))
         assert (found.texts, found.labels) == ((['a "b", c', "e"], ["d", "f"]), [0, 1]), name
@@ -98,6 +98,8 @@ def test_head_is_the_first_examples(archive: Path) -> None:
         ("rte", "x.tsv", PAIR_HEADER + "0\ta\tb\tentailment\n1\ta\tb\n", "{file}, line 3: 3 columns, the header has 4"),
         ("rte", "x.tsv", PAIR_HEADER + "0\ta\tb\tc\tentailment\n", "{file}, line 2: 5 columns, the header has 4"),
         ("cola", "x.tsv", "gj04\t1\t\tgood\ngj04\t1\tgood\n", "{file}, line 2: 3 columns, the header has 4"),
+        ("rte", "x.tsv", "index\tlabel\tsentence1\tlabel\n", "{file}: the header has the column 'label' twice"),
+        ("sst2", "x.jsonl", '{"sentence": "\\ud800", "label": 1}', "line 1: sentence is '\\ud800', which is no text"),
         ("rte", "x.tsv", PAIR_HEADER + "0\ta\tb\tmaybe\n", "{file}, line 2: the label 'maybe' is none of RTE's: "
                                                           "entailment, not_entailment or 0 to 1."),
         ("sst2", "x.tsv", "sentence\tlabel\na\t2\n", "{file}, line 2: the label '2' is none of SST-2's: 0, 1."),
@@ -123,6 +125,33 @@ def test_a_wrong_file_is_named_with_its_line(
     tmp_path: Path, task: str, name: str, content: str | bytes, message: str
 ) -> None:
     wrong(task, tmp_path / name, content, message)
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
+def test_broken_rows_and_empty_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """One row in a thousand may be broken, where there are labels; predictions must keep the rows of their file."""
+    separator = {"x.tsv": "\t", "x.csv": ","}[name]
+    good = [separator.join((f"a{i}", "b", "0")) for i in range(1998)]
+    lines = [
+        separator.join(("question1", "question2", "label")),
+        *good[:7],
+        "",
+        "cut",
+        *good[7:],
+        separator * 3,
+        "",
+        "",
+    ]
+    file = tmp_path / name
+    file.write_text("\n".join(lines))
+    found = read_examples(file, TASKS["qqp"], labelled=True)
+    assert found.texts[0] == [f"a{i}" for i in range(1998)]
+    assert f"left out 2 of 2000 rows with too few or too many columns: {file}, line 10: 1 columns" in caplog.text
+    with pytest.raises(ValueError, match=r"line 10: 1 columns, the header has 3 \(.*\); 2 of 2000 rows are so"):
+        read_examples(file, TASKS["qqp"], labelled=False)
+    file.write_text("\n".join([*lines, "cut"]))
+    with pytest.raises(ValueError, match="3 of 2001 rows are so: fix or delete them"):
+        read_examples(file, TASKS["qqp"], labelled=True)
 
 
 def test_places_that_are_not_there(archive: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     DebertaV2Config,
+    MPNetConfig,
     RobertaConfig,
 )
 
 from hf_soo.experiments.glue import GlueFineTuning, best_class, numbers
-from hf_soo.experiments.glue_model import GlueModelArguments, Pretrained, check_tokenizer, find_pretrained
+from hf_soo.experiments.glue_model import GlueModelArguments, find_classifier, make_classifier
+from hf_soo.experiments.pretrained import Pretrained, check_tokenizer
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.tasks.bert import GatheredBertForPreTraining, name_bias_once
 from hf_soo.tasks.glue import TASKS
@@ -39,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fine_tuning(world: Path, folder: Path, task: str = "rte", **data: Any) -> GlueFineTuning:
     given = GlueDataArguments(data_dir=str(world / "glue"), **{"max_seq_length": 24, **data})
-    pretrained = find_pretrained(GlueModelArguments(model_name_or_path=str(folder)), given.max_seq_length)
+    pretrained = find_classifier(GlueModelArguments(model_name_or_path=str(folder)), given.max_seq_length)
     args = RunTrainingArguments(output_dir=str(folder / "out"), use_cpu=True, report_to="none")
     return GlueFineTuning(TASKS[task], pretrained, given, args)
 
@@ -84,7 +87,7 @@ def test_configuration_tokenizer_and_revision_are_those_asked_for(
             return loaded(name, **kwargs)
 
         monkeypatch.setattr(loader, "from_pretrained", spy)
-    model = find_pretrained(given, 24).make(TASKS["rte"], 0)
+    model = make_classifier(find_classifier(given, 24), TASKS["rte"], 0)
     assert list(dict.fromkeys(asked)) == [(name, "v2", "cache") for name in ("config", "tiny", "half")]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.hidden_dropout_prob == 0.3
@@ -124,9 +127,16 @@ def test_padding(world: Path, tmp_path: Path) -> None:
         assert task.make_model(0)(**batch).logits.shape == (2, 2)
 
 
-def test_roberta_numbers_its_positions_from_two() -> None:
-    config = RobertaConfig(max_position_embeddings=514)
-    assert Pretrained(GlueModelArguments("x"), config, None).positions() == 512
+def test_positions() -> None:
+    """RoBERTa numbers them from two; MPNet does, too, and its tokenizer alone says so; DeBERTa's does not."""
+    for config, longest, expected in (
+        (RobertaConfig(max_position_embeddings=514), 10**30, 512),
+        (MPNetConfig(max_position_embeddings=514), 512, 512),
+        (DebertaV2Config(max_position_embeddings=512), 10**30, 512),
+        (BertConfig(max_position_embeddings=1024), 512, 1024),
+    ):
+        tokenizer = SimpleNamespace(model_max_length=longest)
+        assert Pretrained(GlueModelArguments("x"), config, tokenizer).positions() == expected, config.model_type
 
 
 def test_a_regression_has_one_number_and_squared_error(world: Path) -> None:
@@ -153,7 +163,7 @@ def test_fine_tuned_heads(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the labels not_entailment, entailment, RTE has them in the order ent"):
         fine_tuning(world, tmp_path / "swapped")
     given = GlueModelArguments(model_name_or_path=str(tmp_path / "three"), ignore_mismatched_sizes=True)
-    model = find_pretrained(given, 24).make(TASKS["rte"], 0)
+    model = make_classifier(find_classifier(given, 24), TASKS["rte"], 0)
     assert model.classifier.weight.shape == (2, 16)
 
 

@@ -164,6 +164,8 @@ def test_predictions_are_the_servers(
 
     dev = world / "glue" / "RTE" / "dev.tsv"
     own = [*flags[:4], *flags[6:], "--task_name", "rte", "--model_name_or_path", str(out), "--do_predict"]
+    own += ["--train_sampling_strategy", "group_by_length", "--dataloader_drop_last", "true"]  # of training alone
+    own += ["--per_device_eval_batch_size", "3"]
     assert script.main([*own, "--test_file", str(dev)]) == 0
     header, *rows = (out / "predictions" / "RTE.tsv").read_text().splitlines()
     truth = [line.split("\t")[3] for line in dev.read_text().splitlines()[1:]]
@@ -230,6 +232,8 @@ def test_comparison(script: ModuleType, flags: list[str], tmp_path: Path) -> Non
         (["--task_name", "rte", "--results_dir", "{world}/run.yaml/runs"], "Not a directory"),
         (["--task_name", "rte", "--tasks", "x"], "unknown flag '--tasks'; did you mean '--task'?"),
         (["--task_name", "rte", "--optim", "mkr"], "mkr"),
+        (["--task_name", "rte", "--eval_do_concat_batches", "false"], "leave no logits to score"),
+        (["--task_name", "rte,cola", "--metric_for_best_model", "accuracy"], "use loss, matthews_correlation."),
     ],
 )
 def test_bad_input_is_one_line_and_no_run(

@@ -160,6 +160,10 @@ def label(columns: dict[str, Any]) -> None:
     columns["next_sentence_labels"][3] = 2
 
 
+def as_floats(columns: dict[str, Any]) -> None:
+    columns["next_sentence_labels"] = columns["next_sentence_labels"] / 2
+
+
 WRONG = [
     ("unmasked", change("input_ids", 4, 1, 30), "row 4: an id beyond the 30 of the vocabulary"),
     ("unmasked", change("input_ids", 2, 1, -1), "row 2: an id beyond the 30"),
@@ -169,6 +173,7 @@ WRONG = [
     ("unmasked", change("special_token_positions", 3, 0, 1), "row 3: special_token_positions is not 0 and"),
     ("unmasked", cut("special_token_positions"), r"'special_token_positions' has shape \(6, 2\), expected \(6, 3\)"),
     ("unmasked", label, "row 3: next_sentence_labels is not 0 or 1"),
+    ("unmasked", as_floats, "'next_sentence_labels' is of type float64, expected whole numbers"),
     ("unmasked", drop("next_sentence_labels"), "has no data set 'next_sentence_labels'; it has input_ids, special_"),
     ("nvidia", drop("masked_lm_ids"), "has no data set 'masked_lm_ids'"),
     ("nvidia", cut("segment_ids"), r"'segment_ids' has shape \(6, 15\), expected \(6, 16\)"),
@@ -210,6 +215,13 @@ def test_damaged_files_are_named(tmp_path: Path, vocab: str) -> None:
         prepare(config(tmp_path / "in", vocab))
 
 
+def test_the_last_file_is_opened_before_the_first_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.hdf5", unmasked(make_pairs(5)))
+    (tmp_path / "b.hdf5").write_bytes(b"no HDF5")
+    with pytest.raises(ValueError, match=r"b.hdf5' is no whole HDF5 file"):
+        next(row_blocks([tmp_path / "a.hdf5", tmp_path / "b.hdf5"]))
+
+
 def test_longer_rows_than_wanted(tmp_path: Path, vocab: str) -> None:
     write(tmp_path / "in" / "a.hdf5", nvidia([([5], [6], 0), ([5, 6, 7], [8, 9, 10], 0)]))
     with pytest.raises(ValueError, match="row 1: more than max_seq_length=8 tokens; raise max_seq_length"):
@@ -221,6 +233,7 @@ def test_longer_rows_than_wanted(tmp_path: Path, vocab: str) -> None:
     [
         ({"vocab": None}, "vocab is None; HDF5 shards hold ids, so give the vocabulary"),
         ({"dupe_factor": 2}, "dupe_factor is 2; the pairs of HDF5 shards are made already: leave it out"),
+        ({"split": "test"}, "split is test; the pairs"),
         ({"random_next": 0.1}, "random_next is 0.1; the pairs"),
         ({"eval_documents": 0.001}, "eval_documents=0.001 keeps nothing"),
     ],

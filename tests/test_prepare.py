@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -172,6 +173,18 @@ def test_no_evaluation_documents(text: str, tmp_path: Path) -> None:
 def test_bad_config_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config("embedded", Path("out"), **changes)
+
+
+def test_splits_are_of_the_hub(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"split is 'test'; source '.*text.txt' is no hub data set: leave it out"):
+        prepare(config(text, tmp_path / "out", split="test"))
+
+    def refuse(path: str, name: str | None, split: str) -> None:
+        raise ConnectionError(f"asked for {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="asked for test"):
+        prepare(config("owner/name", tmp_path / "out", split="test"))
 
 
 def test_too_few_evaluation_documents(text: str, tmp_path: Path) -> None:

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 
 from hf_soo.experiments import arguments, glue_runs, reproduce, reproduce_table
+from hf_soo.experiments.pretrained import PretrainedArguments
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.reports import report_of
 from hf_soo.experiments.reproduce import ReproduceArguments, stages
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.experiments.runs import RunRecord
-from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
+from hf_soo.experiments.squad_arguments import QaDataArguments
 from hf_soo.tasks.pretraining_data import PrepareConfig
 from tests.script_runs import ROOT, check_error
 
 FLAGS = {
     "prepare_pretraining": (PrepareConfig,),
     "pretrain_bert": (ModelArguments, DataArguments, RunArguments, RunTrainingArguments),
-    "run_squad": (QaModelArguments, QaDataArguments, RunArguments, RunTrainingArguments),
+    "run_squad": (PretrainedArguments, QaDataArguments, RunArguments, RunTrainingArguments),
     "run_glue": glue_runs.CLASSES,
 }
 

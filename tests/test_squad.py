@@ -64,6 +64,7 @@ def test_all_layouts_give_the_same_questions(tmp_path: Path) -> None:
         (nested({"qas": [GOOD]}), "question '1': 'context' is None"),
         (nested(paragraph(" \n", GOOD)), "question '1': 'context' is ' \\n'"),
         (nested(paragraph(CONTEXT, {**GOOD, "question": "  "})), "question '1': 'question' is '  '"),
+        (nested(paragraph(CONTEXT, {**GOOD, "question": "\ud800"})), "question '1': 'question' is '\\ud800'"),
         (nested(paragraph(CONTEXT, {**GOOD, "id": 7})), "question number 1 has no text 'id' (got 7)"),
         (nested(paragraph(CONTEXT, GOOD, GOOD)), "the id '1' is there twice"),
         (nested(paragraph(CONTEXT, {**GOOD, "answers": {}})), "question '1' has no list 'answers'"),
@@ -89,6 +90,15 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     for name in ("absent.json", "bad.json", "."):
         with pytest.raises(ValueError, match="cannot be read"):
             read_questions(tmp_path / name)
+
+
+def test_what_can_be_scored(tmp_path: Path) -> None:
+    """Test files lack the answers, or have empty lists of them, which are answers in v2.0 alone."""
+    unknown = {key: value for key, value in GOOD.items() if key != "answers"}
+    for other, expected in (([], (True, True)), ([qa("2", CONTEXT)], (False, True)), ([unknown], (False, False))):
+        file = write(tmp_path / "a.json", nested(paragraph(CONTEXT, GOOD, *({**each, "id": "2"} for each in other))))
+        asked = read_questions(file)
+        assert tuple(asked.can_be_scored(version_2=each) for each in (False, True)) == expected
 
 
 def test_questions_without_answers(tmp_path: Path) -> None:
@@ -189,14 +199,16 @@ def test_an_answer_is_labelled_in_every_window_that_holds_all_of_it(tmp_path: Pa
     assert ours.first.tolist() == [0, 2, 4, 6] and ours.length.tolist() == [4, 4, 4, 3]
     assert ours.labels is not None
     assert ours.labels.tolist() == [[0, 0], [6, 7], [0, 0], [0, 0]]
-    collated = WindowCollator(ours.template)([ours[0], ours[3]])
+    collated = WindowCollator(ours.template, 20)([ours[0], ours[3]])
     assert {key: tuple(value.shape) for key, value in collated.items()} == {
         "attention_mask": (2, 16), "input_ids": (2, 16), "token_type_ids": (2, 16), "start_positions": (2,),
         "end_positions": (2,),
     }  # fmt: skip
     assert collated["attention_mask"].sum(1).tolist() == [10, 9]
     assert collated["input_ids"][1, 9:].tolist() == [0] * 7
-    assert WindowCollator(ours.template, 20)([ours[0]])["input_ids"].shape == (1, 20)
+    for most, always, width in ((20, True, 20), (14, False, 14), (16, False, 16)):  # 10 tokens; never past `most`
+        batch = WindowCollator(ours.template, most, always=always)([ours[0]])
+        assert batch["input_ids"].shape == (1, width)
 
 
 def test_a_long_question_is_cut(tmp_path: Path) -> None:

@@ -126,6 +126,14 @@ def dev(tmp_path: Path) -> str:
     return write(tmp_path / "dev.json", content)
 
 
+def test_score_has_its_own_help(script: ModuleType, dev: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--score", "--help"])
+    assert ended.value.code == 0 and "--na_prob_file" in capsys.readouterr().out
+    assert script.main(["--score", "--validation_file", dev]) == 1
+    check_error(capsys, "--score needs a file of predictions")
+
+
 def test_score_reports_what_does_not_fit(
     script: ModuleType, dev: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

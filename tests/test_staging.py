@@ -33,13 +33,14 @@ def leave(folder: Path, *names: str) -> None:
 
 
 def test_leftovers_of_ended_processes_go(tmp_path: Path, gone: int, caplog: pytest.LogCaptureFixture) -> None:
-    stays = [f"out.partial-{HERE}-{os.getpid()}", f"out.partial-elsewhere-{gone}", f"other.partial-{HERE}-{gone}"]
+    stays = [f"out.partial-{HERE}-{os.getppid()}", f"out.partial-elsewhere-{gone}", f"other.partial-{HERE}-{gone}"]
     stays += [f"out.partial-{HERE}-1", "out.partial-notes", "out"]  # process 1 runs, whoever owns it
-    leave(tmp_path, f"out.partial-{HERE}-{gone}", f"out.old-{HERE}-{gone}", *stays)
+    goes = [f"out.partial-{HERE}-{gone}", f"out.partial-{HERE}-{os.getpid()}", f"out.old-{HERE}-{gone}"]
+    leave(tmp_path, *goes, *stays)
     with caplog.at_level(logging.WARNING):
         clear_leftovers(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == set(stays)
-    assert caplog.text.count("which a killed run left behind") == 2
+    assert caplog.text.count("which a killed run left behind") == 3
 
 
 def test_replaced_folder_comes_back(tmp_path: Path, gone: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,11 +11,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
-from hf_soo.experiments.glue_model import Pretrained, check_head
+from hf_soo.experiments.finetuning import FineTuningTrainer, check_evaluation
+from hf_soo.experiments.glue_model import check_head, make_classifier
 from hf_soo.experiments.glue_predictions import file_names, write_predictions
+from hf_soo.experiments.pretrained import Pretrained
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.experiments.training import Task
-from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.tasks.glue import GlueTask
 from hf_soo.tasks.glue_data import GlueDataArguments, load_part
 from hf_soo.tasks.glue_files import Examples, digest
@@ -40,11 +41,15 @@ class GlueFineTuning(Task):
             pretrained: the model.
             data: where the examples are.
             args: says which parts are needed.
+
+        Raises:
+            ValueError: files, a head or settings of the Trainer that cannot be used.
         """
         check_head(pretrained, task)
         self.task, self.pretrained, self.data = task, pretrained, data
         self.title = f"{task.title}, {pretrained.name}"
         self.metrics = tuple(name for name in task.metrics if not name.endswith(f"_{MISMATCHED}"))
+        check_evaluation(args, self.metrics)
         self.train: Examples | None = None
         self.evaluated: list[Examples] = []  # MNLI's has two, matched and mismatched
         self.tested: list[Examples] = []
@@ -67,7 +72,7 @@ class GlueFineTuning(Task):
         Args:
             seed: of the head.
         """
-        return self.pretrained.make(self.task, seed)
+        return make_classifier(self.pretrained, self.task, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Model, task, and how many examples of which source.
@@ -96,7 +101,7 @@ class GlueFineTuning(Task):
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
-    ) -> SecondOrderTrainer:
+    ) -> FineTuningTrainer:
         """The Trainer of a run.
 
         Args:
@@ -104,7 +109,7 @@ class GlueFineTuning(Task):
             args: the Trainer's settings.
             callbacks: all of them.
         """
-        return SecondOrderTrainer(
+        return FineTuningTrainer(
             model=model,
             args=args,
             data_collator=self._collator(),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_soo.experiments import arguments, glue_table, script
 from hf_soo.experiments.glue import GlueFineTuning
-from hf_soo.experiments.glue_model import GlueModelArguments, find_pretrained
+from hf_soo.experiments.glue_model import GlueModelArguments, find_classifier
 from hf_soo.experiments.resume import is_finished
 from hf_soo.experiments.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.experiments.runs import RunRecord, jsonable, read_run, read_runs
@@ -83,7 +83,7 @@ def run(flags: list[str], description: str) -> None:
     job = Job(settings, training)
     script.check(job)
     check_sweep(data, seeds, job, tasks)
-    pretrained = find_pretrained(model, data.max_seq_length)
+    pretrained = find_classifier(model, data.max_seq_length)
     fine_tunings = [GlueFineTuning(task, pretrained, data, training) for task in tasks]
     for folder in (job.results_dir, training.folder):
         folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now

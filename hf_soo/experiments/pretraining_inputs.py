@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import BertConfig, BertTokenizer, set_seed
 
+from hf_soo.experiments.pretrained import load_weights
 from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
 from hf_soo.tasks.bert import GatheredBertForPreTraining, check_vocabulary, name_bias_once
@@ -111,13 +111,13 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
         seed: of the initial weights.
 
     Raises:
-        ValueError: the folder's model has another vocabulary (its size or its words) or too few positions.
+        ValueError: the folder holds no BERT, or one with another vocabulary (in size or words) or too few positions.
     """
     set_seed(seed)
     if model.model_name_or_path is not None:
-        kept = GatheredBertForPreTraining.from_pretrained(
+        kept = load_weights(
+            GatheredBertForPreTraining,
             model.model_name_or_path,
-            dtype=torch.float32,  # not the checkpoint's: weights in half precision lose small steps
             attn_implementation=model.attn_implementation,
             hidden_dropout_prob=model.dropout,
             attention_probs_dropout_prob=model.dropout,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback
 
+from hf_soo.experiments.finetuning import FineTuningTrainer, check_evaluation
+from hf_soo.experiments.pretrained import PretrainedArguments
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
-from hf_soo.experiments.squad_inputs import Part, load_config, load_data, load_tokenizer, make_model
+from hf_soo.experiments.squad_arguments import QaDataArguments
+from hf_soo.experiments.squad_inputs import Part, find_reader, load_data
 from hf_soo.experiments.training import Task
-from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.tasks.squad_answers import AnswerConfig, Predictions, answer
 from hf_soo.tasks.squad_features import WindowCollator
 from hf_soo.tasks.squad_metrics import score_v1, score_v2
@@ -33,7 +31,7 @@ class SquadTask(Task):
     title = "SQuAD"
     metrics = ("exact_match", "f1")
 
-    def __init__(self, model: QaModelArguments, data: QaDataArguments, args: RunTrainingArguments) -> None:
+    def __init__(self, model: PretrainedArguments, data: QaDataArguments, args: RunTrainingArguments) -> None:
         """Read and check questions, tokenizer and configuration.
 
         Args:
@@ -45,18 +43,9 @@ class SquadTask(Task):
             ValueError: settings of the Trainer that keep no logits to answer from, or a best model by a metric that
                 is not measured.
         """
-        if args.prediction_loss_only or args.batch_eval_metrics or not args.eval_do_concat_batches:
-            raise ValueError(
-                "prediction_loss_only, batch_eval_metrics and eval_do_concat_batches=False leave no logits to answer "
-                "from; leave them out."
-            )
-        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-        if best not in {"loss", *self.metrics}:
-            raise ValueError(f"metric_for_best_model={best!r} is not measured; use loss, {' or '.join(self.metrics)}.")
-        self.model, self.settings = model, data
-        self.tokenizer = load_tokenizer(model)
-        self.config = load_config(model, self.tokenizer, data.max_seq_length)
-        self.data = load_data(data, args, self.tokenizer, model.cache_dir)
+        check_evaluation(args, self.metrics)
+        self.settings, self.pretrained = data, find_reader(model, data.max_seq_length)
+        self.data = load_data(data, args, self.pretrained.tokenizer, model.cache_dir)
         self.answers = AnswerConfig(
             data.n_best_size, data.max_answer_length, self.data.version_2, data.null_score_diff_threshold
         )
@@ -68,7 +57,7 @@ class SquadTask(Task):
         Args:
             seed: of the head's weights.
         """
-        return make_model(self.model, self.config, seed)
+        return self.pretrained.load(AutoModelForQuestionAnswering, self.pretrained.config, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """The model's shape, and the data with a digest of questions and answers.
@@ -76,18 +65,18 @@ class SquadTask(Task):
         Args:
             model: the model.
         """
-        shape = {key: getattr(self.config, key) for key in SHAPE if hasattr(self.config, key)}
-        name = Path(str(self.model.model_name_or_path)).name
+        config = self.pretrained.config
+        shape = {key: getattr(config, key) for key in SHAPE if hasattr(config, key)}
         data = {
             "version_2": self.data.version_2,
             **{key: getattr(self.settings, key) for key in DATA_SETTINGS},
             **{name: part.description for name, part in self.data.parts.items()},
         }
-        return {"model": {"type": self.config.model_type, "start": name, **shape}, "data": data}
+        return {"model": {"type": config.model_type, "start": self.pretrained.name, **shape}, "data": data}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
-    ) -> SquadTrainer:
+    ) -> FineTuningTrainer:
         """The Trainer of a run.
 
         Args:
@@ -97,16 +86,14 @@ class SquadTask(Task):
         """
         self.latest = None
         settings, data = self.settings, self.data
-        return SquadTrainer(
+        return FineTuningTrainer(
             model=model,
             args=args,
-            data_collator=WindowCollator(
-                data.template, settings.max_seq_length if settings.pad_to_max_length else None
-            ),
+            data_collator=WindowCollator(data.template, settings.max_seq_length, always=settings.pad_to_max_length),
             train_dataset=None if data.train is None else data.train.windows,
             eval_dataset=None if data.validation is None else data.validation.windows,
             callbacks=callbacks,
-            processing_class=self.tokenizer,  # kept with every checkpoint
+            processing_class=self.pretrained.tokenizer,  # kept with every checkpoint
             compute_metrics=self._evaluate,
             preprocess_logits_for_metrics=_start_and_end,
         )
@@ -132,7 +119,7 @@ class SquadTask(Task):
         if self.data.test is not None:
             output = trainer.predict(self.data.test.windows)
             predictions = self._answer(self.data.test, output.predictions)
-            if all(each.answers is not None for each in self.data.test.asked.questions):
+            if self.data.test.asked.can_be_scored(version_2=self.data.version_2):
                 scores = self._score(self.data.test, predictions)
                 metrics |= {f"test_{name}": value for name, value in scores.items()}
             if first:
@@ -163,39 +150,6 @@ class SquadTask(Task):
         if self.data.version_2:
             return score_v2(questions, predictions.texts, predictions.null_odds).metrics
         return score_v1(questions, predictions.texts).metrics
-
-
-class SquadTrainer(SecondOrderTrainer):
-    """Evaluates all windows in their order, whatever the training's sampling does with its own."""
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation batches.
-
-        Args:
-            eval_dataset: see `Trainer`.
-        """
-        with _all_in_order(self.args):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """The test batches.
-
-        Args:
-            test_dataset: see `Trainer`.
-        """
-        with _all_in_order(self.args):
-            return super().get_test_dataloader(test_dataset)
-
-
-@contextmanager
-def _all_in_order(args: TrainingArguments) -> Iterator[None]:
-    """Meanwhile the Trainer groups nothing by length, and drops no batch that is not full."""
-    asked = args.train_sampling_strategy, args.dataloader_drop_last
-    args.train_sampling_strategy, args.dataloader_drop_last = "random", False
-    try:
-        yield
-    finally:
-        args.train_sampling_strategy, args.dataloader_drop_last = asked
 
 
 def _start_and_end(logits: Any, labels: Any) -> Any:

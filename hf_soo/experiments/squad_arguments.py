@@ -1,4 +1,4 @@
-"""The flags of `scripts/run_squad.py` besides those that every training script has; names as in `run_qa.py`."""
+"""The flags of `scripts/run_squad.py` besides the model's and every script's; names as in `run_qa.py`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from hf_soo.flags import option
 
 POSITIVE = ("max_seq_length", "max_query_length", "n_best_size", "max_answer_length")
 COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples")
-
-
-@dataclass
-class QaModelArguments:
-    """Which model and tokenizer."""
-
-    _argument_group_name = "model"
-
-    model_name_or_path: str | None = option(
-        None, "Folder or hub name of a pretrained encoder: also OUTPUT_DIR of scripts/pretrain_bert.py."
-    )
-    config_name: str | None = option(None, "Folder or hub name of the configuration; None: the model's.")
-    tokenizer_name: str | None = option(None, "Folder or hub name of the tokenizer; None: the model's.")
-    cache_dir: str | None = option(None, "Where downloads are kept; None: the hub's own folder.")
 
 
 @dataclass

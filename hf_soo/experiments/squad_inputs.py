@@ -1,28 +1,19 @@
-"""What `scripts/run_squad.py` reads: questions, tokenizer and model, each checked before anything is trained."""
+"""What `scripts/run_squad.py` reads: model and questions, each checked before anything is trained."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from transformers import (
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
-    set_seed,
-)
+from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
+from hf_soo.experiments.pretrained import Pretrained, PretrainedArguments, find_pretrained
 from hf_soo.experiments.run_arguments import RunTrainingArguments
-from hf_soo.experiments.squad_arguments import QaDataArguments, QaModelArguments
-from hf_soo.tasks.bert import check_vocabulary
+from hf_soo.experiments.squad_arguments import QaDataArguments
 from hf_soo.tasks.squad import QuestionSet, read_hub, read_questions
 from hf_soo.tasks.squad_features import WindowConfig, Windows
 from hf_soo.tasks.squad_tokens import Labels, Template, find_labels, read_template, tokenize
@@ -168,104 +159,6 @@ def _digest(asked: QuestionSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_tokenizer(model: QaModelArguments) -> Any:
-    """The tokenizer.
-
-    Args:
-        model: which.
-
-    Raises:
-        ValueError: no model is given, or there is no such tokenizer.
-    """
-    if model.model_name_or_path is None:
-        raise ValueError("model_name_or_path is missing; give the folder or hub name of a pretrained encoder.")
-    name = model.tokenizer_name or model.model_name_or_path
-    flag = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
-    return _load(AutoTokenizer, "tokenizer", flag, name, model.cache_dir)
-
-
-def load_config(model: QaModelArguments, tokenizer: Any, max_seq_length: int) -> Any:
-    """The model's configuration, checked against tokenizer and lengths.
-
-    Args:
-        model: which.
-        tokenizer: that makes its inputs.
-        max_seq_length: their length.
-
-    Raises:
-        ValueError: they do not belong together, or such a model answers no questions.
-    """
-    name = model.config_name or str(model.model_name_or_path)
-    flag = "config_name" if model.config_name else "model_name_or_path"
-    config = _load(AutoConfig, "configuration", flag, name, model.cache_dir)
-    if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
-        raise ValueError(f"model {name} is a {config.model_type}, which has no question-answering head; use a BERT.")
-    if not _fits(config, len(tokenizer)):
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path} has {len(tokenizer)} entries, model {name} has vocab_size="
-            f"{config.vocab_size}; give the model's own tokenizer (--tokenizer_name, or its files beside the model)."
-        )
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if config.model_type != "bert":  # RoBERTa's kind keeps two of its positions for itself; only the tokenizer knows
-        limits.append(tokenizer.model_max_length)
-    limit = min(each for each in (*limits, sys.maxsize) if each)
-    if max_seq_length > limit:
-        raise ValueError(
-            f"max_seq_length={max_seq_length} is more than the {limit} positions of model {name}; give at most that."
-        )
-    return config
-
-
-def _fits(config: Any, vocab_size: int) -> bool:
-    """Whether a vocabulary can be the model's; BERT's must be equal but for padding, others keep rows to spare."""
-    if config.model_type != "bert":
-        return vocab_size <= int(config.vocab_size)
-    try:
-        check_vocabulary(config, vocab_size)
-    except ValueError:
-        return False
-    return True
-
-
-def _load(cls: Any, what: str, flag: str, name: str, cache_dir: str | None) -> Any:
-    """From a folder or the hub; a path that is no folder would be asked of the hub."""
-    path = Path(name)
-    if not path.is_dir() and (path.exists() or name.startswith(("/", "./", "../")) or name.count("/") > 1):
-        raise ValueError(f"{flag}={name!r} is no folder; give an existing folder, or a name on the hub.")
-    try:
-        return cls.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag}={name!r}: no {what} can be loaded: {error}") from error
-
-
-def make_model(model: QaModelArguments, config: Any, seed: int) -> nn.Module:
-    """The pretrained encoder with a question-answering head, in fp32.
-
-    Args:
-        model: which.
-        config: its configuration.
-        seed: of the head's weights, where the checkpoint has none.
-
-    Raises:
-        ValueError: the checkpoint does not fit the configuration, or has no encoder.
-    """
-    set_seed(seed)
-    try:
-        made, info = AutoModelForQuestionAnswering.from_pretrained(
-            str(model.model_name_or_path),
-            config=config,
-            cache_dir=model.cache_dir,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError) as error:  # no weights, or of other shapes
-        raise ValueError(f"model_name_or_path={model.model_name_or_path!r}: {error}") from error
-    encoder = [key for key in info["missing_keys"] if key.startswith(f"{made.base_model_prefix}.")]
-    if encoder:
-        raise ValueError(
-            f"model_name_or_path={model.model_name_or_path!r}: the checkpoint lacks {len(encoder)} weights of the "
-            f"encoder ({', '.join(sorted(encoder)[:2])}, ...), which would be random; give a checkpoint of a "
-            f"{config.model_type}."
-        )
-    assert isinstance(made, nn.Module)
-    return made
+def find_reader(model: PretrainedArguments, max_seq_length: int) -> Pretrained:
+    """A pretrained model that can answer; arguments and errors as those of `find_pretrained`."""
+    return find_pretrained(model, max_seq_length, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answer questions")

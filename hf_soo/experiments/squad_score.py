@@ -56,6 +56,8 @@ def score_file(flags: Sequence[str]) -> str:
         ValueError: a flag or a file that cannot be.
     """
     args = _parser().parse_args(list(flags))
+    if args.score is None:
+        raise ValueError("--score needs a file of predictions; --score --help lists the flags of scoring.")
     asked = read_questions(args.validation_file)
     version_2 = args.version_2_with_negative.lower() == "true" or asked.has_impossible
     asked.check_answers(version_2=version_2)
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="run_squad.py", description="Score a file of predictions without a model.", allow_abbrev=False
     )
-    parser.add_argument("--score", required=True, metavar="PREDICTIONS.json", help="question id -> text")
+    parser.add_argument("--score", nargs="?", metavar="PREDICTIONS.json", help="question id -> text")  # none: --help
     parser.add_argument("--validation_file", required=True, metavar="DEV.json", help="SQuAD's JSON, or JSON lines")
     parser.add_argument(
         "--version_2_with_negative",

@@ -128,6 +128,7 @@ def _folder(task: GlueTask, root: Path) -> Path:
 def _hub(task: GlueTask, part: str, name: str, *, labelled: bool) -> Examples:
     import datasets
 
+    logger.info("reading %s, %s, %s, of the hub", name, task.name, part)
     try:
         rows = datasets.load_dataset(name, task.name, split=part)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

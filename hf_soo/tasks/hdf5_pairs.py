@@ -87,8 +87,8 @@ def row_blocks(files: list[Path]) -> Iterator[RowBlock]:
         ValueError: A file cannot be opened or is of neither layout.
     """
     index = 0
-    for file in files:
-        names, rows = _layout(file)
+    layouts = [_layout(file) for file in files]  # all of them first: a wrong one shows before any work
+    for file, (names, rows) in zip(files, layouts, strict=True):
         for first in range(0, rows, ROWS_AT_A_TIME):
             stop = min(first + ROWS_AT_A_TIME, rows)
             yield RowBlock(str(file), names, first, stop, index)
@@ -106,6 +106,10 @@ def _layout(file: Path) -> tuple[tuple[str, ...], int]:
             )
         with _damage_named(f"file {str(file)!r}"):
             shapes = {name: tuple(shard[name].shape) for name in names}
+            kinds = {name: shard[name].dtype for name in names}
+    for name, kind in kinds.items():
+        if kind.kind not in "iu":
+            raise ValueError(f"file {str(file)!r}: {name!r} is of type {kind}, expected whole numbers; write it again")
     rows, width = (*shapes["input_ids"], 0, 0)[:2]
     expected: dict[str, tuple[Any, ...]] = {name: (rows, width) for name in ("input_ids", "input_mask", "segment_ids")}
     expected |= {"special_token_positions": (rows, 3), "next_sentence_labels": (rows,)}

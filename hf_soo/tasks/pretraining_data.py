@@ -42,6 +42,8 @@ TEXT_ONLY = (
     "min_document_characters",
     "keep_duplicates",
     "keep_headings",
+    "text_column",
+    "split",
 )
 
 
@@ -148,6 +150,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         limit=config.max_documents,
         cleaning=config.cleaning(),
     )
+    if config.split != "train" and not shards and not corpus.on_hub:
+        raise ValueError(f"split is {config.split!r}; source {config.source!r} is no hub data set: leave it out")
     with built_beside(output) as partial:
         vocab_file = partial / VOCABULARY
         if config.vocab is None:

@@ -5,6 +5,7 @@ Every error names the file and the line or row. Memory holds one document, or a 
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import re
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.tasks.cleaning import RawDocument
-from hf_soo.tasks.wordpiece import read_lines
+from hf_soo.tasks.wordpiece import is_broken, read_lines
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads makes them of \\ud800; UTF-8 cannot hold them
 _WIKITEXT_TITLE = re.compile(r"\s*= [^=].* =\s*")
 
 
@@ -44,7 +44,11 @@ def read_path(path: Path, text_column: str) -> Iterator[RawDocument]:
     Raises:
         ValueError: No file is text, or one cannot be read.
     """
-    for file in _text_files(path):
+    files = _text_files(path)
+    for file in files:
+        if kind_of(file) == "parquet":
+            _open_parquet(file, text_column).close()  # the last of a hundred shows now, not after hours
+    for file in files:
         kind = kind_of(file)
         if kind == "parquet":
             yield from _read_parquet(file, text_column)
@@ -65,7 +69,7 @@ def kind_of(file: Path) -> str:
     if file.suffix == ".parquet":
         return "parquet"
     with file.open("rb") as stream:
-        head = stream.read(64).lstrip()
+        head = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"<doc "):
         return "wiki"
     if file.suffix in (".jsonl", ".json") or (file.name.startswith("wiki_") and head.startswith(b"{")):
@@ -158,17 +162,27 @@ def _read_jsonl(file: Path, text_column: str) -> Iterator[RawDocument]:
         yield _document_of(row, text_column, f"file {str(file)!r}, line {number}")
 
 
-def _read_parquet(file: Path, text_column: str) -> Iterator[RawDocument]:
-    """The text and title of a Parquet file, a batch of rows at a time."""
+def _open_parquet(file: Path, text_column: str) -> Any:
+    """A Parquet file that has the text column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         parquet = pq.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        _require_column(text_column, names, f"file {str(file)!r}")
-        columns = [name for name in dict.fromkeys((text_column, "title")) if name in names]
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"file {str(file)!r} is not Parquet ({reason}); write it again") from error
+    _require_column(text_column, parquet.schema_arrow.names, f"file {str(file)!r}")
+    return parquet
+
+
+def _read_parquet(file: Path, text_column: str) -> Iterator[RawDocument]:
+    """The text and title of a Parquet file, a batch of rows at a time."""
+    import pyarrow as pa
+
+    parquet, number = _open_parquet(file, text_column), 0
+    columns = [name for name in dict.fromkeys((text_column, "title")) if name in parquet.schema_arrow.names]
+    try:
         for batch in parquet.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
             for row in batch.to_pylist():
                 number += 1
@@ -195,9 +209,14 @@ def read_hub(name: str, text_column: str, split: str) -> Iterator[RawDocument]:
     import datasets
 
     path, _, configuration = name.partition(":")
+    logger.info("no file or folder %s here: reading the hub's data set of that name", name)
     try:
         rows = datasets.load_dataset(path, configuration or None, split=split)
-    except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # not found, no network, no such configuration or split
         reason = " ".join(str(error).split())
         raise ValueError(
             f"source {name!r} is no local path, and does not load as a hub data set with split {split!r}: {reason}"
@@ -220,7 +239,7 @@ def _document_of(row: Any, text_column: str, where: str) -> RawDocument:
     text, title = row[text_column], row.get("title")
     if not isinstance(text, str | None):
         raise ValueError(f"{where}: {text_column!r} is a {type(text).__name__}; it must be text")
-    if _SURROGATE.search(text or ""):
+    if is_broken(text or ""):
         raise ValueError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no text; write it again")
     return RawDocument((text or "").splitlines(), title.strip() if isinstance(title, str) else "", record=True)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_soo.tasks.wordpiece import is_broken
+
 Answer = tuple[int, str]  # where it starts in the context, in characters, and its text
 
 
@@ -45,6 +47,14 @@ class QuestionSet:
             count: how many; None: all.
         """
         return self if count is None else QuestionSet(self.source, self.questions[:count], self.has_impossible)
+
+    def can_be_scored(self, *, version_2: bool) -> bool:
+        """Whether every question has its answers; those of a test file may be missing or empty.
+
+        Args:
+            version_2: "no answer" counts as one.
+        """
+        return all(each.answers or (version_2 and each.answers is not None) for each in self.questions)
 
     def check_answers(self, *, version_2: bool) -> None:
         """Every question must have its answers.
@@ -198,7 +208,7 @@ def _question(source: str, place: int, row: Any, contexts: dict[str, str]) -> Qu
             f"{source}: question number {place + 1} has no text 'id' (got {name!r}); every question needs one."
         )
     for key in ("question", "context"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
+        if not isinstance(row.get(key), str) or not row[key].strip() or is_broken(row[key]):
             raise ValueError(
                 f"{source}: question {name!r}: {key!r} is {row.get(key)!r}; a text that is not empty is needed."
             )

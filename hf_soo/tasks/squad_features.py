@@ -109,14 +109,15 @@ class Windows(Dataset[dict[str, Ints]]):
 class WindowCollator:
     """Pads windows to the longest of a batch."""
 
-    def __init__(self, template: Template, pad_to: int | None = None) -> None:
+    def __init__(self, template: Template, most: int, *, always: bool = False) -> None:
         """Keep how to pad.
 
         Args:
             template: says the padding token.
-            pad_to: length to pad to; None: the longest of the batch, rounded up to a multiple of 8.
+            most: length of the longest window; the model may have no more positions.
+            always: pad to it; otherwise to the longest of the batch, rounded up to a multiple of 8.
         """
-        self.pad, self.pad_to = template.pad, pad_to
+        self.pad, self.most, self.always = template.pad, most, always
 
     def __call__(self, items: Sequence[dict[str, Ints]]) -> dict[str, Tensor]:
         """A batch: [B, T] each, labels [B].
@@ -125,7 +126,7 @@ class WindowCollator:
             items: windows.
         """
         lengths = np.array([len(item["input_ids"]) for item in items])
-        longest = self.pad_to or -(-lengths.max() // 8) * 8
+        longest = self.most if self.always else min(-(-int(lengths.max()) // 8) * 8, self.most)
         batch = {"attention_mask": (np.arange(longest) < lengths[:, None]).astype(np.int64)}
         for key in items[0]:
             if key in {"start_positions", "end_positions"}:

@@ -67,7 +67,9 @@ def _owner() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process of this host exists, whoever owns it."""
+    """Whether another process of this host exists, whoever owns it."""
+    if pid == os.getpid():  # this one has made nothing yet: the number is used again, as containers do
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

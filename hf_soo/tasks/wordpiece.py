@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from hf_soo.files import write_atomically
 
 Document = list[str]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -141,6 +143,11 @@ def _uncased(tokenizer: Any) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
+
+
+def is_broken(text: str) -> bool:
+    """Whether it holds half of a surrogate pair, as JSON's escapes can; UTF-8, and so a tokenizer, cannot."""
+    return _SURROGATE.search(text) is not None
 
 
 def read_lines(file: Path) -> Iterator[str]:
