@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_soo.experiments import glue_table, report
 from hf_soo.experiments.runs import RunRecord, reach, read_runs
@@ -159,6 +160,11 @@ def _pretraining(run: RunRecord) -> str:
 def _fine_tuning(run: RunRecord) -> str:
     data, config = run.config["data"], run.config
     optimizer = f"{run.optimizer} at {config['learning_rate']:g}"
-    examples = f"{data['train_examples']:,} training and {data['eval_examples']:,} dev examples"
+    examples = f"{_count(data, 'train'):,} training and {_count(data, 'eval'):,} dev examples"
     batch = math.prod(config.get(key, 1) for key in STEP)
     return f"{examples}, {run.steps:,} steps of {batch}, {optimizer}"
+
+
+def _count(data: Mapping[str, Any], part: str) -> int:
+    """Questions of SQuAD, examples of GLUE."""
+    return int(data[part]["questions"] if part in data else data[f"{part}_examples"])
