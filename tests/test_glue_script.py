@@ -27,6 +27,7 @@ from hf_soo.integrations.arguments import parse_settings
 from hf_soo.tasks.glue import TASKS
 from tests.glue_cases import make_model, write_archive, write_tests
 from tests.script_runs import ROOT, check_error, load_script, only_run
+from tests.test_configs import check_header
 
 CONFIGS = sorted((ROOT / "configs" / "glue").glob("*.yaml"))
 OPTIMIZER_KEYS = {"optim", "optim_args", "base_optim", "base_optim_args", "learning_rate", "output_dir"}
@@ -303,11 +304,7 @@ def test_configs_parse_build_their_optimizer_and_have_a_header(path: Path) -> No
         **parse_settings("optim_args", training.optim_args),
     )
     assert {group["lr"] for group in optimizer.param_groups} == {training.learning_rate}
-    header = re.match(r"(#.*\n)+", path.read_text())
-    assert header is not None
-    words = ("Paper table:", "Hardware:", "lobal batch", "Command: accelerate launch", "xpected", "reproduced here:")
-    for word in (*words, f"configs/glue/{path.name}"):
-        assert word in header[0], word
+    check_header(path)
 
 
 @pytest.mark.parametrize("model", ["bert_base", "bert_large", "minilm"])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from hf_soo.experiments.reports import report_of
 from tests.distributed import run_ranks
 from tests.equality import markdown, stay_on_gloo, table_of
 from tests.test_trainer import Examples, bert
@@ -81,6 +82,12 @@ def test_the_second_command_is_what_ci_runs() -> None:
     steps = [line for line in ci.splitlines() if line.startswith(words)]
     plain = [line.replace("python -m pip", "pip").replace(" --quiet", "") for line in steps]
     assert [shlex.split(step) for step in plain] == [shlex.split(step) for step in command.split(" && ")]
+
+
+def test_the_reproduction_is_that_of_its_run_jsons() -> None:
+    """Records of every script, as they were really written, are read."""
+    _, table = report_of(ROOT / "results" / "reproduce_mini")
+    assert table.strip() in README and (ROOT / "results" / "reproduce_mini" / "table.md").read_text() == table
 
 
 def test_the_support_table_is_that_of_the_results() -> None:

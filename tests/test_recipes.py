@@ -23,7 +23,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("phases"))
+    return prepare_corpus(tmp_path_factory.mktemp("recipes"))
 
 
 @pytest.fixture(scope="module")

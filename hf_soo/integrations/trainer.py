@@ -166,7 +166,8 @@ class SecondOrderTrainerMixin(ResumingMixin):
         Returns:
             The loss.
         """
-        if self.second_order is not None:
+        # only where it will be read: on a GPU the mask is a copy of its own to the device, in every micro-batch
+        if self.second_order is not None and self.second_order.capture.collecting:
             self.second_order.mask_rows(self._padding_mask(inputs))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self.second_order is not None and not self.is_deepspeed_enabled:  # its engine has reported it, and stepped
