@@ -44,7 +44,7 @@ class ReproduceArguments:
     _argument_group_name = "reproduce"
 
     scale: Literal["mini", "small", "base", "large"] = option(
-        "mini", "mini: 2 CPU cores, about two hours; small, base: one GPU; large: the paper's."
+        "mini", "mini: 2 CPU cores, two to three hours; small, base: one GPU; large: the paper's."
     )
     text: str = option("wikimedia/wikipedia:20231101.en", "Corpus: what prepare_pretraining.py takes as --source.")
     vocab: str | None = option(None, "WordPiece vocabulary, one piece a line; None: trained on the corpus.")
