@@ -22,6 +22,7 @@ from tests.test_trainer import Examples, bert
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TABLES = sorted(set(re.findall(r"<!-- results:(\S+) -->", README)) - {"equality"})  # it has a table of another kind
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
@@ -84,10 +85,13 @@ def test_the_second_command_is_what_ci_runs() -> None:
     assert [shlex.split(step) for step in plain] == [shlex.split(step) for step in command.split(" && ")]
 
 
-def test_the_reproduction_is_that_of_its_run_jsons() -> None:
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_their_run_jsons(name: str) -> None:
     """Records of every script, as they were really written, are read."""
-    _, table = report_of(ROOT / "results" / "reproduce_mini")
-    assert table.strip() in README and (ROOT / "results" / "reproduce_mini" / "table.md").read_text() == table
+    _, table = report_of(ROOT / "results" / name)
+    assert f"<!-- results:{name} -->\n{table.strip()}\n<!-- /results -->" in README
+    kept = ROOT / "results" / name / "table.md"
+    assert not kept.exists() or kept.read_text(encoding="utf-8").strip() == table.strip()
 
 
 def test_the_support_table_is_that_of_the_results() -> None:
