@@ -69,6 +69,19 @@ def test_another_command_for_a_stage_that_is_done(tmp_path: Path) -> None:
         Pipeline([stage(tmp_path, "a", product=product)], tmp_path)
 
 
+def test_an_edited_config_of_a_stage_that_is_done(tmp_path: Path) -> None:
+    """Comments may be edited, settings may not; what counts is what they were when the stage began."""
+    config = tmp_path / "recipe.yaml"
+    config.write_text("learning_rate: 0.1\n")
+    edit = f"open({str(config)!r}, 'a').write('# a comment\\nseed: 1\\n')"
+    done = dataclasses.replace(stage(tmp_path, "a", code=edit), config=config)
+    assert Pipeline([done], tmp_path).run() == {}
+    with pytest.raises(ValueError, match=r"stage a was done with other values of seed than .*recipe.yaml has now"):
+        Pipeline([done], tmp_path)
+    config.write_text("# a comment\nlearning_rate: 0.1\n")
+    assert Pipeline([done], tmp_path).done == {"a"}
+
+
 def test_how_a_stage_works_may_change_once_it_is_done(tmp_path: Path) -> None:
     fast = dataclasses.replace(stage(tmp_path, "a", code="import sys; print(sys.argv[1:])"), how=("--num_proc", "4"))
     Pipeline([fast], tmp_path).run()

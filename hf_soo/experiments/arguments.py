@@ -67,20 +67,32 @@ def yaml_flags(file: str | Path, names: Iterable[str]) -> Iterator[str]:
     Raises:
         ValueError: the file cannot be read, is no mapping, or has an unknown key.
     """
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {file}: holds a {type(content).__name__}, not 'key: value' lines.")
     known = set(names)
-    for key, value in content.items():
+    for key, value in read_yaml(file).items():
         if key not in known:
             raise ValueError(f"--config {file}: {_unknown('key', str(key), known)}")
         if isinstance(value, list):
             yield from (f"--{key}", *map(str, value))
         elif value is not None:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        file: of settings.
+
+    Raises:
+        ValueError: the file cannot be read, or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {file}: holds a {type(content).__name__}, not 'key: value' lines.")
+    return content
 
 
 def _unknown(kind: str, got: str, known: Iterable[str]) -> str:

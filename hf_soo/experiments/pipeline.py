@@ -1,6 +1,6 @@
 """A pipeline of commands that picks up where it stopped, whatever stopped it.
 
-    OUTPUT/done/STAGE.json   the stage ended well: its command and how long it took; it is not run again
+    OUTPUT/done/STAGE.json   the stage ended well: its command, its settings and how long it took; it is not run again
     OUTPUT/logs/STAGE.log    what it printed; locked as long as one of its processes lives
 
 A stage is a command that goes on by itself when it is given again. The lock is what a killed pipeline leaves behind
@@ -19,8 +19,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from hf_soo.experiments.arguments import read_yaml
 from hf_soo.files import write_atomically
 
 POLL_SECONDS = 0.2
@@ -37,6 +38,7 @@ class Stage:
         product: a file that is there only when the stage has ended well, for commands that refuse to be given again.
         alone: nothing runs beside it, and it has all cores: what everything else waits for.
         how: flags after the command that change how it works, not what comes out; they may be others once it is done.
+        config: a YAML file that the command reads.
     """
 
     name: str
@@ -45,11 +47,16 @@ class Stage:
     product: Path | None = None
     alone: bool = False
     how: tuple[str, ...] = ()
+    config: Path | None = None
 
     @property
     def whole(self) -> tuple[str, ...]:
         """What is run."""
         return (*self.command, *self.how)
+
+    def settings(self) -> dict[str, Any]:
+        """What the config says now, comments apart."""
+        return {} if self.config is None else read_yaml(self.config)
 
 
 @dataclass(slots=True)
@@ -58,6 +65,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     began: float
     log_size: int  # of the log before
+    settings: dict[str, Any]  # when it began
 
 
 class Pipeline:
@@ -73,7 +81,7 @@ class Pipeline:
             cores: that they share by OMP_NUM_THREADS, unless the user has set it; None: it is left alone.
 
         Raises:
-            ValueError: a stage was done by another command than it has now.
+            ValueError: a stage was done by another command or with other settings than it has now, or its config is unreadable.
         """
         self.folder, self.jobs, self.cores = Path(folder), jobs, cores
         self.stages = list(stages)
@@ -86,13 +94,19 @@ class Pipeline:
         mark = self._mark(stage)
         if not mark.is_file():
             return stage.product is not None and stage.product.is_file()
-        before = json.loads(mark.read_text(encoding="utf-8"))["command"]
+        kept = json.loads(mark.read_text(encoding="utf-8"))
+        before, then, now = kept["command"], kept["settings"], stage.settings()
+        changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
         if before[: len(before) - len(stage.how)] != list(stage.command):
-            raise ValueError(
-                f"stage {stage.name} was done with {shlex.join(before)!r}, now it is {shlex.join(stage.whole)!r}; "
-                f"use another output folder, or delete {mark} and what the stage wrote."
-            )
-        return True
+            change = f"with {shlex.join(before)!r}, now it is {shlex.join(stage.whole)!r}"
+        elif changed:
+            change = f"with other values of {', '.join(changed)} than {stage.config} has now"
+        else:
+            return True
+        raise ValueError(
+            f"stage {stage.name} was done {change}; use another output folder, or delete {mark} and what the stage "
+            "wrote."
+        )
 
     def run(self) -> dict[str, str]:
         """Run what is not done. A stage that fails stops those that need it, and no others.
@@ -159,11 +173,11 @@ class Pipeline:
             if self._is_done(stage):  # it ended while we waited for the lock
                 self.done.add(stage.name)
                 return
-            size = os.fstat(log.fileno()).st_size
+            size, settings = os.fstat(log.fileno()).st_size, stage.settings()
             process = subprocess.Popen(
                 stage.whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(stage)
             )
-        self.running.append(_Running(stage, process, time.monotonic(), size))
+        self.running.append(_Running(stage, process, time.monotonic(), size, settings))
         self._say(f"{stage.name}: started ({len(self.done) + 1} of {len(self.stages)})")
 
     def _environment(self, stage: Stage) -> Mapping[str, str]:
@@ -179,7 +193,8 @@ class Pipeline:
             if each.process.returncode == 0:
                 mark = self._mark(each.stage)
                 mark.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(mark, json.dumps({"command": each.stage.whole, "seconds": seconds}) + "\n")
+                kept = {"command": each.stage.whole, "settings": each.settings, "seconds": seconds}
+                write_atomically(mark, json.dumps(kept) + "\n")
                 self.done.add(each.stage.name)
                 self._say(f"{each.stage.name}: done in {seconds:.0f} s")
             else:

@@ -173,8 +173,9 @@ def _script(
     flags: tuple[object, ...],
     needs: tuple[str, ...],
 ) -> Stage:
-    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", "--config", of.config(kind, config))
-    return Stage(stage, tuple(map(str, (*command, "--output_dir", of.folder / stage, *flags))), needs)
+    file = of.config(kind, config)
+    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", "--config", file)
+    return Stage(stage, tuple(map(str, (*command, "--output_dir", of.folder / stage, *flags))), needs, config=file)
 
 
 def check_inputs(of: ReproduceArguments) -> None:
