@@ -81,7 +81,8 @@ class Pipeline:
             cores: that they share by OMP_NUM_THREADS, unless the user has set it; None: it is left alone.
 
         Raises:
-            ValueError: a stage was done by another command or with other settings than it has now, or its config is unreadable.
+            ValueError: a stage was done by another command or with other settings than it has now, or its config cannot
+                be read.
         """
         self.folder, self.jobs, self.cores = Path(folder), jobs, cores
         self.stages = list(stages)
