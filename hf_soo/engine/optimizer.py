@@ -18,8 +18,9 @@ from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.grouping import stacked
+from hf_soo.engine.loss_watch import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
-from hf_soo.engine.routing import UNNAMED, Roster, routing
+from hf_soo.engine.routing import Roster, routing
 from hf_soo.engine.rows import locate
 from hf_soo.engine.saving import Saving
 from hf_soo.engine.selection import Selection
@@ -76,7 +77,6 @@ class PreconditionedOptimizer(Saving, Optimizer):
         self.preconditioner = preconditioner
         self.name, self.config = name, config
         self.layers, self._left = selection.layers, dict(selection.left)
-        self._parameter_names = {id(p): n for n, p in parameter_names.items()}
         self.roster = Roster.of(base.param_groups, parameter_names, self.layers)
         self.comm = Communicator()
         self.gradients: Gradients = locate(self.layers, PlainGradients(), self.comm)
@@ -89,7 +89,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
         self.switched = False
         self.steps = 0
         self.agreed = False
-        self._loss: Tensor | None = None
+        self._loss = LossWatch()
         self._place()
         self.capture = Capture(self.layers, preconditioner.recorder)
         self._schedule()
@@ -125,9 +125,10 @@ class PreconditionedOptimizer(Saving, Optimizer):
         """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
         self._agree()
         if not self.steps and not self.driven:
-            self._check_parameters()
+            self.roster.check(self.param_groups, self.layers, self.name)
         if self.layers:
-            self._check_loss()
+            if self.preconditioner.watches_loss:
+                self._loss.require(self.name)
             self._follow_layout()
             with torch.autocast(self.layers[0].weight.device.type, enabled=False):
                 if self._updating:
@@ -194,22 +195,6 @@ class PreconditionedOptimizer(Saving, Optimizer):
             )
         self._place()
 
-    def _check_parameters(self) -> None:
-        """Refuse to go on without the model's parameters.
-
-        Raises:
-            RuntimeError: somebody has replaced them.
-        """
-        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        lost = bool(self.layers) and not any(id(layer.weight) in held for layer in self.layers)
-        if lost or [len(g["params"]) for g in self.param_groups] != [len(n) for n in self.roster.parameters]:
-            raise RuntimeError(
-                f"{self.name}: the parameters in its groups are no longer those of the model: they were replaced after "
-                "construction. Under DeepSpeed call hf_soo.integrations.deepspeed.attach(engine, optimizer) after "
-                "deepspeed.initialize; under FSDP2 build the optimizer after fully_shard, or let accelerate prepare "
-                "model and optimizer together."
-            )
-
     # ---- windows ---------------------------------------------------------------------------------------------------
 
     def mask_rows(self, mask: Tensor | None) -> None:
@@ -236,7 +221,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
         self._drop_window(outputs=True)
 
     def _drop_window(self, *, outputs: bool) -> None:
-        self._loss = None
+        self._loss.forget()
         if self.capture.collecting:
             self.capture.clear(outputs=outputs)
 
@@ -274,28 +259,11 @@ class PreconditionedOptimizer(Saving, Optimizer):
             loss: this rank's, weighted as in the backward pass; the micro-batches of a window are summed.
         """
         if self.layers and self.preconditioner.watches_loss:
-            device = self.layers[0].weight.device
-            value = torch.as_tensor(loss).detach().to(device, torch.float64)
-            self._loss = value if self._loss is None else self._loss + value
-
-    def _check_loss(self) -> None:
-        """Refuse to step without a loss if the method needs one.
-
-        Raises:
-            RuntimeError: nobody reported a loss.
-        """
-        if self.preconditioner.watches_loss and self._loss is None:
-            raise RuntimeError(
-                f"{self.name} decides by the training loss: call optimizer.report_loss(loss) between zero_grad() and "
-                "each step(), or use SecondOrderTrainer."
-            )
+            self._loss.report(loss, self.layers[0].weight.device)
 
     def _observe_loss(self) -> None:
         """Show the method the loss of the global batch, and switch it off if it says so."""
-        assert self._loss is not None
-        loss, self._loss = self._loss / self.comm.world_size, None
-        self.comm.sum_([loss])
-        if self.preconditioner.observe(loss, self.steps):
+        if self.preconditioner.observe(self._loss.take(self.comm), self.steps):
             logger.info("%s hands over to %s after step %d", self.name, type(self.base).__name__, self.steps)
             self._switch_off()
 
@@ -364,7 +332,4 @@ class PreconditionedOptimizer(Saving, Optimizer):
         else:
             known = len(base.param_groups)
             base.add_param_group(param_group)
-            self.roster.parameters.extend(
-                [self._parameter_names.get(id(p), UNNAMED) for p in group["params"]]
-                for group in base.param_groups[known:]
-            )
+            self.roster.extend(base.param_groups[known:])

@@ -22,11 +22,13 @@ class Roster:
         parameters: the names of the parameters of each group of the base.
         layer: parameter name -> the layer that holds it.
         group: layer name -> the index of its weight's group.
+        name_of: id of a parameter -> its name, for groups that are added later.
     """
 
     parameters: list[list[str]]
     layer: dict[str, str]
     group: dict[str, int]
+    name_of: dict[int, str]
 
     @classmethod
     def of(
@@ -50,7 +52,37 @@ class Roster:
                 if p is not None and id(p) in name_of
             },
             group={layer.name: group_of[id(layer.weight)] for layer in layers if id(layer.weight) in group_of},
+            name_of=name_of,
         )
+
+    def extend(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take down groups that were added to the base.
+
+        Args:
+            groups: the new ones.
+        """
+        self.parameters.extend([self.name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups)
+
+    def check(self, groups: Sequence[Mapping[str, Any]], layers: Sequence[Layer], method: str) -> None:
+        """Refuse to go on without the model's parameters.
+
+        Args:
+            groups: the base's parameter groups.
+            layers: what the method moves.
+            method: its name.
+
+        Raises:
+            RuntimeError: somebody has replaced them.
+        """
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        lost = bool(layers) and not any(id(layer.weight) in held for layer in layers)
+        if lost or [len(group["params"]) for group in groups] != [len(names) for names in self.parameters]:
+            raise RuntimeError(
+                f"{method}: the parameters in its groups are no longer those of the model: they were replaced after "
+                "construction. Under DeepSpeed call hf_soo.integrations.deepspeed.attach(engine, optimizer) after "
+                "deepspeed.initialize; under FSDP2 build the optimizer after fully_shard, or let accelerate prepare "
+                "model and optimizer together."
+            )
 
 
 def routing(
