@@ -785,6 +785,25 @@ def test_a_penalty_with_create_graph() -> None:
     assert not any(t.requires_grad for b in optimizer.capture.buffers.values() for t in b)
 
 
+@pytest.mark.parametrize("name", ["mkor", "mkor_h"])
+def test_a_layer_with_one_output_or_input_is_the_bases(name: str) -> None:
+    """A regression head learns the labels' mean along the mean input, which MKOR would damp."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    optimizer = hf_soo.build_optimizer(name, model, lr=0.1, base="sgd", weight_decay=0.0)
+    before = model[4].weight.detach().clone()
+    loss = (model(torch.randn(8, 1, dtype=torch.float64)) - 2.6).square().mean()
+    loss.backward()
+    gradient = model[4].weight.grad.clone()
+    optimizer.report_loss(loss)
+    optimizer.step()
+    torch.testing.assert_close(model[4].weight.detach(), before - 0.1 * gradient, rtol=0, atol=1e-15)
+    rules = optimizer.routing()
+    assert rules["2.weight"] == f"{name} -> SGD"
+    assert rules["0.weight"] == "SGD: one output or input [4, 1]" and rules["4.weight"].endswith("[1, 6]")
+    with pytest.raises(ValueError, match=r"no layer selected: .*one output or input \[1, 6\]"):
+        hf_soo.build_optimizer(name, nn.Linear(6, 1), lr=0.1)
+
+
 CONVOLUTIONS = [
     "mkor",
     "rf_rmsprop",

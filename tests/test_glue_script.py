@@ -30,7 +30,9 @@ from tests.script_runs import ROOT, check_error, load_script, only_run
 from tests.test_configs import check_header
 
 CONFIGS = sorted((ROOT / "configs" / "glue").glob("*.yaml"))
-OPTIMIZER_KEYS = {"optim", "optim_args", "base_optim", "base_optim_args", "learning_rate", "output_dir"}
+OPTIMIZER_KEYS = {
+    "optim", "optim_args", "base_optim", "base_optim_args", "precondition_exclude", "learning_rate", "output_dir",
+}  # fmt: skip
 COMMON = """
 optim: mkor
 base_optim: adamw

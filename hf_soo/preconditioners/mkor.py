@@ -237,6 +237,10 @@ class MKOR(RowWise):
         """By the period, and never without a side."""
         return bool(self.sides) and self.config.updates_at(step)
 
+    def refusal(self, layer: Layer) -> str | None:
+        """A single output or input: one factor is then a number, and the other only damps the mean row."""
+        return f"one output or input {list(layer.shape)}" if min(layer.shape) < 2 else None
+
     def init(self, layer: Layer) -> LayerState:
         """Identity factors."""
         sizes = _sizes(layer)
