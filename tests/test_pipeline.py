@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -144,6 +147,42 @@ def test_after_sigkill_a_stage_that_lives_on_is_waited_for(tmp_path: Path, capfd
     second.join(timeout=60)
     assert second.exitcode == 0 and (tmp_path / f"ended-{second.pid}").is_file()
     assert order(tmp_path) == ["x", "x"]  # nobody knows how it ended: it is asked to go on, and has nothing to do
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_stages_with_the_pipeline(tmp_path: Path, number: signal.Signals) -> None:
+    """Also the children of a launcher that does not pass signals on."""
+    pipeline = multiprocessing.get_context("fork").Process(target=run_slow, args=(tmp_path,))
+    pipeline.start()
+    until(lambda: (tmp_path / "order").is_file())
+    assert pipeline.pid is not None
+    os.kill(pipeline.pid, number)
+    pipeline.join(timeout=60)
+    assert pipeline.exitcode == (1 if number == signal.SIGINT else 128 + number)
+    with (tmp_path / "logs" / "slow.log").open("ab") as log:
+        until(lambda: locks(log))
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As nohup does it; and what was there before is there again."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = f"import os, signal; os.kill({os.getpid()}, signal.SIGHUP)"
+        assert Pipeline([Stage("hangs up", (sys.executable, "-c", program))], tmp_path).run() == {}
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def locks(log: IO[bytes]) -> bool:
+    """Whether nobody else holds it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def until(condition: Callable[[], object]) -> None:

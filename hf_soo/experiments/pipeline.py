@@ -6,6 +6,9 @@
 A stage is a command that goes on by itself when it is given again. The lock is what a killed pipeline leaves behind
 while its stages go on without it: the next one waits for them instead of starting them twice. It lies on the log's
 open file, which every process of a stage inherits, so the system takes it away with the last of them.
+
+Each stage is a session of its own, so that a signal reaches all its processes and not only its launcher: Ctrl-C and
+SIGTERM (a batch system that wants its node back) and SIGHUP stop them with the pipeline.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import fcntl
 import json
 import os
 import shlex
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -117,21 +122,27 @@ class Pipeline:
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the stages have stopped by then.
+            SystemExit: SIGTERM or SIGHUP, with 128 and its number; the stages have stopped by then.
         """
-        try:
-            while self._start() or self.running:
-                time.sleep(POLL_SECONDS)
-                self._collect()
-        except KeyboardInterrupt:  # Ctrl-C reaches the stages too: they stop by themselves
-            for each in self.running:
-                each.process.wait()
-            raise
-        finally:
-            for each in self.running:
-                if each.process.poll() is None:
-                    each.process.terminate()
-                    each.process.wait()
+        with _exits(signal.SIGTERM, signal.SIGHUP):
+            try:
+                while self._start() or self.running:
+                    time.sleep(POLL_SECONDS)
+                    self._collect()
+            except KeyboardInterrupt:
+                self._stop(signal.SIGINT)
+                raise
+            finally:
+                self._stop(signal.SIGTERM)
         return self.failed
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the stages that run, and wait for them."""
+        alive = [each.process for each in self.running if each.process.poll() is None]
+        for process in alive:
+            os.killpg(process.pid, number)
+        for process in alive:
+            process.wait()
 
     def _start(self) -> bool:
         """Start what can start; whether something still waits for another pipeline's process."""
@@ -176,8 +187,9 @@ class Pipeline:
                 return
             size, settings = os.fstat(log.fileno()).st_size, stage.settings()
             process = subprocess.Popen(
-                stage.whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(stage)
-            )
+                stage.whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(stage),
+                start_new_session=True,
+            )  # fmt: skip
         self.running.append(_Running(stage, process, time.monotonic(), size, settings))
         self._say(f"{stage.name}: started ({len(self.done) + 1} of {len(self.stages)})")
 
@@ -218,3 +230,21 @@ class Pipeline:
     @staticmethod
     def _say(line: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+@contextmanager
+def _exits(*numbers: signal.Signals) -> Iterator[None]:
+    """While it lasts these signals raise SystemExit, unless they are ignored (nohup)."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    handled = [number for number in numbers if before[number] is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
