@@ -363,9 +363,12 @@ def test_config_parses_and_builds_its_optimizer(path: Path) -> None:
     check_optimizer(parsed[-1], BertForQuestionAnswering(shape))
 
 
+SIZES = ("bert_base", "bert_large", "minilm")
+
+
 def test_configs_are_there_and_siblings_differ_in_optimizer_keys_alone() -> None:
     by_name = {path.stem: path for path in CONFIGS}
-    pairs = [[by_name.pop(f"{size}_{name}") for name in ("adamw", "mkor")] for size in ("bert_base", "bert_large")]
+    pairs = [[by_name.pop(f"{size}_{name}") for name in ("adamw", "mkor")] for size in SIZES]
     assert set(by_name) == {"bert_mini_adamw", "bert_small_adamw"}  # for reproduce.sh
     for one, two in pairs:
         first, second = (yaml.safe_load(path.read_text()) for path in (one, two))
