@@ -124,6 +124,8 @@ SLOW = "import time, os; open('order', 'a').write('x ')\nwhile not os.path.exist
 
 def run_slow(folder: Path) -> None:
     """A stage that is a child of a child, as under a launcher; its pipeline may be killed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # these tests may run under nohup
+        signal.signal(number, signal.SIG_DFL)
     os.chdir(folder)
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLOW!r}], check=True)"
     assert Pipeline([Stage("slow", (sys.executable, "-c", child))], folder).run() == {}
@@ -166,14 +168,14 @@ def test_a_signal_stops_the_stages_with_the_pipeline(tmp_path: Path, number: sig
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     """As nohup does it; and what was there before is there again."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before, term = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
         program = f"import os, signal; os.kill({os.getpid()}, signal.SIGHUP)"
         assert Pipeline([Stage("hangs up", (sys.executable, "-c", program))], tmp_path).run() == {}
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is term
 
 
 def locks(log: IO[bytes]) -> bool:
