@@ -378,4 +378,4 @@ def test_configs_are_there_and_siblings_differ_in_optimizer_keys_alone() -> None
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_config_header(path: Path) -> None:
-    check_header(path, "yes" if "bert_mini" in path.stem else "no")
+    check_header(path, "yes" if path.stem.startswith(("bert_mini", "minilm")) else "no")
