@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -124,46 +124,51 @@ SLOW = "import time, os; open('order', 'a').write('x ')\nwhile not os.path.exist
 
 def run_slow(folder: Path) -> None:
     """A stage that is a child of a child, as under a launcher; its pipeline may be killed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # these tests may run under nohup
-        signal.signal(number, signal.SIG_DFL)
     os.chdir(folder)
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLOW!r}], check=True)"
     assert Pipeline([Stage("slow", (sys.executable, "-c", child))], folder).run() == {}
     (folder / f"ended-{os.getpid()}").touch()
 
 
-def test_after_sigkill_a_stage_that_lives_on_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def slow(tmp_path: Path, no_ignored_signals: None) -> Iterator[Path]:
+    """A folder for `run_slow`; its stages end with the test, also with one that fails."""
+    yield tmp_path
+    (tmp_path / "go").touch()
+
+
+def test_after_sigkill_a_stage_that_lives_on_is_waited_for(slow: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The next pipeline must not start it a second time beside the first."""
     context = multiprocessing.get_context("fork")  # a fresh process would spend its time importing torch
-    first = context.Process(target=run_slow, args=(tmp_path,))
+    first = context.Process(target=run_slow, args=(slow,))
     first.start()
-    until(lambda: (tmp_path / "order").is_file())
+    until(lambda: (slow / "order").is_file())
     first.kill()
     first.join()
-    second = context.Process(target=run_slow, args=(tmp_path,))
+    second = context.Process(target=run_slow, args=(slow,))
     second.start()
     said: list[str] = []
     until(lambda: said.append(capfd.readouterr().out) or "running from before; waiting for it" in "".join(said))
-    assert order(tmp_path) == ["x"]
-    (tmp_path / "go").touch()
+    assert order(slow) == ["x"]
+    (slow / "go").touch()
     second.join(timeout=60)
-    assert second.exitcode == 0 and (tmp_path / f"ended-{second.pid}").is_file()
-    assert order(tmp_path) == ["x", "x"]  # nobody knows how it ended: it is asked to go on, and has nothing to do
+    assert second.exitcode == 0 and (slow / f"ended-{second.pid}").is_file()
+    assert order(slow) == ["x", "x"]  # nobody knows how it ended: it is asked to go on, and has nothing to do
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_the_stages_with_the_pipeline(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_the_stages_with_the_pipeline(slow: Path, number: signal.Signals) -> None:
     """Also the children of a launcher that does not pass signals on."""
-    pipeline = multiprocessing.get_context("fork").Process(target=run_slow, args=(tmp_path,))
+    pipeline = multiprocessing.get_context("fork").Process(target=run_slow, args=(slow,))
     pipeline.start()
-    until(lambda: (tmp_path / "order").is_file())
+    until(lambda: (slow / "order").is_file())
     assert pipeline.pid is not None
     os.kill(pipeline.pid, number)
     pipeline.join(timeout=60)
     assert pipeline.exitcode == (1 if number == signal.SIGINT else 128 + number)
-    with (tmp_path / "logs" / "slow.log").open("ab") as log:
+    with (slow / "logs" / "slow.log").open("ab") as log:
         until(lambda: locks(log))
-    assert not (tmp_path / "done").exists()
+    assert not (slow / "done").exists()
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:

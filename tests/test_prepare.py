@@ -258,6 +258,7 @@ def test_interrupted_run_leaves_nothing(text: str, tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.usefixtures("no_ignored_signals")
 def test_ctrl_c_stops_the_script_and_its_workers(text: str, tmp_path: Path) -> None:
     big = tmp_path / "big.txt"
     big.write_text((Path(text).read_text() + "\n\n") * 100, encoding="utf-8")
