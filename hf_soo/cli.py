@@ -12,8 +12,8 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from hf_soo.experiments.plan_request import PlanConfig
 from hf_soo.optimizers.bases import BASES
+from hf_soo.plan.request import PlanConfig
 from hf_soo.registry import METHODS, Method
 
 
@@ -112,14 +112,16 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
 
 def _plan(options: argparse.Namespace) -> str:
     config = PlanConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PlanConfig)})
-    from hf_soo.experiments import plan, plan_table
+    from hf_soo.plan import plan
+    from hf_soo.plan import table as plan_table
 
     return plan_table.text(plan.run(config))
 
 
 def _report(options: argparse.Namespace) -> str:
-    from hf_soo.experiments import report, reports
+    from hf_soo import reports
     from hf_soo.files import write_atomically
+    from hf_soo.runs import report
 
     records, text = reports.report_of(options.folder)
     if options.table:

@@ -19,11 +19,11 @@ def main() -> int:
     """Parse the flags, measure, print a row a method; 1 after an error, 130 after Ctrl-C."""
     from transformers import HfArgumentParser
 
-    from hf_soo.experiments import bench_report
-    from hf_soo.experiments.bench import run
-    from hf_soo.experiments.runs import jsonable
-    from hf_soo.experiments.workload import BenchConfig
+    from hf_soo.bench import report as bench_report
+    from hf_soo.bench.bench import run
+    from hf_soo.bench.workload import BenchConfig
     from hf_soo.files import write_atomically
+    from hf_soo.runs.record import jsonable
 
     try:
         (config,) = HfArgumentParser(BenchConfig, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()

@@ -11,7 +11,7 @@ Look at a finished folder, and check its files:
     python scripts/prepare_pretraining.py --inspect 3 --masked --output data/wiki128
     python scripts/prepare_pretraining.py --verify --output data/wiki128
 
-Masks are not made here: the collator draws new ones each epoch (hf_soo/tasks/masking.py).
+Masks are not made here: the collator draws new ones each epoch (hf_soo/bert/masking.py).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _prepare(look: argparse.ArgumentParser) -> None:
     # Imported here: worker processes import this file too, and do not need them.
     from transformers import HfArgumentParser
 
-    from hf_soo.tasks.inspect_prepared import describe
-    from hf_soo.tasks.pretraining_data import PrepareConfig, prepare
+    from hf_soo.bert.data.inspect import describe
+    from hf_soo.bert.data.prepare import PrepareConfig, prepare
 
     start = time.perf_counter()
     parser = HfArgumentParser(PrepareConfig, description=__doc__.splitlines()[0], parents=[look])
@@ -68,8 +68,8 @@ def _prepare(look: argparse.ArgumentParser) -> None:
 
 def _look(look: argparse.ArgumentParser) -> None:
     """Print what is in a finished folder."""
-    from hf_soo.tasks.inspect_prepared import describe, show_examples
-    from hf_soo.tasks.prepared_folder import load_prepared
+    from hf_soo.bert.data.folder import load_prepared
+    from hf_soo.bert.data.inspect import describe, show_examples
 
     parser = argparse.ArgumentParser(description="Look at a prepared folder.", parents=[look], allow_abbrev=False)
     parser.add_argument("--output", required=True, help="The folder.")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.experiments.pretraining import PretrainingTask
-from hf_soo.experiments.pretraining_arguments import DataArguments, ModelArguments
-from hf_soo.experiments.script import run_script
+from hf_soo.bert.arguments import DataArguments, ModelArguments
+from hf_soo.bert.task import PretrainingTask
+from hf_soo.runs.script import run_script
 
 
 def main(flags: list[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.experiments import glue_runs
-from hf_soo.experiments.script import guarded
+from hf_soo.glue import sweep as glue_runs
+from hf_soo.runs.script import guarded
 
 
 def main(flags: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.experiments.squad_score import is_asked_for, score_main
+from hf_soo.squad.score import is_asked_for, score_main
 
 
 def main(flags: list[str] | None = None) -> int:
@@ -23,10 +23,10 @@ def main(flags: list[str] | None = None) -> int:
     if is_asked_for(given):
         return score_main(given)
     # Imported here: scoring needs none of it.
-    from hf_soo.experiments.pretrained import PretrainedArguments
-    from hf_soo.experiments.script import run_script
-    from hf_soo.experiments.squad import SquadTask
-    from hf_soo.experiments.squad_arguments import QaDataArguments
+    from hf_soo.runs.pretrained import PretrainedArguments
+    from hf_soo.runs.script import run_script
+    from hf_soo.squad.arguments import QaDataArguments
+    from hf_soo.squad.task import SquadTask
 
     return run_script(SquadTask, (PretrainedArguments, QaDataArguments), __doc__ or "", flags)
 

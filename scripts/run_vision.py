@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.experiments.script import run_script
-from hf_soo.experiments.vision import VisionTask
-from hf_soo.tasks.vision import ImageDataConfig
-from hf_soo.tasks.vision_models import ImageModelConfig
+from hf_soo.runs.script import run_script
+from hf_soo.vision.data import ImageDataConfig
+from hf_soo.vision.models import ImageModelConfig
+from hf_soo.vision.task import VisionTask
 
 
 def main(flags: list[str] | None = None) -> int:

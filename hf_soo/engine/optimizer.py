@@ -16,14 +16,14 @@ from hf_soo.engine.base_state import Keeper
 from hf_soo.engine.capture import Capture
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
+from hf_soo.engine.dtensors import locate
 from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.grouping import stacked
 from hf_soo.engine.loss_watch import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import Roster, routing
-from hf_soo.engine.rows import locate
-from hf_soo.engine.saving import Saving
 from hf_soo.engine.selection import Selection
+from hf_soo.engine.state import Saving
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from hf_soo.engine.bare import BareProducts
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
+from hf_soo.engine.flops import BareProducts
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved

@@ -12,7 +12,6 @@ from transformers import Trainer
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
-from hf_soo.integrations.across import load_base, load_weights, strategy_of
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
     BASE_FILE,
@@ -27,6 +26,7 @@ from hf_soo.integrations.checkpoints import (
     why_not_whole,
     write_manifest,
 )
+from hf_soo.integrations.reshard import load_base, load_weights, strategy_of
 from hf_soo.registry import METHODS
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
-from hf_soo.integrations.loss_kwargs import ignores_loss_kwargs
+from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
+from hf_soo.integrations.mc_fisher import sampled_loss
 from hf_soo.integrations.resuming import ResumingMixin
-from hf_soo.integrations.sampled import sampled_loss
 from hf_soo.optimizers.schedules import poly_warmup
 from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer, takes_batch_size
 

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_soo.engine.chunks import Slot, bundles, cut, piece_size, wide_dtype
 from hf_soo.optimizers.partition import Job, Partition, Share, divide, piece_norms, whole_norms
-from hf_soo.optimizers.pieces import Slot, bundles, cut, piece_size, wide_dtype
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hf_soo.optimizers.pieces import Slot, flat, local, piece_size, wide_dtype
+from hf_soo.engine.chunks import Slot, flat, local, piece_size, wide_dtype
 
 # FSDP2's placements, without and with replication over the first mesh dimension (HSDP).
 PLACEMENTS = ((Shard(0),), (Replicate(), Shard(0)))

@@ -39,9 +39,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine.bare import BareProducts, Product
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.flops import BareProducts, Product
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved

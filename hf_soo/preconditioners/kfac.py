@@ -44,9 +44,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine.bare import BareProducts, Factorisation, Product
 from hf_soo.engine.capture import Phase, Statistics
 from hf_soo.engine.factors import FactorRecorder
+from hf_soo.engine.flops import BareProducts, Factorisation, Product
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved

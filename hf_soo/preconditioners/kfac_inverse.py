@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_soo.engine import products, spd
+from hf_soo.engine import products
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.partial import Partial
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
+from hf_soo.preconditioners import spd
 from hf_soo.preconditioners.kfac_config import FactorConfig
 
 LEAST_DAMPING, LEAST_SIDE = 1e-12, 1e-20  # of λ, and of one side's part of it

@@ -33,12 +33,12 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_range
+from hf_soo.engine.chunks import piece_size
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.linalg import Moved, squared_norm
 from hf_soo.engine.partial import Partial, finish
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, RowWise, Updated
-from hf_soo.optimizers.pieces import piece_size
 from hf_soo.preconditioners.axes import inner, layerwise, total
 from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
 

@@ -34,16 +34,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine.bare import BareProducts, Factorisation, Product
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.flops import BareProducts, Factorisation, Product
 from hf_soo.engine.gradients import Grad
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Outcome, Preconditioner, Updated
-from hf_soo.engine.spd import inverse_root
 from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back, replace, squeezed, total, unfolded
 from hf_soo.preconditioners.learned import learned
+from hf_soo.preconditioners.spd import inverse_root
 
 GRAFT = "graft"
 GRAFTINGS = ("sgd", "adam", "muon", "none")

@@ -1,0 +1,87 @@
+"""A method's bare products on random matrices: the arithmetic that its step cannot be faster than."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_soo.bench.step_kinds import Kind
+from hf_soo.engine.flops import Factorisation, Product
+from hf_soo.engine.layers import Layer, accumulation_dtype
+from hf_soo.engine.preconditioner import Preconditioner
+
+Part = Literal["every", "update", "refresh"]
+PARTS: tuple[Part, ...] = ("every", "update", "refresh")
+
+
+class BareWork:
+    """The bare products of all layers, ready to run.
+
+    Operations of one shape share their operands, so that the memory stays small: at the sizes that matter a product is
+    bound by arithmetic. Products are in the weight's dtype, factorisations in that of the factors.
+    """
+
+    def __init__(self, layers: Sequence[Layer], preconditioner: Preconditioner) -> None:
+        """Allocate.
+
+        Args:
+            layers: the layers that the method moves.
+            preconditioner: the method.
+        """
+        self._ready: dict[object, Callable[[], object]] = {}
+        self._calls: dict[Part, list[Callable[[], object]]] = {part: [] for part in PARTS}
+        for layer in layers:
+            bare = preconditioner.bare_products(layer)
+            for part in PARTS if bare is not None else ():
+                self._calls[part] += [self._prepared(each, layer.weight) for each in getattr(bare, part)]
+
+    def parts(self, kinds: Sequence[Kind]) -> list[Part]:
+        """The parts that have something to do in steps of these kinds."""
+        occurs = {"every": True, "update": any(k.updates for k in kinds), "refresh": any(k.refreshes for k in kinds)}
+        return [part for part in PARTS if occurs[part] and self._calls[part]]
+
+    def run(self, part: Part) -> None:
+        """Do the work of a part once."""
+        for call in self._calls[part]:
+            call()
+
+    def _prepared(self, operation: Product | Factorisation, like: Tensor) -> Callable[[], object]:
+        key = (operation, like.dtype, like.device)
+        if key not in self._ready:
+            self._ready[key] = prepared(operation, like)
+        return self._ready[key]
+
+
+def prepared(operation: Product | Factorisation, like: Tensor) -> Callable[[], object]:
+    """An operation on operands of its own, in the dtype and on the device of ``like``."""
+    return product(operation, like) if isinstance(operation, Product) else factorisation(operation, like)
+
+
+def product(shape: Product, like: Tensor) -> Callable[[], object]:
+    """A product of random matrices into a third one."""
+    left, right = like.new_empty(shape.m, shape.k).normal_(), like.new_empty(shape.k, shape.n).normal_()
+    return partial(torch.mm, left, right, out=like.new_empty(shape.m, shape.n))
+
+
+def factorisation(of: Factorisation, like: Tensor) -> Callable[[], object]:
+    """A factorisation of a random positive definite matrix."""
+    rows = torch.randn(of.d, of.d, dtype=accumulation_dtype(like.dtype), device=like.device)
+    A = (rows @ rows.mT / of.d).add_(torch.eye(of.d, dtype=rows.dtype, device=rows.device))
+    if of.kind == "eigh":
+        return partial(torch.linalg.eigh, A)
+    return lambda: torch.cholesky_inverse(torch.linalg.cholesky(A))
+
+
+def seconds_of(kind: Kind, parts: dict[Part, float]) -> float:
+    """Of the bare products of a step of a kind.
+
+    Args:
+        kind: of the step.
+        parts: seconds of each part.
+    """
+    update = parts.get("update", 0.0) if kind.updates else 0.0
+    return parts.get("every", 0.0) + update + (parts.get("refresh", 0.0) if kind.refreshes else 0.0)

@@ -1,0 +1,175 @@
+"""One round of a benchmark, and what the rounds say.
+
+A round interleaves the reference's steps with the method's, of every kind that occurs in its cycle: plain steps,
+updates on the statistics of a real forward and backward pass, refreshes. Between steps the gradients and statistics of
+that pass are copied back, outside the clock. A refresh may take seconds, so it is timed once a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_soo.bench.minimal_work import BareWork, Part, seconds_of
+from hf_soo.bench.step_kinds import Cycle, Kind, cycle_of
+from hf_soo.bench.workload import Clock, Workload
+from hf_soo.engine.optimizer import PreconditionedOptimizer
+
+
+@dataclass(slots=True)
+class Round:
+    """Seconds of one round; None where the method has no such pass."""
+
+    reference: float
+    forward_backward: float  # without any hook
+    steps: dict[Kind, float]
+    capturing: float | None = None  # forward and backward of a step that updates from what hooks collect
+    idle: float | None = None  # the same with hooks that do not collect
+    bare: dict[Part, float] = field(default_factory=dict)  # the method's bare products
+
+    def step(self, cycle: Cycle) -> float:
+        """Seconds of an optimizer step, averaged over a cycle."""
+        return cycle.mean(self.steps) or 0.0
+
+    def bare_products(self, cycle: Cycle) -> float | None:
+        """Seconds of a step's bare products, averaged over a cycle; None without any."""
+        return cycle.mean({kind: seconds_of(kind, self.bare) for kind in self.steps}) if self.bare else None
+
+    def train_step(self, cycle: Cycle) -> float:
+        """Seconds of a whole train step, averaged over a cycle."""
+        passes = {kind: self.capturing if kind.updates else self.idle for kind in self.steps}
+        whole = {kind: self.steps[kind] + (seconds or self.forward_backward) for kind, seconds in passes.items()}
+        return cycle.mean(whole) or 0.0
+
+    @property
+    def reference_train_step(self) -> float:
+        """Seconds of a whole train step with the reference."""
+        return self.forward_backward + self.reference
+
+
+class Stepper:
+    """One optimizer over the workload, moved between the kinds of its steps."""
+
+    def __init__(self, work: Workload, optimizer: PreconditionedOptimizer) -> None:
+        """Look at the method's cycle; nothing is timed yet."""
+        self.work, self.optimizer = work, optimizer
+        self.clock = Clock(work.device)
+        self.cycle = cycle_of(optimizer.preconditioner)
+        self.bare = BareWork(optimizer.layers, optimizer.preconditioner)
+        self._statistics: list[Tensor] = []
+
+    def round(self, reference: Optimizer, steps: int) -> Round:
+        """Take a round: the passes, then a step of each kind in turn with the reference's, again and again.
+
+        Args:
+            reference: Stepped between the others.
+            steps: Steps of each kind; those that refresh are taken once.
+
+        Returns:
+            Its times.
+        """
+        kinds = self.cycle.distinct
+        bare, idle, capturing = self._passes(kinds)
+        references: list[float] = []
+        seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+        products: dict[Part, list[float]] = {part: [] for part in self.bare.parts(kinds)}
+        for index in range(steps):
+            references.append(self._timed(reference))
+            for kind in kinds:
+                if index == 0 or not kind.refreshes:
+                    seconds[kind].append(self._step(kind))
+            for part in products:
+                if index == 0 or part != "refresh":
+                    products[part].append(self.clock(lambda part=part: self.bare.run(part)))  # type: ignore[misc]
+        return Round(
+            reference=statistics.median(references),
+            forward_backward=bare,
+            steps={kind: statistics.median(times) for kind, times in seconds.items()},
+            capturing=capturing,
+            idle=idle,
+            bare={part: statistics.median(times) for part, times in products.items()},
+        )
+
+    def _passes(self, kinds: list[Kind]) -> tuple[float, float | None, float | None]:
+        """Forward and backward: without hooks, with idle ones, with collecting ones; the last is remembered."""
+        hooked = bool(self.optimizer.capture.buffers)
+        bare = self._pass(self.work.twin)
+        plain = next((kind for kind in kinds if not kind.updates), None)
+        update = next((kind for kind in kinds if kind.updates), None)
+        idle = self._pass(self.work.model, plain) if hooked and plain else None
+        capturing = self._pass(self.work.model, update) if hooked and update else None
+        self.work.keep_gradients()
+        self._statistics = [buffer.clone() for buffer in self._buffers()] if hooked and update else []
+        return bare, idle, capturing
+
+    def _pass(self, model: nn.Module, kind: Kind | None = None) -> float:
+        """Time a pass of either model, as before a step of a kind."""
+        if kind is not None:
+            self._go_to(kind)
+        self.optimizer.zero_grad()
+        return self.clock(lambda: self.work.forward_backward(model))
+
+    def _step(self, kind: Kind) -> float:
+        self._go_to(kind)
+        if kind.updates:
+            for buffer, kept in zip(self._buffers(), self._statistics, strict=True):
+                buffer.copy_(kept)
+        self.optimizer.report_loss(0.0)  # level from the start: no rate falls behind another, so MKOR-H does not switch
+        return self._timed(self.optimizer)
+
+    def _timed(self, optimizer: Optimizer) -> float:
+        self.work.restore_gradients()
+        return self.clock(optimizer.step)
+
+    def _go_to(self, kind: Kind) -> None:
+        """Make the next step one of a kind; what the forward pass collects follows from it."""
+        self.optimizer.steps = self.cycle.step(kind)
+        self.optimizer._schedule()
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for buffers in self.optimizer.capture.buffers.values() for buffer in buffers]
+
+
+def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
+    """Medians over the rounds of each ratio, and the spread of the step's; None where a method has no such step.
+
+    Plain steps neither update nor refresh, update steps update alone, refresh steps refresh, with an update or without.
+
+    Args:
+        rounds: At least one.
+        cycle: The method's.
+
+    Returns:
+        The row's ratios.
+    """
+
+    def median(of: Callable[[Round], float | None]) -> float | None:
+        values = [value for value in map(of, rounds) if value is not None]
+        return statistics.median(values) if values else None
+
+    def step(which: Callable[[Kind], bool]) -> float | None:
+        return median(lambda r: over(cycle.mean(r.steps, which), r.reference))
+
+    steps = [r.step(cycle) / r.reference for r in rounds]
+    return {
+        "step_ratio": statistics.median(steps),
+        "step_ratio_min": min(steps),
+        "step_ratio_max": max(steps),
+        "plain_step_ratio": step(lambda kind: not (kind.updates or kind.refreshes)),
+        "update_step_ratio": step(lambda kind: kind.updates and not kind.refreshes),
+        "refresh_step_ratio": step(lambda kind: kind.refreshes),
+        "bare_products_ratio": median(lambda r: over(r.bare_products(cycle), r.reference)),
+        "step_to_bare_ratio": median(lambda r: over(r.step(cycle), r.bare_products(cycle))),
+        "capture_ratio": median(lambda r: over(r.capturing, r.forward_backward)),
+        "train_step_ratio": median(lambda r: r.train_step(cycle) / r.reference_train_step),
+        "forward_backward_seconds": median(lambda r: r.forward_backward),
+    }
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    """The ratio, None where there is none."""
+    return a / b if a is not None and b else None

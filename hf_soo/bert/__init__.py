@@ -1,0 +1,1 @@
+"""BERT's pretraining: model, objective, metrics."""

@@ -1,0 +1,1 @@
+"""From raw text to the prepared folders of BERT's pretraining."""

@@ -1,0 +1,170 @@
+"""What a pretraining run starts from: prepared data and a BERT for its vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig, BertTokenizer, set_seed
+
+from hf_soo.bert.arguments import DataArguments, ModelArguments
+from hf_soo.bert.data.prepare import PrepareConfig, load_prepared, prepare
+from hf_soo.bert.data.wordpiece import SpecialIds, special_ids
+from hf_soo.bert.model import GatheredBertForPreTraining, check_vocabulary, name_bias_once
+from hf_soo.runs.pretrained import load_weights
+from hf_soo.runs.run_arguments import RunTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# (hidden size, layers, heads): BERT of Devlin et al. 2018, and the small ones of Turc et al. 2019
+SHAPES = {
+    "tiny": (128, 2, 2),
+    "mini": (256, 4, 4),
+    "small": (512, 4, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainingData:
+    """Prepared examples, their vocabulary, and what a run JSON says of them."""
+
+    train: Any
+    eval: Any
+    ids: SpecialIds
+    vocab_file: str
+    seq_length: int
+    description: dict[str, Any]
+
+
+def load_data(data: DataArguments, args: RunTrainingArguments) -> PretrainingData:
+    """Load the prepared folder, preparing the corpus first when that is what was asked for.
+
+    Args:
+        data: which text.
+        args: `output_dir` is where a corpus is prepared; one process of several does it.
+
+    Raises:
+        ValueError: neither or both of data_dir and corpus, nothing to evaluate on, or a folder that cannot be used.
+    """
+    if (data.data_dir is None) == (data.corpus is None):
+        raise ValueError(
+            f"data_dir is {data.data_dir!r} and corpus is {data.corpus!r}; give one: a prepared folder, or a corpus."
+        )
+    folder = data.data_dir
+    if folder is None:
+        with args.main_process_first(desc="preparing the corpus"):
+            folder = _prepare_once(data, args.folder / "data")
+    prepared = load_prepared(folder)
+    if prepared["train"] is None or prepared["eval"] is None:
+        raise ValueError(
+            f"{folder!r} has no examples to train or to evaluate on; prepare it with eval_documents above 0."
+        )
+    train, evaluation = _head(prepared["train"], data.max_train_samples), _head(prepared["eval"], data.max_eval_samples)
+    config = prepared["manifest"]["config"]
+    description = {
+        "source": Path(config["source"]).name,
+        "seq_length": config["max_seq_length"],
+        "train_examples": len(train),
+        "eval_examples": len(evaluation),
+        "vocabulary": prepared["manifest"]["vocab_sha256"][:12],
+        **{key: getattr(data, key) for key in ("masking", "mask_prob", "max_predictions")},
+    }
+    ids = special_ids(prepared["vocab_file"])
+    return PretrainingData(train, evaluation, ids, prepared["vocab_file"], config["max_seq_length"], description)
+
+
+def _prepare_once(data: DataArguments, folder: Path) -> str:
+    """Prepare the corpus into `folder`, or find it there from an earlier run with the same settings."""
+    assert data.corpus is not None
+    wanted = {
+        "source": data.corpus,
+        "max_seq_length": data.seq_length,
+        "vocab_size": data.vocab_size,
+        "eval_documents": data.eval_documents,
+    }
+    config = PrepareConfig(output=str(folder), **wanted)  # type: ignore[arg-type]
+    if not (folder / "manifest.json").is_file():
+        logger.info("Preparing corpus %s in %s", data.corpus, folder)
+        prepare(config)
+        return str(folder)
+    made = load_prepared(folder)["manifest"]["config"]
+    for key, value in wanted.items():
+        if made[key] != value:
+            raise ValueError(f"{folder} was prepared with {key}={made[key]!r}, now {value!r}; use another output_dir.")
+    return str(folder)
+
+
+def _head(dataset: Any, count: int | None) -> Any:
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> GatheredBertForPreTraining:
+    """A new BERT for the vocabulary of the data, or the pretrained one of a folder.
+
+    Args:
+        model: which; `model_name_or_path` holds the weights to start from.
+        data: says vocabulary and sequence length.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: the folder holds no BERT, or one with another vocabulary (in size or words) or too few positions.
+    """
+    set_seed(seed)
+    if model.model_name_or_path is not None:
+        kept = load_weights(
+            GatheredBertForPreTraining,
+            model.model_name_or_path,
+            attn_implementation=model.attn_implementation,
+            hidden_dropout_prob=model.dropout,
+            attention_probs_dropout_prob=model.dropout,
+        )
+        assert isinstance(kept, GatheredBertForPreTraining)
+        check_vocabulary(kept.config, data.ids.size)
+        _check_words(model.model_name_or_path, data.vocab_file)
+        if kept.config.max_position_embeddings < data.seq_length:
+            raise ValueError(
+                f"The model has {kept.config.max_position_embeddings} positions, the data {data.seq_length} tokens; "
+                "prepare shorter sequences or start from a model with more positions."
+            )
+    else:
+        kept = GatheredBertForPreTraining(_config(model, data))
+    name_bias_once(kept)
+    return kept
+
+
+def _check_words(folder: str, vocab_file: str) -> None:
+    """Refuse a vocabulary of the right size and other words, where the model has its tokenizer beside it."""
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return
+    theirs, ours = BertTokenizer.from_pretrained(folder).get_vocab(), BertTokenizer(vocab=vocab_file).get_vocab()
+    other = sorted(word for word, number in ours.items() if theirs.get(word) != number)
+    if other:
+        raise ValueError(
+            f"{len(other)} of the data's {len(ours)} words are others in the vocabulary of {folder} ({other[0]!r} for "
+            "one); prepare the data with the model's vocabulary (prepare_pretraining.py --vocab)."
+        )
+
+
+def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:
+    hidden, layers, heads = SHAPES[model.preset]
+    multiple = model.pad_vocab_to_multiple_of
+    if not 1 <= multiple <= 128:
+        raise ValueError(f"pad_vocab_to_multiple_of is {multiple}; it must lie between 1 and 128.")
+    hidden = model.hidden_size or hidden
+    settings: dict[str, Any] = dict(
+        vocab_size=-(-data.ids.size // multiple) * multiple,
+        hidden_size=hidden,
+        num_hidden_layers=model.num_hidden_layers or layers,
+        num_attention_heads=model.num_attention_heads or heads,
+        intermediate_size=model.intermediate_size or 4 * hidden,
+        max_position_embeddings=max(512, data.seq_length),
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout,
+        pad_token_id=data.ids.pad,
+        attn_implementation=model.attn_implementation,
+    )
+    return BertConfig(**settings)

@@ -1,0 +1,149 @@
+"""Where the examples of a GLUE task come from: the hub, the folders of GLUE's archive, or files of one's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_soo.glue.files import SUFFIXES, Examples, Row, collect, read_examples
+from hf_soo.glue.tasks import GlueTask
+from hf_soo.runs.flags import option
+
+logger = logging.getLogger(__name__)
+
+# The archive's names of the hub's parts, in order of preference.
+FILE_STEMS = {
+    "train": ("train",),
+    "validation": ("dev", "validation"),
+    "validation_matched": ("dev_matched", "validation_matched", "dev", "validation"),
+    "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+    "test": ("test", "msr_paraphrase_test"),
+    "test_matched": ("test_matched",),
+    "test_mismatched": ("test_mismatched",),
+}
+OPTIONAL = ("validation_mismatched",)  # a local copy may lack it; its metric is then missing, too
+
+
+@dataclass
+class GlueDataArguments:
+    """Which examples; also flags of scripts/run_glue.py."""
+
+    _argument_group_name = "data"
+
+    task_name: list[str] | None = field(
+        default=None, metadata={"help": "cola sst2 mrpc stsb qqp mnli qnli rte wnli, or all; several: a table."}
+    )
+    task: list[str] | None = field(default=None, metadata={"help": "The same as task_name."})
+    dataset_name: str = option("nyu-mll/glue", "Data set of the hub, whose configurations are the tasks.")
+    data_dir: str | None = option(None, "Instead of the hub: a folder with GLUE's own (CoLA/train.tsv, ...).")
+    train_file: str | None = option(None, "Instead of the hub: .tsv, .csv, .json or .jsonl with the hub's columns.")
+    validation_file: str | None = option(None, "The same, to evaluate on.")
+    test_file: str | None = option(None, "The same, to predict.")
+    max_seq_length: int = option(128, "Longer texts are cut.")
+    pad_to_max_length: bool = option(False, "Pad to max_seq_length, not to the longest of the batch.")
+    max_train_samples: int | None = option(None, "Train on the first so many examples.")
+    max_eval_samples: int | None = option(None, "Evaluate on the first so many examples.")
+    max_predict_samples: int | None = option(None, "Predict the first so many examples.")
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a value is not allowed, or two exclude each other.
+        """
+        for key in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key}={value} must be 1 or more, or left out.")
+        if self.max_seq_length < 8:
+            raise ValueError(f"max_seq_length={self.max_seq_length} must be 8 or more.")
+        if self.task_name and self.task:
+            raise ValueError(f"task_name={self.task_name} and task={self.task} are the same flag; give one.")
+        if self.data_dir is not None and self.files:
+            raise ValueError(f"data_dir={self.data_dir!r} and {', '.join(self.files)} exclude each other; give one.")
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks as they were given."""
+        return self.task_name or self.task or []
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of one's own, by flag."""
+        given = {key: getattr(self, key) for key in ("train_file", "validation_file", "test_file")}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+def load_part(task: GlueTask, part: str, data: GlueDataArguments) -> Examples | None:
+    """One part of a task, checked; None where it is one that may be missing.
+
+    Args:
+        task: which.
+        part: the hub's name of it.
+        data: where from.
+
+    Raises:
+        ValueError: it is not there, or cannot be used as it is.
+    """
+    labelled = not part.startswith("test")
+    if data.files:
+        return _own_file(task, part, data, labelled=labelled)
+    if data.data_dir is None:
+        return _hub(task, part, data.dataset_name, labelled=labelled)
+    folder = _folder(task, Path(data.data_dir).expanduser())
+    for stem in FILE_STEMS[part]:
+        for suffix in SUFFIXES:
+            if (file := folder / f"{stem}{suffix}").is_file():
+                return read_examples(file, task, labelled=labelled)
+    if part in OPTIONAL:
+        logger.warning("%s has no %s.tsv: not evaluated on", folder, FILE_STEMS[part][0])
+        return None
+    raise ValueError(f"{folder} has no {FILE_STEMS[part][0]}.tsv (nor .csv, .json, .jsonl); {task.title} needs it.")
+
+
+def _own_file(task: GlueTask, part: str, data: GlueDataArguments, *, labelled: bool) -> Examples | None:
+    flag = f"{part.split('_')[0]}_file"
+    if part.endswith("_mismatched"):
+        return None
+    if flag not in data.files:
+        raise ValueError(f"{flag} is missing: {', '.join(data.files)} given without it; give all files that are used.")
+    return read_examples(data.files[flag], task, labelled=labelled)
+
+
+def _folder(task: GlueTask, root: Path) -> Path:
+    """The task's folder, directly under the root or one deeper."""
+    if not root.is_dir():
+        raise ValueError(f"data_dir={str(root)!r} is no folder; give the one that holds {task.title}/train.tsv.")
+    for name in (task.title, task.name):
+        if (root / name).is_dir():
+            return root / name
+    if len(deeper := sorted(root.glob(f"*/{task.title}"))) == 1:
+        return deeper[0]
+    found = ", ".join(path.name for path in sorted(root.iterdir()) if path.is_dir()) or "no folders"
+    raise ValueError(f"data_dir={str(root)!r} has no folder {task.title}; it has {found}.")
+
+
+def _hub(task: GlueTask, part: str, name: str, *, labelled: bool) -> Examples:
+    import datasets
+
+    logger.info("reading %s, %s, %s, of the hub", name, task.name, part)
+    try:
+        rows = datasets.load_dataset(name, task.name, split=part)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"dataset_name={name!r} ({task.name}, {part}) cannot be loaded: {error}; give --data_dir for local files."
+        ) from error
+
+    def numbered() -> Iterator[Row]:
+        for number, row in enumerate(_rows(rows)):
+            yield f"{name}, {task.name}, {part}, row {number}", row
+
+    return collect(task, numbered(), name, f"{name}, {task.name}, {part}", labelled=labelled)
+
+
+def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    for batch in dataset.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))

@@ -1,0 +1,83 @@
+"""The head of a GLUE run: made for the task, and refused where it is one of another."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, PretrainedConfig
+
+from hf_soo.glue.tasks import GlueTask
+from hf_soo.runs.flags import option
+from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
+
+
+@dataclass
+class GlueModelArguments(PretrainedArguments):
+    """Which pretrained model, and what becomes of its head."""
+
+    ignore_mismatched_sizes: bool = option(False, "Replace a head that was made for another number of labels.")
+
+
+def find_classifier(arguments: GlueModelArguments, max_seq_length: int) -> Pretrained:
+    """A pretrained model that can classify; arguments and errors as those of `find_pretrained`."""
+    return find_pretrained(arguments, max_seq_length, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classify sequences")
+
+
+def make_classifier(found: Pretrained, task: GlueTask, seed: int) -> nn.Module:
+    """The model with a head for the task.
+
+    Args:
+        found: the model.
+        task: says how many labels.
+        seed: of the weights that the checkpoint does not have.
+    """
+    assert isinstance(found.arguments, GlueModelArguments)
+    replaced = found.arguments.ignore_mismatched_sizes
+    config = task_config(found.config, task)
+    return found.load(AutoModelForSequenceClassification, config, seed, ignore_mismatched_sizes=replaced)
+
+
+def check_head(found: Pretrained, task: GlueTask) -> None:
+    """Refuse a fine-tuned model whose head is of another task.
+
+    Args:
+        found: the model.
+        task: the task to train or to evaluate.
+
+    Raises:
+        ValueError: the head has another number of labels, or they stand in another order.
+    """
+    assert isinstance(found.arguments, GlueModelArguments)
+    config, name = found.config, found.arguments.model_name_or_path
+    fine_tuned = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+    if not fine_tuned:
+        return
+    wanted = len(task.labels) or 1
+    if config.num_labels != wanted:
+        if found.arguments.ignore_mismatched_sizes:
+            return
+        raise ValueError(
+            f"{name!r} has a head with {config.num_labels} labels, {task.title} needs {wanted}; give "
+            "--ignore_mismatched_sizes to put a new head in its place."
+        )
+    theirs = [str(label).lower() for _, label in sorted((config.id2label or {}).items())]
+    if sorted(theirs) == sorted(task.labels) and theirs != list(task.labels):
+        raise ValueError(
+            f"{name!r} has the labels {', '.join(theirs)}, {task.title} has them in the order {', '.join(task.labels)}."
+        )
+
+
+def task_config(config: PretrainedConfig, task: GlueTask) -> PretrainedConfig:
+    """A copy of the configuration with the task's labels; dropout and everything else stay.
+
+    Args:
+        config: of the pretrained model.
+        task: says which labels.
+    """
+    kept = copy.deepcopy(config)
+    kept.problem_type = "regression" if task.regression else "single_label_classification"
+    labels = task.labels or ("score",)
+    kept.id2label, kept.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
+    return kept

@@ -1,0 +1,219 @@
+"""One run of GLUE, or a table of them: every task with every seed, resumable, one JSON a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_soo.files import write_atomically
+from hf_soo.glue import table as glue_table
+from hf_soo.glue.data import GlueDataArguments
+from hf_soo.glue.metrics import check_installed
+from hf_soo.glue.model import GlueModelArguments, find_classifier
+from hf_soo.glue.task import GlueFineTuning
+from hf_soo.glue.tasks import GlueTask, find_tasks
+from hf_soo.integrations.checkpoints import last_whole_checkpoint
+from hf_soo.runs import arguments, script
+from hf_soo.runs.record import RunRecord, jsonable, read_run, read_runs
+from hf_soo.runs.resume import is_finished
+from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.runs.training import Job, describe, run_name, train
+
+logger = logging.getLogger(__name__)
+
+TABLE_FILE = "table.md"
+ENDED = ("completed", "diverged")  # runs that the same command would only repeat
+
+
+@dataclass
+class GlueSeedArguments:
+    """How often each task is run."""
+
+    _argument_group_name = "seeds"
+
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Run each task with each of these; the table has medians. None: --seed."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the seeds.
+
+        Raises:
+            ValueError: one of them stands there twice.
+        """
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} has one twice; each must be there once.")
+
+
+CLASSES = (GlueModelArguments, GlueDataArguments, GlueSeedArguments, RunArguments, RunTrainingArguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run to come, or one that is there already."""
+
+    job: Job
+    task: GlueFineTuning
+
+    @property
+    def file(self) -> Path:
+        """The run's JSON."""
+        return self.job.results_dir / f"{run_name(self.job)}.json"
+
+
+def run(flags: list[str], description: str) -> None:
+    """Check everything, train what is not there yet, print the table and write it beside the JSONs.
+
+    Args:
+        flags: of the command line.
+        description: for --help.
+
+    Raises:
+        ValueError: settings, files or a model that cannot be used.
+        OSError: the results cannot be written.
+    """
+    model, data, seeds, settings, training = arguments.parse(CLASSES, flags, description)
+    check_installed()
+    tasks = find_tasks(data.names)
+    job = Job(settings, training)
+    script.check(job)
+    check_sweep(data, seeds, job, tasks)
+    pretrained = find_classifier(model, data.max_seq_length)
+    fine_tunings = [GlueFineTuning(task, pretrained, data, training) for task in tasks]
+    for folder in (job.results_dir, training.folder):
+        folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now
+    if settings.compare_with is not None:
+        script.present(job, train(job, fine_tunings[0]), fine_tunings[0].title)
+        return
+    planned = plan(job, fine_tunings, seeds.seeds)
+    ended = [ended_record(each) for each in planned]  # all of them before the first is trained: it may refuse
+    if any(job.results_dir.glob("*.json")):
+        read_runs(job.results_dir)  # the table is of all of them: one that cannot be read shows now
+    records = [record or train_anew(each) for record, each in zip(ended, planned, strict=True)]
+    if training.process_index == 0:
+        present(job, records)
+
+
+def present(job: Job, records: Sequence[RunRecord]) -> None:
+    """Print the table, and write that of all runs of the folder; of evaluations alone, print the metrics.
+
+    Args:
+        job: says where the JSONs are.
+        records: of this command.
+    """
+    if not job.training.do_train:
+        for record in records:
+            print(f"{record.name}: {', '.join(f'{key} {value}' for key, value in record.final.items())}")
+        return
+    print(glue_table.table(records), end="")
+    write_atomically(job.results_dir / TABLE_FILE, glue_table.table(read_runs(job.results_dir)))
+
+
+def check_sweep(data: GlueDataArguments, seeds: GlueSeedArguments, job: Job, tasks: Sequence[GlueTask]) -> None:
+    """Refuse flags that mean one run where several are asked for.
+
+    Args:
+        data: has the files of one task.
+        seeds: of the runs.
+        job: has the other flags.
+        tasks: all of them.
+
+    Raises:
+        ValueError: such a flag is given.
+    """
+    if len(tasks) == 1 and len(seeds.seeds or [0]) == 1:
+        return
+    single = {"compare_with": job.run.compare_with, "resume_from_checkpoint": job.training.resume_from_checkpoint}
+    if len(tasks) > 1:
+        single |= data.files
+    for name, value in single.items():
+        if value is not None:
+            count = f"{len(tasks)} tasks, {len(seeds.seeds or [0])} seeds"
+            raise ValueError(f"{name}={value!r} is for one run, and there are {count}; leave it out, or give one each.")
+
+
+def plan(job: Job, fine_tunings: Sequence[GlueFineTuning], seeds: list[int] | None) -> list[Planned]:
+    """All runs: task by task, seed by seed, each with a name and, where there are several, a folder of its own.
+
+    Args:
+        job: the settings that they share.
+        fine_tunings: one a task.
+        seeds: None: the one of the settings.
+    """
+    several = len(fine_tunings) > 1 or seeds is not None
+    planned = []
+    for fine_tuning in fine_tunings:
+        for seed in seeds or [job.training.seed]:
+            task = fine_tuning.task.name
+            folder = job.training.folder / task / f"seed{seed}" if several else job.training.folder
+            training = dataclasses.replace(job.training, output_dir=str(folder), seed=seed)
+            name = job.run.name if job.run.name and not several else f"{task}-{_method(job)}-seed{seed}"
+            settings = dataclasses.replace(job.run, name=name, results_dir=str(job.results_dir))
+            planned.append(Planned(Job(settings, training), fine_tuning))
+    return planned
+
+
+def _method(job: Job) -> str:
+    """What a run's name says besides task and seed; an evaluation must not replace the JSON of a training run."""
+    if job.training.do_train:
+        return run_name(job)
+    return "-".join(filter(None, (job.run.name, "evaluation" if job.training.do_eval else "prediction")))
+
+
+def ended_record(planned: Planned) -> RunRecord | None:
+    """The record of a run that has ended before, with the same settings; None where there is something to do.
+
+    Args:
+        planned: the run.
+
+    Raises:
+        ValueError: a run of that name had other settings.
+    """
+    job = planned.job
+    if job.run.restart or not job.training.do_train or not planned.file.is_file():
+        return None
+    found = read_run(planned.file)
+    if found.status not in ENDED:
+        return None
+    new = describe(job, planned.task, planned.task.make_model(job.training.seed))
+    ours = {"seed": new.seed, **json.loads(json.dumps(jsonable(new.config)))}  # as it is read back
+    theirs = {"seed": found.seed, **found.config}
+    for key in sorted(set(ours) | set(theirs)):
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{planned.file} is of a run with {key}={theirs.get(key)!r}, now {ours.get(key)!r}; give another "
+                "--results_dir or --name, or --restart to replace it."
+            )
+    logger.info("%s is finished already; --restart runs it again", found.name)
+    if job.training.do_predict:
+        logger.warning("It predicts nothing now; --model_name_or_path %s --do_predict does", job.training.output_dir)
+    return found
+
+
+def train_anew(planned: Planned) -> RunRecord:
+    """Train, from the last checkpoint of an interrupted run where there is one.
+
+    Args:
+        planned: the run.
+    """
+    job = planned.job
+    if job.training.do_train and not job.run.restart:
+        with job.training.main_process_first(desc="looking for checkpoints"):
+            _drop_last_of_finished(job)
+    (record,) = train(job, planned.task)
+    gc.collect()  # Trainer and model hold each other; the next run needs their memory
+    return record
+
+
+def _drop_last_of_finished(job: Job) -> None:
+    """A run that was killed between its last step and its JSON: its last part is trained again, and then measured."""
+    last = last_whole_checkpoint(job.training.folder)
+    if last is not None and is_finished(str(last), job.training):
+        logger.warning("%s is of the last step, but the run was not measured: training that part again", last)
+        shutil.rmtree(last)

@@ -1,0 +1,227 @@
+"""The table of GLUE runs: a row an optimizer and learning rate, a column a task, medians over seeds.
+
+The average is that of the GLUE paper: the mean over tasks of the mean of a task's metrics. Each row says which tasks it
+is over; rows over different tasks cannot be compared by it. Cells that are not known stay empty.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+from hf_soo.glue.tasks import TASKS, GlueTask
+from hf_soo.runs.record import RunRecord
+
+COMBINED = "combined_score"  # the mean of the two before it, for choosing a model; not shown
+# What a record's config says besides a method's settings and what is one task's alone.
+IDENTITY = ("learning_rate", "optim_args", "base_optim_args", "precondition_include", "precondition_exclude")
+PER_RUN = ("initial_weights", "task")
+SUBSET, PARTIAL = "\\*", "†"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The runs of one model, optimizer and setting: by task, and of each task by seed."""
+
+    model: str
+    optimizer: str
+    base: str
+    rate: str
+    note: str
+    cells: dict[str, list[RunRecord]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Those that were measured, in the order of the columns."""
+        return [name for name in TASKS if name in self.cells and medians(self.cells[name])]
+
+    def average(self) -> float | None:
+        """Over its tasks, of the mean of each one's metrics; None where there is none."""
+        means = [mean(medians(self.cells[name]).values()) for name in self.tasks]
+        return mean(means) if means else None
+
+
+def is_glue(record: RunRecord) -> bool:
+    """Whether a record is of a fine-tuning run on GLUE (evaluations alone are not).
+
+    Args:
+        record: of any run.
+    """
+    return record.config.get("task") in TASKS and (record.steps > 0 or record.status != "completed")
+
+
+def medians(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """The median of each official metric over the completed runs of a cell.
+
+    Args:
+        runs: of one task.
+    """
+    task = TASKS[runs[0].config["task"]]
+    return {metric: median(values) for metric in shown(task) if (values := _values(runs, metric))}
+
+
+def shown(task: GlueTask) -> list[str]:
+    """The metrics of a task that stand in its column.
+
+    Args:
+        task: of GLUE.
+    """
+    return [metric for metric in task.metrics if metric != COMBINED]
+
+
+def _values(runs: Sequence[RunRecord], metric: str) -> list[float]:
+    completed = (run.final.get(metric) for run in runs if run.status == "completed")
+    return [value for value in completed if value is not None]
+
+
+def rows(records: Sequence[RunRecord]) -> list[Row]:
+    """Put runs together; where a task was run in several ways, each further one has a row that says what differs.
+
+    Args:
+        records: of runs on GLUE.
+    """
+    groups: dict[str, dict[str, list[RunRecord]]] = {}
+    for record in records:
+        tasks = groups.setdefault(json.dumps(_identity(record)), {})
+        tasks.setdefault(record.config["task"], []).append(record)
+    found = []
+    for tasks in groups.values():
+        ways = {name: _ways(tasks[name]) for name in TASKS if name in tasks}
+        for number in range(max(map(len, ways.values()))):
+            part = [run for each in ways.values() for run in (each[number] if number < len(each) else ())]
+            differences = (_difference(name, each, number) for name, each in ways.items())
+            found.append(_row(part, "; ".join(filter(None, differences))))
+    return sorted(found, key=lambda row: -(row.average() or 0.0))
+
+
+def _identity(record: RunRecord) -> list[Any]:
+    model = (record.config.get("model") or {}).get("name")
+    return [model, record.optimizer, record.base, *(record.config.get(key) for key in IDENTITY)]
+
+
+def _way(record: RunRecord) -> dict[str, Any]:
+    """Everything else that a record says of its settings, data flattened."""
+    data: dict[str, Any] = record.config.get("data") or {}
+    config = {key: value for key, value in record.config.items() if key not in (*IDENTITY, *PER_RUN, "model", "data")}
+    return config | data
+
+
+def _ways(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """The runs of one task by their other settings, those on whole data first."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        way = _way(run)
+        subset = [bool(way.get(key)) for key in ("dev_subset", "train_subset")]
+        found.setdefault(json.dumps([subset, way], sort_keys=True), []).append(run)
+    return [found[key] for key in sorted(found)]
+
+
+def _difference(name: str, ways: Sequence[Sequence[RunRecord]], number: int) -> str:
+    """What sets one way to run a task apart: "MRPC: num_train_epochs=5.0"; nothing where there is one."""
+    if len(ways) == 1 or number >= len(ways):
+        return ""
+    settings = [_way(runs[0]) for runs in ways]
+    keys = {key for way in settings for key in way if any(way[key] != other.get(key) for other in settings)}
+    plain = keys - {"source", "digest", "train_subset", "dev_subset"}  # these only repeat what the others say
+    told = ", ".join(f"{key}={settings[number].get(key)}" for key in sorted(plain or keys))
+    return f"{TASKS[name].title}: {told}"
+
+
+def _row(runs: Sequence[RunRecord], difference: str) -> Row:
+    first, cells = runs[0], {}
+    for name in TASKS:
+        by_seed = {run.seed: run for run in runs if run.config["task"] == name}
+        if by_seed:
+            cells[name] = [by_seed[seed] for seed in sorted(by_seed)]
+    config = first.config
+    given = {**(config.get("optim_args") or {}), **(config.get("base_optim_args") or {})}
+    notes = [f"{key}={value}" for key, value in given.items()]
+    notes += [f"{key}={' '.join(config[key])}" for key in IDENTITY[3:] if config.get(key)]
+    return Row(
+        str((config.get("model") or {}).get("name", "")),
+        first.optimizer,
+        "" if first.base == first.optimizer else first.base,
+        f"{config['learning_rate']:g}" if config.get("learning_rate") is not None else "",
+        ", ".join(filter(None, (*notes, difference))),
+        cells,
+    )
+
+
+def table(records: Sequence[RunRecord]) -> str:
+    """The markdown table of a folder of run JSONs, and below it the seeds that its medians are of.
+
+    Args:
+        records: of any runs; those that are not of GLUE are passed over.
+    """
+    found = rows([record for record in records if is_glue(record)])
+    if not found:
+        return "No runs on GLUE.\n"
+    names = [name for name in TASKS if any(name in row.cells for row in found)]
+    header = ["model", "optimizer", "base", "learning rate", *(_column(TASKS[name]) for name in names), "average"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * 4 + "---:|" * (len(names) + 1)]
+    for row in found:
+        optimizer = f"{row.optimizer} ({row.note})" if row.note else row.optimizer
+        cells = [_cell(row.cells[name]) if name in row.cells else "" for name in names]
+        lines.append("| " + " | ".join([row.model, optimizer, row.base, row.rate, *cells, _average(row)]) + " |")
+    return "\n".join([*lines, "", *_notes(found, lines), *_seeds(found)]) + "\n"
+
+
+def _column(task: GlueTask) -> str:
+    short = {
+        "matthews_correlation": "Matthews", "accuracy": "acc", "f1": "F1", "pearson": "Pearson",
+        "spearmanr": "Spearman", "accuracy_mm": "mm",
+    }  # fmt: skip
+    named = "m/mm acc" if task.name == "mnli" else "/".join(short[metric] for metric in shown(task))
+    return f"{task.title} {named}"
+
+
+def _cell(runs: Sequence[RunRecord]) -> str:
+    """Medians in percent, or why there are none."""
+    failed = [run.status for run in runs if run.status != "completed"]
+    text = "/".join(f"{100 * value:.1f}" for value in medians(runs).values())
+    if failed:
+        text = f"{text} ({', '.join(sorted(set(failed)))}: {len(failed)} of {len(runs)})".strip()
+    data = runs[0].config.get("data") or {}
+    return text + (SUBSET if data.get("dev_subset") else "") + (PARTIAL if data.get("train_subset") else "")
+
+
+def _average(row: Row) -> str:
+    value = row.average()
+    return "" if value is None else f"{100 * value:.1f} ({len(row.tasks)} task{'s' * (len(row.tasks) != 1)})"
+
+
+def _notes(found: Sequence[Row], lines: Sequence[str]) -> list[str]:
+    """What the average is over, and what the marks mean where they occur."""
+    covered = list(dict.fromkeys(tuple(row.tasks) for row in found if row.tasks))
+    sets = "; ".join(f"{len(names)}: {', '.join(TASKS[name].title for name in names)}" for names in covered)
+    text = ["Dev sets, in percent, medians over seeds."]
+    if covered:
+        text.append(f"Average: the mean over tasks of the mean of a task's metrics, over {sets}.")
+    if len(covered) > 1:
+        text.append("Averages over different tasks cannot be compared.")
+    if any(SUBSET in line for line in lines):
+        text.append(f"{SUBSET} not the whole official dev set: no official score.")
+    if any(PARTIAL in line for line in lines):
+        text.append(f"{PARTIAL} not trained on the official training set as a whole.")
+    return [" ".join(text)]
+
+
+def _seeds(found: Sequence[Row]) -> list[str]:
+    """Median, lowest and highest of each cell with several seeds."""
+    lines = []
+    for row in found:
+        for name, runs in row.cells.items():
+            for metric in shown(TASKS[name]):
+                if len(values := _values(runs, metric)) > 1:
+                    numbers = (f"{100 * value:.1f}" for value in (median(values), min(values), max(values)))
+                    seeds = " ".join(str(run.seed) for run in runs if run.status == "completed")
+                    over = f" over {row.base}" if row.base else ""
+                    note = f" ({row.note})" if row.note else ""
+                    method = f"{row.model}, {row.optimizer}{over}, {row.rate}{note}"
+                    cells = [method, TASKS[name].title, metric, *numbers, seeds]
+                    lines.append(f"| {' | '.join(cells)} |")
+    header = ["", "| run | task | metric | median | lowest | highest | seeds |", "|---|---|---|---:|---:|---:|---|"]
+    return [*header, *lines] if lines else []

@@ -1,0 +1,204 @@
+"""Fine-tuning on one task of GLUE: what `scripts/run_glue.py` trains."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
+
+from hf_soo.glue.data import GlueDataArguments, load_part
+from hf_soo.glue.files import Examples, digest
+from hf_soo.glue.metrics import score
+from hf_soo.glue.model import check_head, make_classifier
+from hf_soo.glue.predictions import file_names, write_predictions
+from hf_soo.glue.tasks import GlueTask
+from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
+from hf_soo.runs.pretrained import Pretrained
+from hf_soo.runs.run_arguments import RunTrainingArguments
+from hf_soo.runs.training import Task
+
+logger = logging.getLogger(__name__)
+
+BEST = "best"  # prefix of the metrics of the checkpoint that load_best_model_at_end chose
+MISMATCHED = "mm"
+
+
+class GlueFineTuning(Task):
+    """A pretrained model with a new head, on one task, measured by its official metrics."""
+
+    def __init__(
+        self, task: GlueTask, pretrained: Pretrained, data: GlueDataArguments, args: RunTrainingArguments
+    ) -> None:
+        """Read and check all examples that the run will need; nothing is tokenised yet.
+
+        Args:
+            task: of GLUE.
+            pretrained: the model.
+            data: where the examples are.
+            args: says which parts are needed.
+
+        Raises:
+            ValueError: files, a head or settings of the Trainer that cannot be used.
+        """
+        check_head(pretrained, task)
+        self.task, self.pretrained, self.data = task, pretrained, data
+        self.title = f"{task.title}, {pretrained.name}"
+        self.metrics = tuple(name for name in task.metrics if not name.endswith(f"_{MISMATCHED}"))
+        check_evaluation(args, self.metrics)
+        self.train: Examples | None = None
+        self.evaluated: list[Examples] = []  # MNLI's has two, matched and mismatched
+        self.tested: list[Examples] = []
+        if args.do_train:
+            self.train = self._part("train", data.max_train_samples)
+        if args.do_eval:
+            parts = (self._part(part, data.max_eval_samples) for part in task.evaluation_parts)
+            self.evaluated = [part for part in parts if part is not None]
+        if args.do_predict:
+            parts = (self._part(part, data.max_predict_samples) for part in task.test_parts)
+            self.tested = [part for part in parts if part is not None]
+
+    def _part(self, part: str, count: int | None) -> Examples | None:
+        examples = load_part(self.task, part, self.data)
+        return None if examples is None else examples.head(count)
+
+    def make_model(self, seed: int) -> nn.Module:
+        """The pretrained encoder under a new head.
+
+        Args:
+            seed: of the head.
+        """
+        return make_classifier(self.pretrained, self.task, seed)
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """Model, task, and how many examples of which source.
+
+        Args:
+            model: with its initial weights.
+        """
+        measured = [part for part in (self.train, *self.evaluated) if part is not None]
+        parts = measured or self.tested  # predictions change nothing of a run's record
+        development = len(self.evaluated[0]) if self.evaluated else 0
+        data = {
+            "source": ", ".join(dict.fromkeys(part.source for part in parts)),
+            "train_examples": len(self.train) if self.train else 0,
+            "eval_examples": development,
+            "train_subset": self.train is not None and len(self.train) != self.task.train_rows,
+            "dev_subset": bool(self.evaluated) and development != self.task.dev_rows,
+            "digest": digest(parts),
+        }
+        return {
+            "model": {"name": self.pretrained.name, **shape(model)},
+            "task": self.task.name,
+            "data": data,
+            "max_seq_length": self.data.max_seq_length,
+            "pad_to_max_length": self.data.pad_to_max_length,
+        }
+
+    def make_trainer(
+        self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
+    ) -> FineTuningTrainer:
+        """The Trainer of a run.
+
+        Args:
+            model: with its initial weights.
+            args: the Trainer's settings.
+            callbacks: all of them.
+        """
+        return FineTuningTrainer(
+            model=model,
+            args=args,
+            data_collator=self._collator(),
+            train_dataset=None if self.train is None else self._tokenised(self.train),
+            eval_dataset=self._tokenised(self.evaluated[0]) if self.evaluated else None,
+            processing_class=self.pretrained.tokenizer,
+            callbacks=callbacks,
+            compute_metrics=self._scores,
+            preprocess_logits_for_metrics=numbers if self.task.regression else best_class,
+        )
+
+    def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
+        return score(self.task, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+    def _collator(self) -> DataCollatorWithPadding:
+        length = self.data.max_seq_length
+        positions = self.pretrained.positions()
+        fits = positions is None or -(-length // 8) * 8 <= positions  # rounding up must not leave the last position
+        return DataCollatorWithPadding(
+            self.pretrained.tokenizer,
+            padding="max_length" if self.data.pad_to_max_length else "longest",
+            max_length=length if self.data.pad_to_max_length else None,
+            pad_to_multiple_of=8 if fits else None,
+        )
+
+    def _tokenised(self, examples: Examples) -> Dataset:
+        names = [f"text_{index}" for index in range(len(examples.texts))]
+        columns: dict[str, Any] = dict(zip(names, examples.texts, strict=True))
+        if examples.labels is not None:
+            columns["label"] = examples.labels
+        tokenizer, length = self.pretrained.tokenizer, self.data.max_seq_length
+
+        def tokenise(rows: dict[str, Any]) -> Any:
+            return tokenizer(*(rows[name] for name in names), truncation=True, max_length=length, padding=False)
+
+        return Dataset.from_dict(columns).map(tokenise, batched=True, remove_columns=names, desc="tokenising")
+
+    def finish(self, trainer: Any) -> dict[str, float]:
+        """MNLI's other part, the best checkpoint's metrics where that is the model now, and the test predictions.
+
+        Args:
+            trainer: holds the model.
+
+        Returns:
+            Metrics for the record.
+        """
+        metrics: dict[str, float] = {}
+        if self.evaluated and trainer.args.load_best_model_at_end and trainer.args.do_train:
+            measured = trainer.evaluate(metric_key_prefix=BEST)
+            metrics |= {name: measured[f"{BEST}_{name}"] for name in self.metrics}
+            metrics["eval_loss"] = measured[f"{BEST}_loss"]
+        for other in self.evaluated[1:]:
+            measured = trainer.evaluate(self._tokenised(other), metric_key_prefix=MISMATCHED)
+            metrics[f"accuracy_{MISMATCHED}"] = measured[f"{MISMATCHED}_accuracy"]
+        for name, examples in zip(file_names(self.task), self.tested, strict=False):
+            predicted = np.asarray(trainer.predict(self._tokenised(examples)).predictions)
+            if trainer.is_world_process_zero():
+                file = Path(trainer.args.output_dir) / "predictions" / name
+                write_predictions(file, self.task, predicted)
+                logger.info("wrote %s", file)
+        return metrics
+
+
+def shape(model: nn.Module) -> dict[str, Any]:
+    """Kind, size and dropout, as far as the model's configuration says.
+
+    Args:
+        model: with a configuration.
+    """
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+            "hidden_dropout_prob")  # fmt: skip
+    return {key: value for key in keys if (value := getattr(model.config, key, None)) is not None}
+
+
+def best_class(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    """The class with the largest logit: all that is kept of an evaluation.
+
+    Args:
+        logits: [B, classes]; the first of a tuple, which some models return.
+        labels: [B], not used.
+    """
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def numbers(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    """The predicted number of a regression.
+
+    Args:
+        logits: [B, 1]; the first of a tuple, which some models return.
+        labels: [B], not used.
+    """
+    return (logits[0] if isinstance(logits, tuple) else logits).squeeze(-1)

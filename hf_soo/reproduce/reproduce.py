@@ -1,0 +1,248 @@
+"""The table of the MKOR paper, at a chosen scale: phase 1 once, phase 2 by each optimizer, SQuAD and GLUE after each.
+
+    prepare_phase1, prepare_phase2    raw text -> sequences of 128 and of 512 tokens
+    phase1                            LAMB
+    phase2_NAME                       from phase 1's weights and moments, by bert_SCALE_phase2_NAME.yaml
+    squad_NAME, glue_NAME             fine-tuned by AdamW, the same for all: what is compared is the pretraining
+
+Every stage is one of the project's scripts with flags, which --dry_run prints. OUTPUT/results has the run JSONs, the
+table and the pictures. A pipeline that was stopped, in whatever way, goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from hf_soo.bert.data.corpus import Corpus
+from hf_soo.bert.data.wordpiece import read_vocabulary
+from hf_soo.glue.data import GlueDataArguments, load_part
+from hf_soo.glue.tasks import find_tasks
+from hf_soo.reproduce import table as reproduce_table
+from hf_soo.reproduce.pipeline import Pipeline, Stage
+from hf_soo.runs import arguments
+from hf_soo.runs.flags import option
+from hf_soo.runs.script import guarded
+from hf_soo.squad.files import read_questions
+
+ROOT = Path(__file__).resolve().parents[2]
+PHASE_1 = "lamb"
+
+
+@dataclass
+class ReproduceArguments:
+    """What is reproduced, from which data."""
+
+    _argument_group_name = "reproduce"
+
+    scale: Literal["mini", "small", "base", "large"] = option(
+        "mini", "mini: 2 CPU cores, two to three hours; small, base: one GPU; large: the paper's."
+    )
+    text: str = option("wikimedia/wikipedia:20231101.en", "Corpus: what prepare_pretraining.py takes as --source.")
+    vocab: str | None = option(None, "WordPiece vocabulary, one piece a line; None: trained on the corpus.")
+    squad_train: str | None = option(None, "SQuAD's train JSON; None: from the hub.")
+    squad_dev: str | None = option(None, "SQuAD's dev JSON; None: from the hub.")
+    glue_dir: str | None = option(None, "Folder of GLUE's folders; None: from the hub.")
+    optimizers: list[str] = field(
+        default_factory=lambda: ["lamb", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa"],
+        metadata={"help": "Of phase 2, by the names of its configs."},
+    )
+    glue_tasks: list[str] = field(
+        default_factory=lambda: ["rte", "mrpc", "stsb", "cola"], metadata={"help": "Tasks of GLUE, or all."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of the fine-tuning on GLUE; the table has medians."}
+    )
+    output: str | None = option(None, "Folder for everything; None: out/reproduce_SCALE.")
+    num_proc: int = option(1, "Processes that prepare the text.")
+    jobs: int = option(1, "Stages that run at once; on CPUs they share the cores.")
+    launch: str = option("accelerate launch", "How training scripts are started, with a --config_file for example.")
+    dry_run: bool = option(False, "Print the commands and run nothing.")
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail later.
+
+        Raises:
+            ValueError: a count below 1, an unknown optimizer, one SQuAD file of two, or a missing file.
+        """
+        for name in ("num_proc", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if (self.squad_train is None) != (self.squad_dev is None):
+            raise ValueError(
+                f"squad_train={self.squad_train!r} and squad_dev={self.squad_dev!r}; give both or neither."
+            )
+        for name in ("vocab", "squad_train", "squad_dev", "glue_dir"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).exists():
+                raise ValueError(f"{name}={value!r} does not exist; give an existing path.")
+        for name in self.optimizers:
+            if not self.config("pretrain", f"phase2_{name}").is_file():
+                known = sorted(
+                    path.stem.split("phase2_")[1] for path in (ROOT / "configs").glob(f"*/bert_{self.scale}_phase2_*")
+                )
+                raise ValueError(f"optimizers has {name!r}; allowed are {', '.join(known)}.")
+
+    def config(self, kind: str, name: str) -> Path:
+        """A recipe of this scale.
+
+        Args:
+            kind: folder under configs/.
+            name: after "bert_SCALE_".
+        """
+        return ROOT / "configs" / kind / f"bert_{self.scale}_{name}.yaml"
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output or f"out/reproduce_{self.scale}")
+
+
+def stages(of: ReproduceArguments) -> list[Stage]:
+    """All stages, each after those that it needs.
+
+    Args:
+        of: what is reproduced.
+    """
+    data, results = of.folder / "data", of.folder / "results"
+    vocab = (of.vocab,) if of.vocab is not None else ()
+    found = [_prepare(of, 1, vocab), _prepare(of, 2, (str(data / "phase1" / "vocab.txt"),))]
+    phase_1 = _pretrain(of, 1, PHASE_1, ("prepare_phase1", "prepare_phase2"))
+    found.append(dataclasses.replace(phase_1, alone=True))
+    for name in of.optimizers:
+        found.append(_pretrain(of, 2, name, ("phase1",)))
+    for name in of.optimizers:
+        model = ("--model_name_or_path", str(of.folder / f"phase2_{name}"))
+        files = ("--train_file", of.squad_train, "--validation_file", of.squad_dev)
+        squad = (
+            *model,
+            *(files if of.squad_train else ("--dataset_name", "squad")),
+            "--name",
+            name,
+            "--results_dir",
+            results / "squad",
+        )
+        found.append(_script(of, f"squad_{name}", "run_squad", "squad", "adamw", squad, (f"phase2_{name}",)))
+        local = ("--data_dir", of.glue_dir) if of.glue_dir else ()
+        tasks = ("--task_name", *of.glue_tasks, "--seeds", *of.seeds)
+        glue = (*model, *local, *tasks, "--results_dir", results / "glue" / name)
+        found.append(_script(of, f"glue_{name}", "run_glue", "glue", "adamw", glue, (f"phase2_{name}",)))
+    return found
+
+
+def _prepare(of: ReproduceArguments, phase: int, vocab: tuple[str, ...]) -> Stage:
+    output = of.folder / "data" / f"phase{phase}"
+    lengths = {1: ("128", "0.1"), 2: ("512", "0")}[phase]
+    flags = ("--max_seq_length", lengths[0], "--short_seq_prob", lengths[1], "--eval_documents", "0.01")
+    given = tuple(item for file in vocab for item in ("--vocab", file))
+    command = (sys.executable, ROOT / "scripts" / "prepare_pretraining.py", "--source", of.text, "--output", output)
+    needs = ("prepare_phase1",) if phase == 2 else ()  # its vocabulary
+    how = ("--num_proc", str(of.num_proc))
+    everything = tuple(map(str, (*command, *flags, *given)))
+    return Stage(f"prepare_phase{phase}", everything, needs, output / "manifest.json", how=how)
+
+
+def _pretrain(of: ReproduceArguments, phase: int, name: str, needs: tuple[str, ...]) -> Stage:
+    stage = "phase1" if phase == 1 else f"phase2_{name}"
+    before = ("--previous_phase", of.folder / "phase1") if phase == 2 else ()
+    places = (
+        "--data_dir",
+        of.folder / "data" / f"phase{phase}",
+        "--results_dir",
+        of.folder / "results" / f"phase{phase}",
+    )
+    return _script(
+        of, stage, "pretrain_bert", "pretrain", f"phase{phase}_{name}", (*places, *before, "--name", name), needs
+    )
+
+
+def _script(
+    of: ReproduceArguments,
+    stage: str,
+    script: str,
+    kind: str,
+    config: str,
+    flags: tuple[object, ...],
+    needs: tuple[str, ...],
+) -> Stage:
+    file = of.config(kind, config)
+    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", "--config", file)
+    return Stage(stage, tuple(map(str, (*command, "--output_dir", of.folder / stage, *flags))), needs, config=file)
+
+
+def check_inputs(of: ReproduceArguments) -> None:
+    """Read what is here, as the stages will read it hours later; the hub's data sets are left to them.
+
+    Args:
+        of: what is reproduced.
+
+    Raises:
+        ValueError: a file that is missing or malformed, a launcher or a library that is not installed, or a task that
+            GLUE does not have.
+    """
+    launcher = shlex.split(of.launch)
+    if not launcher or shutil.which(launcher[0]) is None:
+        raise ValueError(
+            f"launch={of.launch!r} names no program on the PATH; give 'python', 'torchrun ...' or the like."
+        )
+    if find_spec("matplotlib") is None:
+        raise ValueError("The picture needs matplotlib and it is not installed; pip install 'hf-soo[report]'.")
+    tasks = find_tasks(of.glue_tasks)
+    if of.glue_dir is not None:
+        data = GlueDataArguments(data_dir=of.glue_dir)
+        for task in tasks:
+            for part in ("train", *task.evaluation_parts):
+                load_part(task, part, data)
+    for file in (of.squad_train, of.squad_dev):
+        if file is not None:
+            read_questions(file)
+    if of.vocab is not None:
+        read_vocabulary(of.vocab)
+    corpus = Corpus(of.text)
+    if not corpus.on_hub:
+        next(corpus.texts())
+
+
+def run(flags: list[str]) -> None:
+    """Run the stages, and make the table of what is there.
+
+    Args:
+        flags: of the command line.
+
+    Raises:
+        ValueError: settings that cannot be, or stages that failed.
+    """
+    (of,) = arguments.parse((ReproduceArguments,), flags, __doc__ or "")
+    planned = stages(of)
+    if of.dry_run:
+        print("\n".join(shlex.join(stage.whole) for stage in planned))
+        return
+    check_inputs(of)
+    # a launcher of several processes, one for each GPU, knows better
+    cores = None if torch.cuda.is_available() else os.cpu_count()
+    failed = Pipeline(planned, of.folder, jobs=of.jobs, cores=cores).run()
+    print(reproduce_table.write(of.folder / "results", of.scale), end="")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(planned)} stages did not end well: {', '.join(failed)}.")
+
+
+def main(flags: list[str] | None = None) -> int:
+    """The command: 0 when every stage ended well, 1 after an error, 130 after Ctrl-C.
+
+    Args:
+        flags: None: those of the process.
+    """
+    return guarded(run, flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A recorded run of any task: flags, resume, record, report."""

@@ -1,0 +1,142 @@
+"""The Trainer callback that fills a run record: curve, training seconds, divergence, target, health."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from hf_soo.runs import machine
+from hf_soo.runs.record import CurvePoint, RunRecord
+
+# Where a checkpoint's trainer_state.json keeps the record so far, among the states of callbacks.
+STATE_KEY = "hf_soo_run"
+
+
+class RecordCallback(TrainerCallback):
+    """Fills a `RunRecord` while the Trainer runs; its curve travels in the checkpoints, so a resumed run has all of it.
+
+    The clock runs from the end of one step to the end of the next (data loading included) and stands while the Trainer
+    evaluates or saves. A loss that is not finite stops the run with the status ``diverged``; that needs
+    ``logging_nan_inf_filter=False``, since the Trainer otherwise logs the last finite loss in its place.
+    """
+
+    def __init__(self, record: RunRecord, metrics: Sequence[str] = (), target: float | None = None) -> None:
+        """Start with an empty curve.
+
+        Args:
+            record: the record to fill; its status is left alone unless the run diverges.
+            metrics: what an evaluation measures besides its loss, to be kept too: "accuracy".
+            target: the evaluation loss to stop at, with a checkpoint if the run keeps any.
+        """
+        self.record = record
+        self.metrics = tuple(metrics)
+        self.target = math.nan if target is None else target  # no loss is <= NaN
+        self._mark = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; after a resume, with what the checkpoint kept."""
+        self.restore(state)
+        machine.reset_peak_memory(args.device)
+        self._mark = time.perf_counter()
+
+    def restore(self, state: TrainerState) -> None:
+        """Take the record so far out of a checkpoint's state; nothing where there is none.
+
+        Args:
+            state: of the checkpoint.
+        """
+        kept = _kept(state).get(STATE_KEY) if state.global_step else None
+        if not kept:
+            return
+        self.record.steps, self.record.seconds, self.record.curve = state.global_step, kept["seconds"], kept["curve"]
+        for point in self.record.curve:
+            losses = {key: loss for key in ("train_loss", "eval_loss") if (loss := point[key]) is not None}
+            self.record.final |= losses | {key: point[key] for key in self.metrics if key in point}
+            if not all(math.isfinite(loss) for loss in losses.values()):
+                self.record.status = "diverged"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the clock run up to here."""
+        now = time.perf_counter()
+        self.record.seconds += now - self._mark
+        self.record.steps = state.global_step
+        # Not an ExportableState: the Trainer rebuilds those from JSON, without our record. The list is shared, no copy.
+        _kept(state)[STATE_KEY] = {"seconds": self.record.seconds, "curve": self.record.curve}
+        self._mark = now
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take losses and metrics into the curve; stop when a loss is not finite, or at the target."""
+        for key, entry in (("loss", "train_loss"), ("eval_loss", "eval_loss")):
+            if logs is None or key not in logs:
+                continue
+            loss = float(logs[key])
+            self._point(state.global_step)[entry] = self.record.final[entry] = loss
+            if not math.isfinite(loss):
+                self.record.status = "diverged"
+                control.should_training_stop = True
+            elif entry == "eval_loss" and loss <= self.target:
+                control.should_training_stop = True
+                control.should_save = args.save_strategy != SaveStrategy.NO
+        for metric in self.metrics:
+            if logs is not None and f"eval_{metric}" in logs:
+                self._point(state.global_step)[metric] = self.record.final[metric] = float(logs[f"eval_{metric}"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluation is not training time."""
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nor is saving."""
+        self._mark = time.perf_counter()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Ask the optimizer how it fared."""
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        health = getattr(inner, "health", None)  # an optimizer that is not ours has none
+        self.record.health = dict(health()) if callable(health) else {}
+
+    def _point(self, step: int) -> CurvePoint:
+        """The curve's entry for this step, a new one unless the last is of the same step."""
+        if not self.record.curve or self.record.curve[-1]["step"] != step:
+            point: CurvePoint = {"step": step, "seconds": self.record.seconds, "train_loss": None, "eval_loss": None}
+            self.record.curve.append(point)
+        return self.record.curve[-1]
+
+
+def kept_curve(state: TrainerState) -> list[CurvePoint]:
+    """The curve that a checkpoint keeps.
+
+    Args:
+        state: read from the checkpoint.
+    """
+    kept: dict[str, Any] = _kept(state).get(STATE_KEY, {})
+    return list(kept.get("curve", []))
+
+
+def _kept(state: TrainerState) -> dict[str, Any]:
+    """The part of the trainer state that travels with checkpoints and is free for callbacks."""
+    kept = cast("dict[str, Any]", state.stateful_callbacks)  # typed as a list, always a dict once the state is built
+    assert isinstance(kept, dict)
+    return kept

@@ -1,0 +1,213 @@
+"""One JSON a run: what was run, on what, how it went, and how it ended.
+
+A run that diverged, ran out of memory or was stopped leaves its JSON too: results are data, the bad ones included.
+The keys are fixed (more may be added)::
+
+    {"name", "status", "optimizer", "base", "config", "seed", "device", "versions", "commit", "parameters",
+     "steps", "seconds", "curve": [{"step", "seconds", "train_loss", "eval_loss"}], "final": {metric: value},
+     "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}}
+
+``target.stopped`` says, where the run had a loss to stop at, whether it stopped there before its last step.
+Numbers that are not finite are written as ``null``, and a path of the machine as its last part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hf_soo.files import write_atomically
+from hf_soo.runs import machine
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["completed", "diverged", "oom", "stopped", "failed"]
+STATUSES: tuple[str, ...] = ("completed", "diverged", "oom", "stopped", "failed")
+CurvePoint = dict[str, "float | int | None"]
+
+
+@dataclasses.dataclass(slots=True)
+class RunRecord:
+    """What a run's JSON holds; `seconds` is training alone, `curve` has an entry a logged or evaluated step."""
+
+    name: str
+    optimizer: str
+    base: str
+    config: dict[str, Any]
+    seed: int
+    status: str = (
+        "failed"  # until something better is known: a record written in the middle of a crash is not a success
+    )
+    device: str = ""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    commit: str | None = None
+    parameters: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    curve: list[CurvePoint] = dataclasses.field(default_factory=list)
+    final: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    target: dict[str, float | None] | None = None
+    peak_memory_bytes: int = 0
+    health: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def describe_machine(self, device: torch.device) -> None:
+        """Fill `device`, `versions` and `commit` from where this process runs."""
+        self.device = machine.device_name(device)
+        self.versions = machine.versions()
+        self.commit = machine.commit()
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `folder/NAME.json` atomically (a reader sees the old file or the whole new one) and return its path.
+
+        Args:
+            folder: where to; made when absent.
+
+        Raises:
+            ValueError: the status is not one of `STATUSES`.
+        """
+        if self.status not in STATUSES:
+            raise ValueError(f"Run status {self.status!r} is unknown; use one of {', '.join(STATUSES)}.")
+        text = json.dumps(jsonable(dataclasses.asdict(self)), indent=1, allow_nan=False, ensure_ascii=False)
+        path = Path(folder) / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text + "\n")
+        return path
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: numbers that are not finite become None, absolute paths their last part, the rest text.
+
+    Args:
+        value: a nest of mappings, sequences, numbers, strings, paths and anything else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, str | Path):
+        return os.path.basename(str(value).rstrip(os.sep)) if os.path.isabs(value) else str(value)
+    if isinstance(value, Sequence):
+        return [jsonable(item) for item in value]
+    if isinstance(value, bool | int | None):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def read_runs(folder: str | Path) -> list[RunRecord]:
+    """Every run JSON of a folder (not of folders inside it), by file name.
+
+    Args:
+        folder: where `RunRecord.write` wrote.
+
+    Raises:
+        ValueError: no such folder, no JSON in it, or a JSON that is not a run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"No folder {str(folder)!r}; give the folder that holds the run JSONs.")
+    records = [read_run(path) for path in sorted(folder.glob("*.json"))]
+    if not records:
+        raise ValueError(f"Folder {str(folder)!r} holds no *.json; give the folder that holds the run JSONs.")
+    return records
+
+
+def read_run(path: Path) -> RunRecord:
+    """One run JSON.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: it is not the JSON of a run.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete it or write it again.") from error
+    fields = {field.name for field in dataclasses.fields(RunRecord)}
+    missing = sorted(fields - set(data)) if isinstance(data, dict) else sorted(fields)
+    if missing:
+        raise ValueError(f"{path}: not a run, it lacks {', '.join(missing)}; keep other JSONs in another folder.")
+    return RunRecord(**{key: value for key, value in data.items() if key in fields})
+
+
+@contextmanager
+def recording(record: RunRecord, folder: str | Path | None) -> Iterator[RunRecord]:
+    """Give `record` the status the block ends with, write it, and pass every exception on.
+
+    A block that ends by itself is ``completed``, unless a callback said ``diverged`` meanwhile. Settings that are
+    refused before the first step are no run: nothing is written.
+
+    Args:
+        record: filled by the block; written also when the block fails, with what it has until then.
+        folder: where to write; None: nowhere (ranks other than 0).
+    """
+    began = True
+    try:
+        record.status = "completed"
+        yield record
+    except BaseException as error:
+        record.status = status_of(error)
+        began = record.steps > 0 or not isinstance(error, ValueError | NotImplementedError)
+        raise
+    finally:
+        if folder is not None and began:
+            logger.info("Run %s: %s, written to %s", record.name, record.status, record.write(folder))
+
+
+def status_of(error: BaseException) -> Status:
+    """The status of a run that ended with `error`: out of memory, stopped by the user, or failed.
+
+    Args:
+        error: what the run raised.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return "oom"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    # The CPU allocator raises a plain RuntimeError ("can't allocate memory"), CUDA libraries "... out of memory".
+    said = str(error).lower()
+    if isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said):
+        return "oom"
+    return "failed"
+
+
+def reach(curve: Sequence[CurvePoint], eval_loss: float) -> dict[str, float | None]:
+    """Where a curve first comes down to an evaluation loss, linearly between its evaluations.
+
+    Args:
+        curve: a run's curve; entries without an evaluation are passed over.
+        eval_loss: the loss to come down to.
+
+    Returns:
+        The `target` entry of a run: the loss asked for, and the steps and seconds it took (None: not reached).
+    """
+    before: CurvePoint | None = None
+    for point in curve:
+        loss = point["eval_loss"]
+        if loss is None:
+            continue
+        if loss <= eval_loss:
+            last = before or point
+            return {
+                "eval_loss": eval_loss,
+                "steps": _between(last, point, "step", eval_loss),
+                "seconds": _between(last, point, "seconds", eval_loss),
+            }
+        before = point
+    return {"eval_loss": eval_loss, "steps": None, "seconds": None}
+
+
+def _between(before: CurvePoint, after: CurvePoint, key: str, eval_loss: float) -> float:
+    """The value of `key` where the straight line between two evaluations passes `eval_loss`."""
+    x0, x1, y0, y1 = (float(point[k] or 0.0) for k in (key, "eval_loss") for point in (before, after))
+    return x1 if y0 == y1 else x0 + (x1 - x0) * (y0 - eval_loss) / (y0 - y1)

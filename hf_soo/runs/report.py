@@ -1,0 +1,273 @@
+"""The table and the picture of a folder of run JSONs.
+
+Runs that differ in the learning rates alone are one method: its best by final evaluation loss stands in the table, the
+others are listed below it. Runs can be compared when model, data, batch, schedule and seed are the same; a folder that
+mixes them is refused. A cell that is not known stays empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_soo.files import write_atomically
+from hf_soo.runs.record import RunRecord, reach
+
+# The method the others' steps are counted against: the first of these that is there.
+BASELINES = ("lamb", "adamw", "sgd", "muon", "rmsprop")
+# Settings of the method itself; all other settings of a run are its workload, and must agree in one table.
+METHOD_KEYS = frozenset(
+    {
+        "learning_rate",
+        "optim_args",
+        "base_optim_args",
+        "max_grad_norm",
+        "weight_decay",
+        "precondition_include",
+        "precondition_exclude",
+        "moments",  # whether its base could take those of the phase before
+    }
+)
+HEADER = ("optimizer", "base", "learning rate", "final eval loss")
+HEADER_END = ("steps to {}", "s/step", "status")  # between them the other metrics of an evaluation, where there are any
+LOSSES = ("train_loss", "eval_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """The runs of one optimizer, base and configuration, best first; they differ in learning rates only."""
+
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def best(self) -> RunRecord:
+        """The run with the lowest final evaluation loss."""
+        return self.runs[0]
+
+    @property
+    def label(self) -> str:
+        """For a legend: "mkor over lamb (update_period=5)"."""
+        run = self.best
+        over = "" if run.base == run.optimizer else f" over {run.base}"
+        return f"{run.optimizer}{over}{_settings(run)}"
+
+
+def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[Method]:
+    """Group runs by optimizer, base and configuration, each group and the list of groups best first.
+
+    Args:
+        records: the runs of one workload.
+        free: settings besides a method's own in which they may differ.
+
+    Raises:
+        ValueError: the runs are of different workloads.
+    """
+    _check_one_workload(records, METHOD_KEYS.union(free))
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(_configuration(record), []).append(record)
+    found = [Method(tuple(sorted(group, key=final_loss))) for group in groups.values()]
+    return sorted(found, key=lambda method: final_loss(method.best))
+
+
+def _configuration(run: RunRecord) -> str:
+    """What two runs of one method share: everything but their learning rates."""
+    decay_and_clip = [run.config.get(key) for key in ("weight_decay", "max_grad_norm")]
+    return f"{run.optimizer}|{run.base}|{_settings(run)}|{decay_and_clip}"
+
+
+def final_loss(record: RunRecord) -> float:
+    """The loss to rank by: the last evaluation of a completed run, infinite for every other.
+
+    Args:
+        record: a run.
+    """
+    loss = record.final.get("eval_loss") if record.status == "completed" else None
+    return math.inf if loss is None else loss
+
+
+def table(records: Sequence[RunRecord]) -> str:
+    """The markdown table of the best run of every method, and the list of the other runs.
+
+    Args:
+        records: the runs of one workload.
+
+    Raises:
+        ValueError: the runs are of different workloads.
+    """
+    found = methods(records)
+    baseline = _baseline(found)
+    target = final_loss(baseline.best) if baseline else math.inf
+    goal = f"{baseline.label}'s {target:.3f}" if baseline else "the baseline"
+    metrics = tuple(dict.fromkeys(key for method in found for key in method.best.final if key not in LOSSES))
+    header = " | ".join((*HEADER, *metrics, *HEADER_END)).format(goal)
+    lines = [f"| {header} |", "|" + "---|" * 3 + "---:|" * (3 + len(metrics)) + "---|"]
+    for method in found:
+        lines.append("| " + " | ".join(_row(method.best, target, metrics)) + " |")
+    others = [f"{method.label}: {_tried(method.runs[1:])}" for method in found if len(method.runs) > 1]
+    if others:
+        lines += ["", "Other learning rates tried (final eval loss). " + "; ".join(others) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(run: RunRecord, target: float, metrics: Sequence[str] = ()) -> list[str]:
+    steps = reach(run.curve, target)["steps"] if math.isfinite(target) else None
+    loss = final_loss(run)
+    return [
+        f"{run.optimizer}{_settings(run)}",
+        "" if run.base == run.optimizer else run.base,
+        _rates(run),
+        f"{loss:.3f}" if math.isfinite(loss) else "",
+        *("" if (value := run.final.get(metric)) is None else f"{value:.3f}" for metric in metrics),
+        "" if steps is None else f"{steps:.0f}",
+        f"{run.seconds / run.steps:.3f}" if run.steps else "",
+        run.status,
+    ]
+
+
+def _tried(runs: Sequence[RunRecord]) -> str:
+    def outcome(run: RunRecord) -> str:
+        loss = final_loss(run)
+        return f"{loss:.3f}" if math.isfinite(loss) else run.status
+
+    return ", ".join(f"{_rates(run)} → {outcome(run)}" for run in runs)
+
+
+def _rates(run: RunRecord) -> str:
+    """All a run's learning rates: "0.02, rest_lr 0.001"."""
+    rest = _arguments(run).get("rest_lr")
+    rate = run.config.get("learning_rate")
+    return ("" if rate is None else f"{rate:g}") + ("" if rest is None else f", rest_lr {rest:g}")
+
+
+def _settings(run: RunRecord) -> str:
+    """What is set besides learning rates, or nothing: " (update_period=5)"."""
+    said = [f"{key}={value}" for key, value in _arguments(run).items() if key != "rest_lr"]
+    for key in ("precondition_include", "precondition_exclude"):
+        said += [f"{key}={' '.join(run.config[key])}"] if run.config.get(key) else []
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _arguments(run: RunRecord) -> dict[str, Any]:
+    return {**(run.config.get("optim_args") or {}), **(run.config.get("base_optim_args") or {})}
+
+
+def _baseline(found: Sequence[Method]) -> Method | None:
+    finished = [method for method in found if math.isfinite(final_loss(method.best))]
+    for name in BASELINES:
+        for method in finished:
+            if method.best.optimizer == name:
+                return method
+    return None
+
+
+def _check_one_workload(records: Sequence[RunRecord], free: frozenset[str]) -> None:
+    first = records[0]
+    for other in records[1:]:
+        ours, theirs = ({"seed": run.seed, **run.config} for run in (first, other))
+        for key in sorted((set(ours) | set(theirs)) - free):
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"Runs {first.name} and {other.name} differ in {key} ({ours.get(key)!r}, {theirs.get(key)!r}); "
+                    "one table compares runs of one workload, so keep each workload's runs in a folder of its own."
+                )
+
+
+def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, free: Collection[str] = ()) -> None:
+    """Draw evaluation loss over steps and over seconds of training, one line a method, the best run of each.
+
+    Args:
+        records: the runs of one workload.
+        path: the file; its ending says the format.
+        title: over both panels.
+        free: settings besides a method's own in which they may differ.
+
+    Raises:
+        ValueError: the runs are of different workloads, or matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    except ImportError as error:
+        raise ValueError("The picture needs matplotlib; pip install 'hf-soo[report]'.") from error
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    found = methods(records, free)
+    for index, method in enumerate(found):
+        _draw(panels, method, index)
+    for axis, name in zip(panels, ("optimizer steps", "seconds of training"), strict=True):
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("evaluation loss")
+    if limits := _limits(found):
+        panels[0].set_ylim(*limits)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(found)), frameon=False)
+    if title:
+        figure.suptitle(title)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+# Wong's palette (Nature Methods 2011), told apart also without colour vision; the markers serve print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX"
+
+
+def _draw(panels: Any, method: Method, index: int) -> None:
+    run = method.best
+    points = _evaluations(run)
+    loss = final_loss(run)
+    outcome = f"{loss:.3f}" if math.isfinite(loss) else run.status
+    style = {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4,
+        "label": f"{method.label}, lr {_rates(run)}: {outcome}",
+    }
+    for axis, key in zip(panels, ("step", "seconds"), strict=True):
+        axis.plot([point[key] for point in points], [point["eval_loss"] for point in points], **style)
+
+
+def _evaluations(run: RunRecord) -> list[dict[str, float]]:
+    return [
+        {key: float(point[key] or 0.0) for key in ("step", "seconds", "eval_loss")}
+        for point in run.curve
+        if point["eval_loss"] is not None and math.isfinite(point["eval_loss"])
+    ]
+
+
+def _limits(found: Sequence[Method]) -> tuple[float, float] | None:
+    """Show what the methods differ in: from the lowest loss to the highest after the first evaluation of each."""
+    later = [point["eval_loss"] for method in found for point in _evaluations(method.best) if point["step"] > 0]
+    start = [points[0]["eval_loss"] for method in found if (points := _evaluations(method.best))]
+    if not later:
+        return None
+    low, high = min(later), min(max(later), max(start))
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def update_readme(readme: str | Path, name: str, text: str) -> None:
+    """Put a table between the markers ``<!-- results:NAME -->`` and ``<!-- /results -->``, atomically.
+
+    Args:
+        readme: the file.
+        name: of the marker.
+        text: the new content between the markers.
+
+    Raises:
+        ValueError: a marker is missing, or stands there twice.
+    """
+    path = Path(readme)
+    old, opening, closing = path.read_text(encoding="utf-8"), f"<!-- results:{name} -->", "<!-- /results -->"
+    head, *rest = old.split(opening)
+    if len(rest) != 1 or closing not in rest[0]:
+        raise ValueError(
+            f"{path} has {len(rest)} markers {opening!r}, needed is one with {closing!r} after it; add the two lines."
+        )
+    tail = rest[0].split(closing, 1)[1]
+    write_atomically(path, f"{head}{opening}\n{text.strip()}\n{closing}{tail}")

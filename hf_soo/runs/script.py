@@ -1,0 +1,127 @@
+"""A training script of any task: flags, checks, the runs, what is printed after, and errors of one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+
+from hf_soo.runs import arguments, report
+from hf_soo.runs.record import RunRecord, status_of
+from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.runs.training import Job, Task, train
+
+
+def run_script(
+    make_task: Callable[..., Task], classes: Sequence[type], description: str, flags: list[str] | None = None
+) -> int:
+    """A whole script: 0 when it trained (also when it diverged), 1 after an error, 130 after Ctrl-C.
+
+    An error is one line on stderr; --traceback shows where it came from.
+
+    Args:
+        make_task: called with an object of each of `classes` and the `RunTrainingArguments`.
+        classes: dataclasses of the task's flags.
+        description: for --help.
+        flags: None: those of the process.
+    """
+
+    def body(given: list[str]) -> None:
+        *settings, run, training = arguments.parse((*classes, RunArguments, RunTrainingArguments), given, description)
+        job = Job(run, training)
+        check(job)
+        task = make_task(*settings, training)
+        present(job, train(job, task), task.title)
+
+    return guarded(body, flags)
+
+
+def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None) -> int:
+    """Run a script's body: its exit code, with one line on stderr for an error.
+
+    Args:
+        body: called with the flags.
+        flags: None: those of the process.
+
+    Raises:
+        ValueError: with --traceback, settings that cannot be.
+        OSError: with --traceback, a file that cannot be read or written.
+        RuntimeError: with --traceback, or an error that no setting explains.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_soo").setLevel(logging.INFO)
+    given = sys.argv[1:] if flags is None else flags
+    try:
+        body(given)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        expected = not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError)
+        if "--traceback" in given or not (expected or status_of(error) == "oom"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def check(job: Job) -> None:
+    """Refuse, before any data is read, what could not end well.
+
+    Args:
+        job: all settings.
+
+    Raises:
+        ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, or processes that
+            would each train alone.
+    """
+    if job.run.target_eval_loss is not None and job.training.eval_strategy == "no":
+        raise ValueError(
+            f"target_eval_loss={job.run.target_eval_loss} and nothing is evaluated while the run trains; set "
+            "eval_strategy to steps or epoch."
+        )
+    if job.run.compare_with is not None and find_spec("matplotlib") is None:
+        raise ValueError("compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'.")
+    check_processes(job)
+
+
+def check_processes(job: Job) -> None:
+    """Refuse processes that would each train alone: what torchrun starts without a GPU, unless the Trainer is told.
+
+    Args:
+        job: all settings.
+
+    Raises:
+        ValueError: the launcher and the Trainer do not agree.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != job.training.world_size:
+        way_out = "--ddp_backend gloo" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "--use_cpu true"
+        raise ValueError(
+            f"The launcher started {started} processes, the Trainer sees {job.training.world_size}; "
+            f"without GPUs add {way_out}."
+        )
+
+
+def present(job: Job, records: Sequence[RunRecord], title: str) -> None:
+    """On the first process print the table, and draw the picture of a comparison.
+
+    Args:
+        job: all settings.
+        records: of the run, or of the two that were compared.
+        title: over the picture.
+    """
+    if job.training.process_index != 0:
+        return
+    print(report.table(records), end="")
+    if job.run.compare_with is not None:
+        picture = job.training.folder / "comparison.png"
+        report.picture(records, picture, title=f"{title}, {records[0].parameters / 1e6:.1f} M parameters")
+        print(f"wrote {picture}")

@@ -1,0 +1,305 @@
+"""Training runs of any task: one run is (task, optimizer) -> `RunRecord`, written as JSON however it ends.
+
+Two runs that are compared share task and seed and, as the hash in their records shows, every initial weight; they
+differ in the optimizer's own settings alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import re
+from abc import ABC, abstractmethod
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from hf_soo.integrations.arguments import parse_settings
+from hf_soo.registry import METHODS
+from hf_soo.runs import machine
+from hf_soo.runs.callbacks import RecordCallback
+from hf_soo.runs.record import RunRecord, reach, recording
+from hf_soo.runs.resume import OutputFolder, is_finished, kept_record, take_trained
+from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# What a record says of the Trainer's settings; with the task's they decide whether two runs can be compared.
+SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "precondition_include",
+    "precondition_exclude",
+)
+METHOD_SETTINGS = ("optim_args", "base_optim_args")
+
+
+class Task(ABC):
+    """What is trained, on what: all that runs of one kind do not share with runs of another."""
+
+    title: str  # over a picture
+    metrics: tuple[str, ...] = ()  # what an evaluation measures besides its loss
+
+    @abstractmethod
+    def make_model(self, seed: int) -> nn.Module:
+        """The model with its initial weights.
+
+        Args:
+            seed: of the weights.
+        """
+
+    @abstractmethod
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """What the record says of model and data.
+
+        Args:
+            model: with its initial weights.
+        """
+
+    def describe_start(self, args: RunTrainingArguments) -> dict[str, Any]:
+        """What the record says, besides, of how one run of this task starts; a comparison has two.
+
+        Args:
+            args: the Trainer's settings.
+
+        Raises:
+            ValueError: this task cannot be trained in these settings.
+        """
+        return {}
+
+    @abstractmethod
+    def make_trainer(self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
+        """The Trainer of a run, its callbacks and collators.
+
+        Args:
+            model: with its initial weights.
+            args: the Trainer's settings.
+            callbacks: besides the task's own.
+        """
+
+    def finish(self, trainer: Trainer) -> dict[str, float]:
+        """What is done with the trained and evaluated model, on every process: predictions, for example.
+
+        Args:
+            trainer: holds the model.
+
+        Returns:
+            Metrics for the record.
+        """
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One run's settings, besides those of its task."""
+
+    run: RunArguments
+    training: RunTrainingArguments
+
+    @property
+    def results_dir(self) -> Path:
+        """Where the run's JSON goes."""
+        return Path(self.run.results_dir or self.training.folder / "runs")
+
+
+def train(job: Job, task: Task) -> list[RunRecord]:
+    """One run, or two that are compared; writes their JSONs.
+
+    Args:
+        job: all settings.
+        task: what is trained.
+
+    Returns:
+        The record of the run, and that of the one it was compared with.
+
+    Raises:
+        ValueError: settings that cannot be.
+        RuntimeError: the two runs did not start from the same weights.
+    """
+    if job.run.compare_with is None:
+        return [train_one(job, task)]
+    first, second = _compared(job)
+    task.describe_start(second.training)  # refuses what it must before the first run has taken its hours
+    records = [train_one(first, task), train_one(second, task)]
+    hashes = [record.config["initial_weights"] for record in records]
+    if hashes[0] != hashes[1]:
+        raise RuntimeError(f"The runs started from different weights ({hashes[0]}, {hashes[1]}); nothing to compare.")
+    goal = job.run.target_eval_loss
+    if goal is None and records[1].status == "completed":
+        goal = records[1].final.get("eval_loss")
+    if goal is not None:
+        for record in records:
+            record.target = (record.target or {}) | reach(record.curve, goal)
+            _write(record, first)
+    return records
+
+
+def _compared(job: Job) -> tuple[Job, Job]:
+    """The two jobs of a comparison; their checkpoints lie apart, their JSONs together."""
+    output, run = job.training.folder, dataclasses.replace(job.run, results_dir=str(job.results_dir))
+    first = dataclasses.replace(job.training, output_dir=str(output / f"1-{optimizer_name(job.training)}"))
+    second = job.training.compared(job.run, str(output / f"2-{job.run.compare_with}"))
+    jobs = (
+        dataclasses.replace(job, run=run, training=first),
+        # the second run is the reference: it has its whole length, and its whole curve
+        dataclasses.replace(job, run=dataclasses.replace(run, name=None, target_eval_loss=None), training=second),
+    )
+    names = [run_name(each) for each in jobs]
+    if names[0] == names[1]:
+        raise ValueError(f"compare_with: both runs are {names[0]!r}; change the optimizer or a compare_* setting.")
+    return jobs
+
+
+def train_one(job: Job, task: Task) -> RunRecord:
+    """Train, resuming where there is a checkpoint, and write the run's JSON, however it ends.
+
+    Args:
+        job: all settings.
+        task: what is trained.
+
+    Raises:
+        ValueError: settings that cannot be, or checkpoints of another run in the output folder.
+    """
+    args = job.training
+    model = task.make_model(args.seed)
+    record = describe(job, task, model)
+    output = OutputFolder(args, record, restart=job.run.restart)
+    checkpoint = output.checkpoint() if args.do_train else None
+    target = job.run.target_eval_loss
+    finished = is_finished(checkpoint, args, target)
+    if finished and (kept := kept_record(job.results_dir / f"{record.name}.json")) is not None:
+        logger.warning("%s is finished already; --restart runs it again", record.name)
+        if target is not None and target != (kept.target or {}).get("eval_loss"):
+            kept.target = (kept.target or {"stopped": False}) | reach(kept.curve, target)
+            _write(kept, job)
+        return kept
+    with recording(record, job.results_dir if args.process_index == 0 else None):
+        keeper = RecordCallback(record, task.metrics, target)
+        trainer = task.make_trainer(model, args, [output, keeper])
+        try:
+            if finished:  # and ended before its evaluation did
+                assert checkpoint is not None
+                take_trained(trainer, keeper, checkpoint)
+            elif args.do_train:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            if args.do_train:
+                _keep_model(trainer)
+            evaluated = [point["step"] for point in record.curve if point["eval_loss"] is not None]
+            if args.do_eval and record.status == "completed" and record.steps not in evaluated:
+                trainer.evaluate()
+            if record.status == "completed":
+                record.final |= task.finish(trainer)
+        finally:
+            record.peak_memory_bytes = machine.peak_memory_bytes(args.device)
+        if target is not None:
+            record.target = reach(record.curve, target)
+            record.target["stopped"] = record.target["steps"] is not None and record.steps < trainer.state.max_steps
+    return record
+
+
+def _keep_model(trainer: Trainer) -> None:
+    """The trained model in `output_dir` itself, where `from_pretrained` finds it; not for runs that keep nothing."""
+    if trainer.args.save_strategy != SaveStrategy.NO:
+        trainer.save_model()
+
+
+def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
+    """The record of a run that has not begun: what it is, on what, in which settings.
+
+    Args:
+        job: all settings.
+        task: what is trained.
+        model: with its initial weights.
+    """
+    args = job.training
+    # The usual order is not named: runs that were recorded before there was another one compare, and resume.
+    order = (
+        {} if args.train_sampling_strategy == "random" else {"train_sampling_strategy": args.train_sampling_strategy}
+    )
+    config = {
+        "initial_weights": weights_hash(model),
+        **task.describe(model),
+        **task.describe_start(args),
+        **order,
+        "processes": args.world_size,
+        **{key: _plain(getattr(args, key)) for key in SETTINGS},
+        **{key: parse_settings(key, getattr(args, key)) for key in METHOD_SETTINGS},
+    }
+    record = RunRecord(run_name(job), optimizer_name(args), base_name(args), config, args.seed)
+    record.parameters = sum(parameter.numel() for parameter in model.parameters())
+    record.describe_machine(args.device)
+    return record
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A digest of every weight and its name; equal for equal initial weights.
+
+    Args:
+        model: any module with its weights on the CPU or a GPU.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def optimizer_name(args: RunTrainingArguments) -> str:
+    """The optimizer as text, also where the Trainer made an enum of it.
+
+    Args:
+        args: the settings.
+    """
+    return str(_plain(args.optim))
+
+
+def base_name(args: RunTrainingArguments) -> str:
+    """The base that steps: the one asked for, else the method's own; the optimizer itself where it has none.
+
+    Args:
+        args: the settings.
+    """
+    method = METHODS.get(optimizer_name(args))
+    return args.base_optim or (method.base if method else optimizer_name(args))
+
+
+def run_name(job: Job) -> str:
+    """The name given, or one made of optimizer, base, learning rate and their settings: "mkor-lamb-lr0.02".
+
+    Args:
+        job: all settings.
+    """
+    if job.run.name is not None:
+        return job.run.name
+    args = job.training
+    names = dict.fromkeys((optimizer_name(args), base_name(args)))
+    settings = [item for key in METHOD_SETTINGS for item in parse_settings(key, getattr(args, key)).items()]
+    parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
+    parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _write(record: RunRecord, job: Job) -> None:
+    if job.training.process_index == 0:
+        record.write(job.results_dir)

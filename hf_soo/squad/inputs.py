@@ -1,0 +1,164 @@
+"""What `scripts/run_squad.py` reads: model and questions, each checked before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING
+
+from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
+from hf_soo.runs.run_arguments import RunTrainingArguments
+from hf_soo.squad.arguments import QaDataArguments
+from hf_soo.squad.files import QuestionSet, read_hub, read_questions
+from hf_soo.squad.tokens import Labels, Template, find_labels, read_template, tokenize
+from hf_soo.squad.windows import WindowConfig, Windows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The questions of one file as model inputs."""
+
+    asked: QuestionSet
+    windows: Windows
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QaData:
+    """All that is trained, evaluated and predicted on."""
+
+    train: Part | None
+    validation: Part | None
+    test: Part | None
+    version_2: bool
+    template: Template
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Those that there are, by name."""
+        each = {"train": self.train, "eval": self.validation, "test": self.test}
+        return {name: part for name, part in each.items() if part is not None}
+
+
+def read_files(data: QaDataArguments, args: RunTrainingArguments, cache_dir: str | None) -> dict[str, QuestionSet]:
+    """The questions of every part that the run needs: "train", "validation", "test".
+
+    Args:
+        data: which.
+        args: what is done with them.
+        cache_dir: of downloads.
+
+    Raises:
+        ValueError: a part is needed and not given, or a file that cannot be used.
+    """
+    needed = {
+        "train": (args.do_train, data.train_file, data.max_train_samples),
+        "validation": (args.do_eval, data.validation_file, data.max_eval_samples),
+        "test": (args.do_predict, data.test_file, data.max_predict_samples),
+    }
+    found = {}
+    for name, (wanted, file, count) in needed.items():
+        if not wanted:
+            continue
+        if file is None and (data.dataset_name is None or name == "test"):
+            way_out = f"give --{name}_file" + ("" if name == "test" else " or --dataset_name squad")
+            raise ValueError(f"there are no questions to {_VERBS[name]}; {way_out}.")
+        if file is not None:
+            found[name] = read_questions(file).head(count)
+        else:
+            found[name] = read_hub(str(data.dataset_name), name, cache_dir).head(count)
+    return found
+
+
+_VERBS = {"train": "train on", "validation": "evaluate on", "test": "predict"}
+
+
+def load_data(data: QaDataArguments, args: RunTrainingArguments, tokenizer: Any, cache_dir: str | None) -> QaData:
+    """Read, check and tokenize all questions of a run.
+
+    Args:
+        data: which, and how.
+        args: what is done with them.
+        tokenizer: a fast tokenizer.
+        cache_dir: of downloads.
+
+    Raises:
+        ValueError: files, lengths or a tokenizer that cannot be used.
+    """
+    files = read_files(data, args, cache_dir)
+    version_2 = data.version_2_with_negative or any(each.has_impossible for each in files.values())
+    for name, each in files.items():
+        if name != "test":
+            each.check_answers(version_2=version_2)
+    template = read_template(tokenizer)
+    parts = {name: _part(each, name, data, tokenizer, template) for name, each in files.items()}
+    return QaData(parts.get("train"), parts.get("validation"), parts.get("test"), version_2, template)
+
+
+def _part(asked: QuestionSet, name: str, data: QaDataArguments, tokenizer: Any, template: Template) -> Part:
+    """Model inputs; in training without the questions whose answer is not where the file says."""
+    tokens = tokenize(tokenizer, asked, data.max_query_length)
+    longest = int(tokens.questions.lengths.argmax())
+    room = data.max_seq_length - template.size - int(tokens.questions.lengths[longest])
+    if data.doc_stride >= room:
+        raise ValueError(
+            f"doc_stride={data.doc_stride} leaves no step: with max_seq_length={data.max_seq_length} only {room} "
+            f"tokens of a context fit beside question {asked.questions[longest].id!r} of {asked.source}; give a "
+            "smaller doc_stride or max_query_length, or a larger max_seq_length."
+        )
+    labels = None if name == "test" else find_labels(asked, tokens)
+    config = WindowConfig(data.max_seq_length, data.doc_stride)
+    windows = Windows(tokens, template, config, labels)
+    description = {"questions": len(asked.questions), "digest": _digest(asked), "questions_cut": tokens.cut}
+    if labels is not None:
+        description |= {"answers_wrong": len(labels.wrong), "answers_lost": len(labels.lost)}
+        description["answers_inexact"] = len(labels.inexact)
+        _report(asked, labels, training=name == "train")
+    if name == "train" and labels is not None:
+        skipped = {*labels.wrong, *labels.lost}
+        windows.keep(np.array([each.id not in skipped for each in asked.questions]))
+    return Part(asked, windows, {"file": Path(asked.source).name, **description, "windows": len(windows)})
+
+
+def _report(asked: QuestionSet, labels: Labels, *, training: bool) -> None:
+    """Say which answers are not where the file says; refuse a file in which most are not."""
+    skipped = [*labels.wrong, *labels.lost]
+    if 2 * len(skipped) > len(asked.questions):
+        raise ValueError(
+            f"{asked.source}: {len(skipped)} of {len(asked.questions)} answers are not in their context at "
+            f"'answer_start' (the first is of question {skipped[0]!r}); the file is damaged, or counts bytes "
+            "instead of characters."
+        )
+    if skipped:
+        what = "are left out" if training else "count in the scores, not in the loss's labels"
+        logger.warning(
+            "%s: the answers of %d questions are not in their context at 'answer_start' (%d) or in no token (%d); "
+            "these questions %s: %s", asked.source, len(skipped), len(labels.wrong), len(labels.lost), what,
+            ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else ""),
+        )  # fmt: skip
+    if labels.inexact:
+        logger.info(
+            "%s: the tokens of %d answers hold more than the answer ('1973s' for '1973')",
+            asked.source,
+            len(labels.inexact),
+        )
+
+
+def _digest(asked: QuestionSet) -> str:
+    """Equal for equal questions and answers."""
+    digest = hashlib.sha256()
+    for each in asked.questions:
+        digest.update(repr((each.id, each.question, each.answers)).encode())
+    return digest.hexdigest()[:16]
+
+
+def find_reader(model: PretrainedArguments, max_seq_length: int) -> Pretrained:
+    """A pretrained model that can answer; arguments and errors as those of `find_pretrained`."""
+    return find_pretrained(model, max_seq_length, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answer questions")

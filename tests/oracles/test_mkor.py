@@ -1,0 +1,253 @@
+"""MKOR against textbook float64: the dense factor updates and the low-rank form."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_soo.engine import linalg
+from hf_soo.engine.products import lowrank_product
+from tests.methods.twin_runs import batches, dense, half_squares, tensor, twins
+from tests.oracles import core as oracles
+from tests.oracles.core import Array, assert_close_report
+
+GAMMA = 0.95
+
+
+def drifting(rng: np.random.Generator, count: int, d: int, size: float = 1.0) -> list[Array]:
+    """Vectors with |v|² about `size`, whose mean direction turns slowly, as a layer's means do."""
+    mean, vectors = rng.normal(size=d), []
+    for _ in range(count):
+        mean = 0.97 * mean + 0.25 * rng.normal(size=d)
+        v = mean + 0.3 * rng.normal(size=d)
+        vectors.append(v * math.sqrt(size / (v @ v)))
+    return vectors
+
+
+def lowrank_after(vectors: list[Array], history: int, gamma: float = GAMMA) -> tuple[Tensor, Tensor]:
+    C, head = torch.zeros(history, len(vectors[0]), dtype=torch.float64), torch.tensor(0)
+    for v in vectors:
+        C, head = linalg.lowrank_update(C, head, tensor(v)[None], gamma, torch.tensor(True))
+    return C, head
+
+
+# ---- the oracles themselves ------------------------------------------------------------------------------------------
+
+
+def test_oracles_agree_with_matrix_inversion(rng: np.random.Generator) -> None:
+    F, J = np.eye(6), np.eye(6)
+    vectors = [v * 10 ** rng.uniform(-2, 1) for v in drifting(rng, 100, 6)]
+    F_exact = np.eye(6)
+    for v in vectors:
+        # float64 with condition numbers below 1e5: five digits lost of sixteen
+        assert_close_report(oracles.blend(F, v, GAMMA), oracles.blend_by_inversion(F, v, GAMMA), 1e-10, "blend")
+        F, F_exact, J = oracles.blend(F, v, GAMMA), oracles.exact(F_exact, v, GAMMA), GAMMA * J + 0.05 * np.outer(v, v)
+        assert_close_report(F_exact, np.linalg.inv(J), 1e-10, "exact")
+    V = rng.normal(size=(6, 3))
+    assert_close_report(oracles.blend(F, V, GAMMA), oracles.blend_by_inversion(F, V, GAMMA), 1e-10, "blend, 3 vectors")
+
+
+def test_oracles_agree_on_the_lowrank_form(rng: np.random.Generator) -> None:
+    F, vectors = np.eye(9), drifting(rng, 50, 9)
+    for v in vectors:
+        F = oracles.blend(F, v, GAMMA)
+    columns = oracles.lowrank_columns(vectors, GAMMA, history=50)
+    assert_close_report(oracles.from_columns(columns, 9), F, 1e-12, "I - CCᵀ")  # an identity: rounding of 50 updates
+
+
+def test_oracles_agree_with_autograd() -> None:
+    net, mlp = twins()
+    ((x, t),) = batches(1)
+    half_squares(net, x, t).backward()
+    for layer, (a, e) in zip((net[0], net[2]), mlp.backward(x, t), strict=True):
+        joint = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
+        assert_close_report(joint, e.T @ a, 1e-13, "hand-written backward")  # sums of 12 products
+
+
+def test_report_names_the_worst_entry() -> None:
+    with pytest.raises(AssertionError, match=r"worst entry \(1, 0\): got 3.75, expected 3, ratio 1.25, 1 of 4"):
+        assert_close_report(np.array([[1.0, 2.0], [3.75, 4.0]]), np.array([[1.0, 2.0], [3.0, 4.0]]), 1e-3)
+    with pytest.raises(AssertionError, match=r"worst entry \(1,\): got nan"):
+        assert_close_report(np.array([1.0, math.nan]), np.ones(2), 1.0)
+
+
+# ---- dense factor updates --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [5, 17, 64])
+def test_exact_update_is_the_inverse(rng: np.random.Generator, d: int) -> None:
+    F, J = torch.eye(d, dtype=torch.float64), np.eye(d)
+    for v in drifting(rng, 200, d, size=d):
+        F, J = linalg.exact_update(F, tensor(v), GAMMA), GAMMA * J + (1 - GAMMA) * np.outer(v, v)
+    assert_close_report(F, np.linalg.inv(J), 1e-10, "exact factor after 200 updates")  # mkor_eva: 1e-15 measured
+
+
+def test_exact_and_paper_updates_follow_the_oracle_in_batches(rng: np.random.Generator) -> None:
+    v = rng.normal(size=(2, 3, 7))
+    W = rng.normal(size=(2, 3, 7, 7))
+    F = W @ W.swapaxes(-1, -2)
+    for update, oracle in ((linalg.exact_update, oracles.exact), (linalg.paper_update, oracles.paper)):
+        actual = update(tensor(F), tensor(v), 0.9)
+        for index in np.ndindex(2, 3):  # one step each: only rounding
+            assert_close_report(actual[index], oracle(F[index], v[index], 0.9), 1e-13, f"{update.__name__} {index}")
+
+
+def test_blend_update_is_the_inverse_and_stays_between_0_and_1(rng: np.random.Generator) -> None:
+    d = 12
+    F = torch.eye(d, dtype=torch.float64)
+    for v in drifting(rng, 500, d):
+        v = v * 10 ** rng.uniform(-3, 3)  # |v| from 1e-3 to 1e3
+        M = GAMMA * F.numpy() + (1 - GAMMA) * np.eye(d)
+        F = linalg.blend_update(F, tensor(v)[None], GAMMA)
+        # in F: the inverse's own entries grow to |v|² = 1e6, and rounding of the inversion with them
+        assert_close_report(F, np.linalg.inv(np.linalg.inv(M) + np.outer(v, v)), 1e-10, "blend factor")
+        eigenvalues = torch.linalg.eigvalsh(F)
+        assert eigenvalues.min() > 0 and eigenvalues.max() <= 1 + 1e-12
+        assert F.abs().max() <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("q", [0.01, 0.25, 1.0, 9.0, 1e3])
+def test_blend_comes_to_rest_at_its_fixed_point(rng: np.random.Generator, q: float) -> None:
+    d = 6
+    v = rng.normal(size=d)
+    v *= math.sqrt(q / (v @ v))
+    F = torch.eye(d, dtype=torch.float64)
+    for _ in range(1000):
+        F = linalg.blend_update(F, tensor(v)[None], GAMMA)
+    along = v @ F.numpy() @ v / q
+    assert abs(along - oracles.blend_fixed_point(q, GAMMA)) < 1e-10  # 2e-15 in the spec
+    others = np.sort(np.append(np.ones(d - 1), along))
+    assert_close_report(torch.linalg.eigvalsh(F), others, 1e-10, "eigenvalues")
+
+
+def test_paper_update_grows_as_derived(rng: np.random.Generator) -> None:
+    F, v = torch.eye(8, dtype=torch.float64), tensor(rng.normal(size=8))
+    for _ in range(5):
+        before = float(v @ F @ v)
+        F = linalg.paper_update(F, v, GAMMA)
+        assert float(v @ F @ v) / before == pytest.approx(oracles.paper_growth(before, GAMMA), rel=1e-12)
+
+
+def test_paper_update_diverges_unless_the_stabilizer_is_strong() -> None:
+    v = torch.full((8,), 3.0, dtype=torch.float64)
+    largest = {}
+    for keep, updates in ((0.9, 100), (0.45, 300)):
+        F = torch.eye(8, dtype=torch.float64)
+        for _ in range(updates):
+            F = linalg.paper_update(linalg.stabilize(F, 2.0, keep), v, GAMMA)
+        largest[keep] = float(F.abs().max())
+    assert largest[0.9] > 1e10  # ζ above 1/(γ + γ⁻³) = 0.47 cannot hold it
+    assert largest[0.45] < 4
+
+
+def test_stabilize_blends_only_what_is_too_large(rng: np.random.Generator) -> None:
+    F = rng.normal(size=(3, 4, 4)) * np.array([1.0, 50.0, 0.1])[:, None, None]
+    actual = linalg.stabilize(tensor(F), 10.0, 0.9)
+    for i in range(3):
+        assert_close_report(actual[i], oracles.stabilized(F[i], 10.0, 0.9), 1e-15, f"factor {i}")
+
+
+def test_fp16_storage_keeps_the_blend_factor(rng: np.random.Generator) -> None:
+    d = 256
+    F, F_half = torch.eye(d, dtype=torch.float64), torch.eye(d, dtype=torch.float16)
+    for v in drifting(rng, 300, d, size=10.0):
+        F = linalg.blend_update(F, tensor(v)[None], GAMMA)
+        F_half = linalg.blend_update(F_half.float(), tensor(v)[None].float(), GAMMA).half()
+    assert_close_report(F_half, F, 2e-3, "fp16 factor")  # four units of fp16 rounding; 5e-4 in the spec
+    assert torch.linalg.eigvalsh(F_half.double()).min() > 0
+
+
+# ---- the low-rank form -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e3])
+def test_lowrank_update_is_the_dense_blend_while_history_lasts(rng: np.random.Generator, size: float) -> None:
+    d, history = 24, 40
+    vectors = drifting(rng, history, d, size)
+    F = np.eye(d)
+    for t, v in enumerate(vectors, start=1):
+        F = oracles.blend(F, v, GAMMA)
+        C, _ = lowrank_after(vectors[:t], history)
+        assert_close_report(dense(C), F, 1e-12, f"I - CCᵀ after {t} updates")  # an identity: rounding alone
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e3])
+@pytest.mark.parametrize("history", [16, 64])
+def test_lowrank_error_after_history_is_gamma_to_the_history(
+    rng: np.random.Generator, history: int, size: float
+) -> None:
+    d, F = 96, np.eye(96)
+    vectors = drifting(rng, history + 60, d, size)
+    C, head = lowrank_after(vectors[:history], history)
+    for v in vectors[:history]:
+        F = oracles.blend(F, v, GAMMA)
+    worst = 0.0
+    for v in vectors[history:]:
+        F = oracles.blend(F, v, GAMMA)
+        C, head = linalg.lowrank_update(C, head, tensor(v)[None], GAMMA, torch.tensor(True))
+        worst = max(worst, float(np.linalg.norm(dense(C) - F, 2)))
+    assert worst <= 2 * GAMMA**history  # the weight of what was dropped
+    assert worst > 1e-6  # something was dropped at all
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e6])
+def test_lowrank_factor_stays_definite(rng: np.random.Generator, size: float) -> None:
+    C, _ = lowrank_after(drifting(rng, 1000, 20, size), history=16)
+    eigenvalues = np.linalg.eigvalsh(dense(C))
+    assert eigenvalues.min() > 0
+    assert eigenvalues.max() <= 1 + 1e-12  # rounding of sixteen unit-sized columns
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_lowrank_block_update_is_woodbury(rng: np.random.Generator, r: int) -> None:
+    d, history = 18, 10
+    C, head = torch.zeros(2, history, d, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    F = [np.eye(d), np.eye(d)]
+    for _ in range(history // r):
+        V = rng.normal(size=(2, r, d))
+        F = [oracles.blend_by_inversion(F[i], V[i].T, GAMMA) for i in range(2)]
+        C, head = linalg.lowrank_update(C, head, tensor(V), GAMMA, torch.tensor([True, True]))
+        for i in range(2):  # the oracle inverts twice: condition number 1/(1-γ) + |v|², about 1e2
+            assert_close_report(dense(C[i]), F[i], 1e-12, f"factor {i}, {r} vectors")
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_dense_block_update_is_woodbury(rng: np.random.Generator, r: int) -> None:
+    F, V = np.eye(9), rng.normal(size=(4, r, 9))
+    library = torch.eye(9, dtype=torch.float64)
+    for block in V:
+        F, library = oracles.blend_by_inversion(F, block.T, GAMMA), linalg.blend_update(library, tensor(block), GAMMA)
+    assert_close_report(library, F, 1e-12, f"dense factor, {r} vectors")
+
+
+def test_lowrank_update_leaves_an_invalid_factor_alone(rng: np.random.Generator) -> None:
+    C, head = tensor(0.1 * rng.normal(size=(2, 4, 6))), torch.tensor([3, 3])
+    V = tensor(rng.normal(size=(2, 1, 6)))
+    V[1] = math.nan
+    new_C, new_head = linalg.lowrank_update(C, head, V, GAMMA, torch.tensor([True, False]))
+    assert torch.equal(new_C[1], C[1]) and new_head.tolist() == [0, 3]
+    rows = C[0].numpy()
+    F = oracles.blend_by_inversion(oracles.from_columns(list(rows), 6), V[0].T.numpy(), GAMMA)
+    dropped = GAMMA * np.outer(rows[3], rows[3])  # the oldest row takes part in the update, then leaves
+    assert_close_report(dense(new_C[0]), F + dropped, 1e-12, "the valid factor")
+
+
+def test_order_in_the_ring_buffer_does_not_matter(rng: np.random.Generator) -> None:
+    d, history = 10, 7
+    vectors = drifting(rng, 17, d)
+    wrapped, head = lowrank_after(vectors, history)
+    assert 0 < int(head) < history
+    in_order = torch.roll(wrapped, -int(head), dims=0)
+    expected = np.array(oracles.lowrank_columns(vectors, GAMMA, history))
+    assert_close_report(in_order, expected, 1e-12, "columns, oldest first")
+    G = rng.normal(size=(d, d))
+    products = []
+    for C in (wrapped, in_order):
+        P = tensor(G)[None].clone()
+        lowrank_product(P, None, C[None], C[None])
+        products.append(P)
+    assert_close_report(products[0], products[1], 1e-13, "P")  # sums in another order

@@ -1,0 +1,16 @@
+"""What ranks import, imported once: the server that ranks are forked from loads it when the first one is wanted."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import accelerate
+import deepspeed
+import transformers
+
+import hf_soo.integrations.deepspeed
+import tests.ranks.equality
+
+tests.ranks.equality.stay_on_gloo()  # no rank shall wait for a compiler
+
+__all__ = ["accelerate", "deepspeed", "hf_soo", "tests", "transformers"]

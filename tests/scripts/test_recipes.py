@@ -1,0 +1,52 @@
+"""Every recipe of BERT starts: model, data and optimizer of each config, at a reduced size, take two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.scripts.script_runs import ROOT, load_script, only_run, prepare_corpus
+
+RECIPES = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+SMALL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "32"]
+STEPS = ["--max_steps", "2", "--global_batch_size", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+HERE = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_num_workers", "0"]
+QUICK = ["--eval_strategy", "no", "--do_train", "true", "--dataloader_pin_memory", "false", "--max_eval_samples", "4"]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("pretrain_bert")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_corpus(tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture(scope="module")
+def phase_1(script: ModuleType, prepared: Path) -> Path:
+    """What phase 2 goes on from: LAMB's phase 1, of BERT-Large's recipe."""
+    out = prepared.parent / "phase1"
+    config = ROOT / "configs" / "pretrain" / "bert_large_phase1_lamb.yaml"
+    assert script.main([*reduced(config, prepared, out), "--save_strategy", "steps", "--save_steps", "2"]) == 0
+    return out
+
+
+def reduced(config: Path, data: Path, out: Path) -> list[str]:
+    folders = ["--data_dir", str(data), "--output_dir", str(out), "--results_dir", str(out / "runs")]
+    return ["--config", str(config), *folders, *SMALL, *STEPS, *HERE, *QUICK]
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda path: path.stem)
+def test_takes_two_steps(config: Path, script: ModuleType, prepared: Path, phase_1: Path, tmp_path: Path) -> None:
+    phase = ["--previous_phase", str(phase_1)] if "_phase2_" in config.stem else []
+    assert script.main([*reduced(config, prepared, tmp_path), "--save_strategy", "no", *phase]) == 0
+    run = only_run(tmp_path / "runs")
+    assert (run["status"], run["steps"], len(run["curve"])) == ("completed", 2, 2)
+    assert run["config"]["gradient_accumulation_steps"] == 2
+    first = run["curve"][0]["train_loss"]
+    assert 4.0 < first < 7.0  # ln(120 words) + ln(2) is 5.5
+    assert ("previous_phase" in run["config"]) == bool(phase)

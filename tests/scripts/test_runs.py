@@ -1,0 +1,160 @@
+"""Run JSONs: keys, statuses, atomic writing, what a path or a number that is not finite becomes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_soo.runs import machine
+from hf_soo.runs.record import RunRecord, jsonable, reach, read_run, read_runs, recording, status_of
+
+# DESIGN's result files: more keys may be added, none may go.
+KEYS = {
+    "name", "status", "optimizer", "base", "config", "seed", "device", "versions", "commit", "parameters", "steps",
+    "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
+}  # fmt: skip
+
+
+def make_record(name: str = "r") -> RunRecord:
+    return RunRecord(name=name, optimizer="mkor", base="lamb", config={"learning_rate": 0.02}, seed=3, steps=1)
+
+
+def test_json_has_the_fixed_keys_and_reads_back(tmp_path: Path) -> None:
+    record = make_record()
+    record.status = "completed"
+    record.curve = [{"step": 5, "seconds": 1.5, "train_loss": None, "eval_loss": 2.25}]
+    path = record.write(tmp_path)
+    assert path == tmp_path / "r.json"
+    assert set(json.loads(path.read_text())) == KEYS
+    assert read_run(path) == record
+
+
+def test_not_finite_is_null_and_an_absolute_path_its_last_part(tmp_path: Path) -> None:
+    value = {"a": float("nan"), "b": [float("inf"), 1.5, True, None], "c": tmp_path / "wiki128", "d": "data/x", 3: "y"}
+    assert jsonable(value) == {"a": None, "b": [None, 1.5, True, None], "c": "wiki128", "d": "data/x", "3": "y"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "oom"),
+        (RuntimeError("shapes differ"), "failed"),
+        (ValueError("out of memory"), "failed"),
+        (KeyboardInterrupt(), "stopped"),
+    ],
+)
+def test_an_exception_becomes_a_status_and_goes_on(tmp_path: Path, error: BaseException, status: str) -> None:
+    assert status_of(error) == status
+    with pytest.raises(type(error)), recording(make_record(), tmp_path):
+        raise error
+    assert read_run(tmp_path / "r.json").status == status
+
+
+def test_a_block_that_ends_is_completed_unless_it_diverged(tmp_path: Path) -> None:
+    with recording(make_record("a"), tmp_path):
+        pass
+    with recording(make_record("b"), tmp_path) as record:
+        record.status = "diverged"
+    assert [run.status for run in read_runs(tmp_path)] == ["completed", "diverged"]
+
+
+def test_refused_settings_are_no_run(tmp_path: Path) -> None:
+    record = make_record()
+    record.steps = 0
+    with pytest.raises(ValueError, match="no such key"), recording(record, tmp_path):
+        raise ValueError("no such key")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with recording(make_record(), None):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make_record()
+    path = record.write(tmp_path)
+    before = path.read_text()
+    record.steps = 99
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        record.write(tmp_path)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not JSON"), ("[]", "not a run"), ('{"name": "x"}', "not a run, it lacks base")]
+)
+def test_a_file_that_is_no_run_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=f"x.json: {message}"):
+        read_runs(tmp_path)
+
+
+def test_no_folder_and_no_runs_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No folder"):
+        read_runs(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no \*\.json"):
+        read_runs(tmp_path)
+
+
+def test_unknown_status_is_refused(tmp_path: Path) -> None:
+    record = make_record()
+    record.status = "fine"
+    with pytest.raises(ValueError, match="'fine' is unknown; use one of completed"):
+        record.write(tmp_path)
+
+
+CURVE = [
+    {"step": 0, "seconds": 0.0, "train_loss": None, "eval_loss": 10.0},
+    {"step": 5, "seconds": 4.0, "train_loss": 9.0, "eval_loss": None},
+    {"step": 10, "seconds": 10.0, "train_loss": 8.0, "eval_loss": 6.0},
+    {"step": 20, "seconds": 18.0, "train_loss": 7.0, "eval_loss": 5.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps", "seconds"),
+    [(8.0, 5.0, 5.0), (6.0, 10.0, 10.0), (5.5, 15.0, 14.0), (5.0, 20.0, 18.0), (11.0, 0.0, 0.0), (4.0, None, None)],
+)
+def test_reach_interpolates_between_evaluations(loss: float, steps: float | None, seconds: float | None) -> None:
+    assert reach(CURVE, loss) == {"eval_loss": loss, "steps": steps, "seconds": seconds}
+
+
+def test_commit_is_that_of_the_checkout() -> None:
+    root = Path(__file__).resolve().parents[2]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    if head.returncode:
+        assert machine.commit() is None
+    else:
+        assert machine.commit() in (head.stdout.strip(), f"{head.stdout.strip()}-dirty")
+
+
+def test_commit_of_someone_elses_repository_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    inside = tmp_path / "lib" / "hf_soo" / "experiments" / "machine.py"
+    inside.parent.mkdir(parents=True)
+    monkeypatch.setattr(machine, "__file__", str(inside))
+    assert machine.commit() is None
+
+
+def test_peak_memory_is_of_this_process() -> None:
+    cpu = torch.device("cpu")
+    machine.reset_peak_memory(cpu)
+    block = torch.ones(16 * 1024 * 1024)  # 64 MiB
+    assert machine.peak_memory_bytes(cpu) > block.nbytes
+
+
+def test_machine_names_device_and_versions() -> None:
+    assert machine.device_name(torch.device("cpu")).endswith(f", {torch.get_num_threads()} threads")
+    assert {"python", "hf-soo", "torch", "transformers"} <= set(machine.versions())
