@@ -102,7 +102,7 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(1024, 1024))
     tensors: list[Tensor] = []
-    for layer in method.select(model, None, None, preconditioner.refusal).layers:
+    for layer in method.select(model, None, None, preconditioner.skip_reason).layers:
         tensors += [tensor for factor in preconditioner.init(layer).values() for tensor in factor.values()]
         if recorder.hooks and not recorder.transient:  # what a window is summed in stays, too
             tensors += recorder.allocate(layer)

@@ -170,7 +170,7 @@ def assemble(
         made = make_config(name, method.config, settings)
         _require_batch_size(name, made)
         preconditioner, config = method.preconditioner(made), dataclasses.asdict(made)
-        selection = method.select(model, include, exclude, preconditioner.refusal)
+        selection = method.select(model, include, exclude, preconditioner.skip_reason)
     inner = build_base(base or method.base, groups, lr, args, hidden_weights(model))
     return PreconditionedOptimizer(
         inner, preconditioner, selection, name=name, config=config, parameter_names=dict(model.named_parameters())

@@ -35,7 +35,7 @@ class BareWork:
         self._ready: dict[object, Callable[[], object]] = {}
         self._calls: dict[Part, list[Callable[[], object]]] = {part: [] for part in PARTS}
         for layer in layers:
-            bare = preconditioner.bare_products(layer)
+            bare = preconditioner.minimal_products(layer)
             for part in PARTS if bare is not None else ():
                 self._calls[part] += [self._prepared(each, layer.weight) for each in getattr(bare, part)]
 

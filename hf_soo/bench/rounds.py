@@ -35,7 +35,7 @@ class Round:
         """Seconds of an optimizer step, averaged over a cycle."""
         return cycle.mean(self.steps) or 0.0
 
-    def bare_products(self, cycle: Cycle) -> float | None:
+    def minimal_products(self, cycle: Cycle) -> float | None:
         """Seconds of a step's bare products, averaged over a cycle; None without any."""
         return cycle.mean({kind: seconds_of(kind, self.bare) for kind in self.steps}) if self.bare else None
 
@@ -162,8 +162,8 @@ def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
         "plain_step_ratio": step(lambda kind: not (kind.updates or kind.refreshes)),
         "update_step_ratio": step(lambda kind: kind.updates and not kind.refreshes),
         "refresh_step_ratio": step(lambda kind: kind.refreshes),
-        "bare_products_ratio": median(lambda r: over(r.bare_products(cycle), r.reference)),
-        "step_to_bare_ratio": median(lambda r: over(r.step(cycle), r.bare_products(cycle))),
+        "bare_products_ratio": median(lambda r: over(r.minimal_products(cycle), r.reference)),
+        "step_to_bare_ratio": median(lambda r: over(r.step(cycle), r.minimal_products(cycle))),
         "capture_ratio": median(lambda r: over(r.capturing, r.forward_backward)),
         "train_step_ratio": median(lambda r: r.train_step(cycle) / r.reference_train_step),
         "forward_backward_seconds": median(lambda r: r.forward_backward),

@@ -55,22 +55,22 @@ class ByParameter:
         self.base.state[parameter] = {key: _like(value, parameter) for key, value in entry.items()}
 
 
-def whole_base_state(base: Optimizer, names: Sequence[Sequence[str]], keeper: Keeper, wanted: bool) -> dict[str, Any]:
+def whole_base_state(base: Optimizer, names: Sequence[Sequence[str]], keeper: Keeper, keep: bool) -> dict[str, Any]:
     """The state for a checkpoint; every rank must call it.
 
     Args:
         base: the optimizer.
         names: of the parameters of each group.
         keeper: how the state is kept.
-        wanted: whether this rank keeps what it gets; the others hold one parameter's state at a time.
+        keep: whether this rank keeps what it gets; the others hold one parameter's state at a time.
 
     Returns:
-        See the module's docstring; loadable with ``weights_only=True``. Without states where they are not wanted.
+        See the module's docstring; loadable with ``weights_only=True``. Without states where they are not kept.
     """
     state = {}
     for name in (name for mine in names for name in mine):
         entry = keeper.whole(name)
-        if wanted:
+        if keep:
             state[name] = entry
     return {"groups": [_settings(group) for group in base.param_groups], "state": state}
 

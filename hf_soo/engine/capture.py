@@ -15,9 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_soo.engine.gradients import Grad, Gradients, Groups
+from hf_soo.engine.gradients import Groups, Joint
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.placement import Placement
+from hf_soo.engine.strategy import Gradients
 
 Buffers = list[Tensor]
 """What a recorder sums for one layer in the current window; the recorder knows the order."""
@@ -28,18 +29,18 @@ class Statistics:
     """What a method learns from, for layers of one shape, stacked.
 
     Args:
-        rows: the rows of the window over all ranks, [L]; 0 where there is nothing to learn from.
+        samples: the rows of the window over all ranks, [L]; 0 where there is nothing to learn from.
         inputs: what the recorder made of the layers' inputs, or None.
         outputs: what it made of dL/dy, L the mean loss of the global batch, or None.
         noise: whether Σ dL/dy is rounding noise, [L]; or None.
         grad: the averaged gradients, for methods that learn from them alone.
     """
 
-    rows: Tensor
+    samples: Tensor
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     noise: Tensor | None = None
-    grad: Grad | None = None
+    grad: Joint | None = None
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Window:
     unit: float
 
 
-class Phase:
+class FisherPass:
     """Which factors a backward pass adds to, where a sampled loss has a backward pass of its own.
 
     Attributes:
@@ -90,16 +91,16 @@ class Recorder(Protocol):
         """Whether the buffers are large: they are then held in windows that collect alone."""
 
     @property
-    def phase(self) -> Phase | None:
+    def fisher_pass(self) -> FisherPass | None:
         """Where a sampled loss is wanted: which pass this is."""
 
     def allocate(self, layer: Layer) -> Buffers:
         """Zero buffers for a layer."""
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
         """The output, with a node behind it that adds to the buffers in the backward pass.
 
-        ``real`` is true for the rows of x that are no padding, x's shape without the last dimension; None: all are.
+        ``token_mask`` is true for the rows of x that are no padding, x's shape without its last dimension; None: all.
         """
 
     def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
@@ -115,13 +116,13 @@ class GradientRecorder:
     needs = "gradients only"
     hooks = False
     transient = False
-    phase = None
+    fisher_pass = None
 
     def allocate(self, layer: Layer) -> Buffers:
         """Nothing."""
         return []
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
         """Not called: there are no hooks."""
         return output
 
@@ -132,7 +133,8 @@ class GradientRecorder:
     def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
         """The gradients themselves; they are averaged over ranks already."""
         return lambda groups: [
-            Statistics(rows=grad.weight.new_ones(len(grad.weight)), grad=grad) for grad in window.gradients.read(groups)
+            Statistics(samples=grad.weight.new_ones(len(grad.weight)), grad=grad)
+            for grad in window.gradients.read(groups)
         ]
 
 
@@ -156,7 +158,7 @@ class Capture:
         self.recorder = recorder
         self.collecting = False
         self.mask: Tensor | None = None
-        self.sampled: list[Tensor] | None = None if recorder.phase is None else []  # outputs; see fisher.py
+        self.sampled: list[Tensor] | None = None if recorder.fisher_pass is None else []  # outputs; see fisher.py
         self._sampled_layers: set[str] = set()
         self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if recorder.hooks else []
         self.buffers: dict[str, Buffers] = {
@@ -204,9 +206,9 @@ class Capture:
             )
         if self.sampled is not None:
             self._keep_sampled(layer, output)
-        return self.recorder.commit(layer, x, output, self.buffers[layer.name], self._real(layer, x))
+        return self.recorder.commit(layer, x, output, self.buffers[layer.name], self._token_mask(layer, x))
 
-    def _real(self, layer: RowLayer, x: Tensor) -> Tensor | None:
+    def _token_mask(self, layer: RowLayer, x: Tensor) -> Tensor | None:
         """The mask where its rows are those of the layer's input: not of an image, or of positions that were chosen."""
         fits = self.mask is not None and layer.channel_dim == -1 and x.shape[:-1] == self.mask.shape
         return self.mask if fits else None
@@ -238,8 +240,8 @@ class Capture:
         tensors = [tensor for buffers in self.buffers.values() for tensor in buffers]
         if tensors:
             torch._foreach_zero_(tensors)
-        if self.recorder.phase is not None:
-            self.recorder.phase.passes = 0
+        if self.recorder.fisher_pass is not None:
+            self.recorder.fisher_pass.passes = 0
         if not outputs:
             return
         self.mask = None

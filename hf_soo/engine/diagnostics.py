@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_soo.engine.linalg import Moved
+from hf_soo.engine.gradients import TransformNorms
 from hf_soo.engine.preconditioner import Outcome, Updated
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Diagnostics:
             sides: what the method tells apart, ``Preconditioner.side_names``.
         """
         self._sides = sides
-        self._moved: list[tuple[list[str], Moved]] = []
+        self._moved: list[tuple[list[str], TransformNorms]] = []
         self._fresh = False
         self._updated: list[tuple[list[str], Updated]] = []
         self._refreshed: list[tuple[list[str], Tensor]] = []
@@ -65,7 +65,7 @@ class Diagnostics:
         """Keep what became of the inverses of the named layers, [L, sides]."""
         self._refreshed.append((names, outcomes))
 
-    def record_transform(self, names: list[str], moved: Moved) -> None:
+    def record_transform(self, names: list[str], moved: TransformNorms) -> None:
         """Keep what a transform of the named layers did."""
         self._moved.append((names, moved))
 
@@ -94,12 +94,12 @@ class Diagnostics:
 
     def _follow_cosines(self) -> None:
         """Take the last step into the lowest cos(G, P) so far: a few operations for all layers of a device together."""
-        by_device: dict[torch.device, list[Moved]] = {}
+        by_device: dict[torch.device, list[TransformNorms]] = {}
         for _, moved in self._moved if self._fresh else ():
             by_device.setdefault(moved.before.device, []).append(moved)
         for records in by_device.values():
             norms = (torch.cat(each) for each in zip(*(moved.tensors() for moved in records), strict=True))
-            lowest = Moved(*norms).cosine().min()
+            lowest = TransformNorms(*norms).cosine().min()
             before = self._lowest_cosine
             self._lowest_cosine = lowest if before is None else torch.minimum(before.to(lowest.device), lowest)
         self._fresh = False

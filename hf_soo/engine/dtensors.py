@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_soo.engine.comm import Communicator, Group
-from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.layers import Layer, full_shape
 from hf_soo.engine.shards import ShardedGradients, Span
+from hf_soo.engine.strategy import Gradients, PlainGradients
 
 
 class RowShards:

@@ -19,9 +19,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from hf_soo.engine.capture import Buffers, Phase, Statistics, Window
-from hf_soo.engine.gradients import Gradients, Groups, stack
+from hf_soo.engine.capture import Buffers, FisherPass, Statistics, Window
+from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
+from hf_soo.engine.strategy import Gradients
 from hf_soo.engine.sums import NOISE_LEVEL
 
 
@@ -42,7 +43,7 @@ class FactorRecorder:
         row_filter: "grad" (rows with g ≠ 0) or "all".
         loss_terms: R; None takes the rows with g ≠ 0 of the last layer that has any.
         published: the released kfac-pytorch's B, Σ g gᵀ / rows.
-        phase: for a sampled loss, whose pass adds to B alone, as the real one then adds to A alone; else None.
+        fisher_pass: for a sampled loss, whose pass adds to B alone, as the real one then adds to A alone; else None.
     """
 
     outputs: bool
@@ -50,7 +51,7 @@ class FactorRecorder:
     row_filter: Literal["grad", "all"]
     loss_terms: int | None
     published: bool
-    phase: Phase | None = None
+    fisher_pass: FisherPass | None = None
     hooks = True
     transient = True
 
@@ -62,14 +63,14 @@ class FactorRecorder:
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
         d_out, d_in = layer.shape
-        m, n, weight = d_in + (layer.bias is not None), d_out if self.outputs else 0, layer.like
+        m, n, weight = d_in + (layer.bias is not None), d_out if self.outputs else 0, layer.prototype
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
         return [zeros(2), zeros(m, m), zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
         """See ``Recorder``; padding is told by its output gradient here (``row_filter``)."""
         x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
         return cast(Tensor, _CommitFactors.apply(output, x, layer, self, *buffers))  # type: ignore[no-untyped-call]
@@ -86,7 +87,7 @@ class FactorRecorder:
         Raises:
             RuntimeError: a sampled loss was wanted and none came.
         """
-        if self.phase is not None and self.phase.passes == 0:
+        if self.fisher_pass is not None and self.fisher_pass.passes == 0:
             raise RuntimeError(
                 "fisher='mc' got no sampled loss in this window: call optimizer.backward_sampled(loss) before the real "
                 "backward where optimizer.wants_sampled_loss, or use SecondOrderTrainer."
@@ -101,12 +102,12 @@ class FactorRecorder:
             rows, live = stack([buffers[layer.name][0] for layer in group]).unbind(-1)
             A = stack([buffers[layer.name][1] for layer in group]) / rows.clamp(min=1)[:, None, None]
             if not self.outputs:
-                return Statistics(rows=rows, inputs=A)
+                return Statistics(samples=rows, inputs=A)
             scale = window.unit**2 * (1 / rows.clamp(min=1) if self.published else terms.expand_as(rows))
             B = stack([buffers[layer.name][2] for layer in group]) * scale[:, None, None]
             noise = stack([buffers[layer.name][3] for layer in group])
             is_noise = noise[:, 0] <= noise[:, 1] if self.reduce else None
-            return Statistics(rows=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B, noise=is_noise)
+            return Statistics(samples=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B, noise=is_noise)
 
         return lambda groups: [of(group) for group in groups]
 
@@ -135,7 +136,7 @@ class _CommitFactors(torch.autograd.Function):
         x = ctx.layer.input_rows(ctx.saved_tensors[0])
         counts, A, B, noise = ctx.buffers
         recorder: FactorRecorder = ctx.recorder
-        which = "both" if recorder.phase is None else recorder.phase.which
+        which = "both" if recorder.fisher_pass is None else recorder.fisher_pass.which
         g = grad.detach().movedim(ctx.layer.channel_dim, -1)
         g = g.reshape(*x.shape[:2], g.shape[-1])  # not -1: there may be no rows
         live = (g != 0).any(-1)

@@ -54,11 +54,11 @@ def backward_sampled(capture: Capture, loss: Tensor) -> None:
         loss: on the graph of the real loss, which stays usable.
     """
     assert capture.sampled is not None
-    phase = capture.recorder.phase
-    assert phase is not None
-    phase.which, phase.passes = "outputs", phase.passes + 1
+    fisher_pass = capture.recorder.fisher_pass
+    assert fisher_pass is not None
+    fisher_pass.which, fisher_pass.passes = "outputs", fisher_pass.passes + 1
     try:
         torch.autograd.grad(loss, capture.sampled, retain_graph=True, allow_unused=True)
     finally:
-        phase.which = "inputs"
+        fisher_pass.which = "inputs"
         capture.sampled.clear()

@@ -1,7 +1,7 @@
 """The products and factorisations that a method cannot do without, by shape: what its step is measured against.
 
-``Preconditioner.bare_products`` tells them for a layer, and ``scripts/bench_step.py`` times them on random matrices, so
-that a step can be read as a multiple of its own arithmetic.
+``Preconditioner.minimal_products`` tells them for a layer, and ``scripts/bench_step.py`` times them on random matrices,
+so that a step can be read as a multiple of its own arithmetic.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Factorisation:
 
 
 @dataclass(frozen=True, slots=True)
-class BareProducts:
+class MinimalWork:
     """What one layer's steps must multiply and factorise; what is done twice is listed twice.
 
     Args:

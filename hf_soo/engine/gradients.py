@@ -1,10 +1,16 @@
-"""Read and write a layer's gradient as one matrix, wherever it lies: the accessor, and plain gradients."""
+"""Gradients as the methods see them: one matrix a layer, norms of what was done to it, sums over rows that lie apart.
+
+A computation on the rows of a gradient that lie on this rank is a generator (``RowSums``): it yields the tensors of
+which it has summed its own rows, finds them summed over all rows when it goes on, and returns its result. So one piece
+of mathematics serves whole gradients, where nothing is left to be summed, and shards; and the computations of all
+layers advance together, so that their sums are one message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +19,17 @@ from hf_soo.engine.layers import Layer, accumulation_dtype
 
 ALL_ROWS = slice(None)
 
+T = TypeVar("T")
+
+RowSums = Generator[list[Tensor], None, T]
+"""Yields tensors to be summed over the row shards, in place; returns the result."""
+
+Groups = list[list[Layer]]
+"""Layers that are worked on together, each list of one shape."""
+
 
 @dataclass(slots=True)
-class Grad:
+class Joint:
     """Gradients of layers of one shape, stacked.
 
     Args:
@@ -39,109 +53,81 @@ class Grad:
             self.bias.mul_(factor[:, None])
 
 
-Groups = list[list[Layer]]
-"""Layers that are worked on together, each list of one shape."""
+@dataclass(slots=True)
+class TransformNorms:
+    """What a transform did to a batch of gradients, in squared norms over weight and bias; each of shape [...].
+
+    Args:
+        before: |G|².
+        after: |P|².
+        inner: ⟨P, G⟩.
+    """
+
+    before: Tensor
+    after: Tensor
+    inner: Tensor
+
+    @classmethod
+    def nothing(cls, like: Tensor) -> TransformNorms:
+        """Zeros for the layers of ``like`` [L, ...]: somebody else moves them."""
+        return cls(*like.new_zeros(3, like.shape[0]).unbind())
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three."""
+        return self.before, self.after, self.inner
+
+    def cosine(self) -> Tensor:
+        """cos(G, P); 1 where a norm is 0, since nothing was turned there."""
+        norms = self.before.sqrt() * self.after.sqrt()
+        return torch.where(norms > 0, self.inner / norms, 1.0).clamp(max=1.0)
 
 
-class Gradients(Protocol):
-    """Where the averaged gradients are. Every rank makes the same calls in the same order: some communicate."""
-
-    layout: object  # changes when gradients come to lie elsewhere
-    row_wise: bool  # whether the method can work on rows; the optimizer says so
-
-    def has(self, layer: Layer) -> bool:
-        """Whether this step produced a gradient for the layer's weight, and for its bias if it trains one."""
-
-    def by_rows(self, layer: Layer) -> bool:
-        """Whether ``read`` gives the rows of this rank alone."""
-
-    def rows(self, layer: Layer) -> slice:
-        """Those rows; all where ``read`` gives the whole gradient."""
-
-    def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
-        """The groups in portions that are read, transformed and written one after the other.
-
-        Args:
-            groups: all of them.
-            joined: whether a portion costs messages whatever its size, so that few are better.
-        """
-
-    def read(self, groups: Groups) -> list[Grad]:
-        """The groups' gradients in the accumulation dtype.
-
-        A single layer in that dtype may be a view: changing it in place writes the gradient.
-        """
-
-    def own(self, groups: Groups, grads: Sequence[Grad]) -> list[Grad]:
-        """What of the whole gradients this rank stores; the rest may be forgotten."""
-
-    def write(self, group: list[Layer], grad: Grad) -> None:
-        """Store what ``own`` gave, in the dtype that is stored."""
-
-    def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """Whole gradients of the layers' biases in the accumulation dtype, [d_out] each."""
-
-    def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
-        """Sum what was computed from the groups' rows over all rows, in place."""
-
-    def gather(self, layer: Layer, rows: Tensor) -> Tensor:
-        """A tensor [rows of this rank, ...] of a layer read by rows, with the rows of all ranks."""
+def squared_norm(*tensors: Tensor | None) -> Tensor:
+    """Sum of squares over all but the first dimension of all tensors, [L]."""
+    total: Tensor | float = 0.0
+    for tensor in tensors:
+        if tensor is not None:
+            each = tensor if tensor.ndim == 1 else torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
+            total = each.square() + total
+    assert isinstance(total, Tensor)
+    return total
 
 
-class PlainGradients:
-    """Gradients that are whole, ordinary tensors: one process, DistributedDataParallel, ZeRO-0."""
+def run_with_shared_sums(computations: Sequence[RowSums[T]], sum_: Callable[[Sequence[Tensor]], None]) -> list[T]:
+    """Run computations side by side, with one sum for all that they yield between two steps.
 
-    layout: object = "whole"
-    row_wise = False
+    Args:
+        computations: the same on every rank, in the same order.
+        sum_: sums tensors over the ranks that hold the other rows, in place.
 
-    def has(self, layer: Layer) -> bool:
-        """See ``Gradients``."""
-        return layer.weight.grad is not None and (layer.bias is None or layer.bias.grad is not None)
+    Returns:
+        What each returned.
+    """
+    results: dict[int, T] = {}
+    while len(results) < len(computations):
+        partial: list[Tensor] = []
+        for i, computation in enumerate(computations):
+            if i not in results:
+                try:
+                    partial += next(computation)
+                except StopIteration as done:
+                    results[i] = done.value
+        if partial:
+            sum_(partial)
+    return [results[i] for i in range(len(computations))]
 
-    def by_rows(self, layer: Layer) -> bool:
-        """Never."""
-        return False
 
-    def rows(self, layer: Layer) -> slice:
-        """All."""
-        return ALL_ROWS
+def run_whole(computation: RowSums[T]) -> T:
+    """Run one computation that has all rows.
 
-    def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
-        """One by one: in cache."""
-        return [groups] if joined else [[group] for group in groups]
+    Args:
+        computation: it.
 
-    def read(self, groups: Groups) -> list[Grad]:
-        """See ``Gradients``."""
-        return [self._read(group) for group in groups]
-
-    def _read(self, layers: Sequence[Layer]) -> Grad:
-        weights = [computed(layer.as_matrix(grad_of(layer.weight))) for layer in layers]
-        biases = [computed(grad_of(layer.bias)) for layer in layers if layer.bias is not None]
-        return Grad(stack(weights), stack(biases) if biases else None)
-
-    def own(self, groups: Groups, grads: Sequence[Grad]) -> list[Grad]:
-        """All."""
-        return list(grads)
-
-    def write(self, group: list[Layer], grad: Grad) -> None:
-        """See ``Gradients``."""
-        for i, layer in enumerate(group):
-            weight = grad_of(layer.weight)
-            if layer.as_matrix(weight).data_ptr() != grad.weight[i].data_ptr():  # else it was changed in place
-                weight.copy_(layer.from_matrix(grad.weight[i], weight))
-            if layer.bias is not None and grad.bias is not None:
-                grad_of(layer.bias).copy_(grad.bias[i])
-
-    def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """See ``Gradients``."""
-        return [computed(grad_of(layer.bias)) for layer in layers]
-
-    def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
-        """Nothing: all rows are here."""
-
-    def gather(self, layer: Layer, rows: Tensor) -> Tensor:
-        """All rows are here."""
-        return rows
+    Returns:
+        What it returned.
+    """
+    (result,) = run_with_shared_sums([computation], lambda tensors: None)
+    return result
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -46,7 +46,7 @@ class Layer(ABC):
         return self.module.weight  # type: ignore[return-value]
 
     @property
-    def like(self) -> Tensor:
+    def prototype(self) -> Tensor:
         """A plain tensor with the weight's dtype and device, to make others from; its shape says nothing."""
         weight = self.weight.detach()
         return weight.to_local() if isinstance(weight, DTensor) else weight

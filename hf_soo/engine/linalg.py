@@ -6,51 +6,8 @@ A low-rank factor is stored by rows: ``C`` [..., K, d] holds the K columns of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass(slots=True)
-class Moved:
-    """What a transform did to a batch of gradients, in squared norms over weight and bias; each of shape [...].
-
-    Args:
-        before: |G|².
-        after: |P|².
-        inner: ⟨P, G⟩.
-    """
-
-    before: Tensor
-    after: Tensor
-    inner: Tensor
-
-    @classmethod
-    def nothing(cls, like: Tensor) -> Moved:
-        """Zeros for the layers of ``like`` [L, ...]: somebody else moves them."""
-        return cls(*like.new_zeros(3, like.shape[0]).unbind())
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three."""
-        return self.before, self.after, self.inner
-
-    def cosine(self) -> Tensor:
-        """cos(G, P); 1 where a norm is 0, since nothing was turned there."""
-        norms = self.before.sqrt() * self.after.sqrt()
-        return torch.where(norms > 0, self.inner / norms, 1.0).clamp(max=1.0)
-
-
-def squared_norm(*tensors: Tensor | None) -> Tensor:
-    """Sum of squares over all but the first dimension of all tensors, [L]."""
-    total: Tensor | float = 0.0
-    for tensor in tensors:
-        if tensor is not None:
-            each = tensor if tensor.ndim == 1 else torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
-            total = each.square() + total
-    assert isinstance(total, Tensor)
-    return total
-
 
 # ---- low-rank MKOR: F = I - CᵀC -------------------------------------------------------------------------------------
 

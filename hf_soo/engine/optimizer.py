@@ -17,13 +17,13 @@ from hf_soo.engine.capture import Capture
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.dtensors import locate
-from hf_soo.engine.gradients import Gradients, PlainGradients
 from hf_soo.engine.grouping import stacked
 from hf_soo.engine.loss_watch import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
-from hf_soo.engine.routing import Roster, routing
+from hf_soo.engine.routing import ParameterIndex, routing
 from hf_soo.engine.selection import Selection
 from hf_soo.engine.state import Saving
+from hf_soo.engine.strategy import Gradients, PlainGradients
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ class PreconditionedOptimizer(Saving, Optimizer):
         loss_scale: a function to the factor on the loss in the backward pass (fp16 GradScaler); read on update steps.
         batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU,
             and for methods whose factors are too large to be stacked.
-        driven: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and the
-            other calls ``precondition`` before and ``advance`` after it.
+        external_step: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and
+            the other calls ``precondition`` before and ``advance`` after it.
         keeper: who keeps the base's state if it is not in whole tensors or DTensors by parameter (ZeRO).
-        agreed: whether the ranks have compared what they were built with; they do before the first step.
+        ranks_checked: whether the ranks have compared what they were built with; they do before the first step.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
 
@@ -76,19 +76,19 @@ class PreconditionedOptimizer(Saving, Optimizer):
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
-        self.layers, self._left = selection.layers, dict(selection.left)
-        self.roster = Roster.of(base.param_groups, parameter_names, self.layers)
+        self.layers, self._skipped = selection.layers, dict(selection.skipped)
+        self.parameter_index = ParameterIndex.of(base.param_groups, parameter_names, self.layers)
         self.comm = Communicator()
         self.gradients: Gradients = locate(self.layers, PlainGradients(), self.comm)
         self.diagnostic = Diagnostics(preconditioner.side_names)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.batched: bool | None = None
-        self.driven = False
+        self.external_step = False
         self.keeper: Keeper | None = None
         self.carries_state = True
         self.switched = False
         self.steps = 0
-        self.agreed = False
+        self.ranks_checked = False
         self._loss = LossWatch()
         self._place()
         self.capture = Capture(self.layers, preconditioner.recorder)
@@ -112,7 +112,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
                 loss = closure()
             if loss is not None:
                 self.report_loss(loss)
-        if self.driven:
+        if self.external_step:
             self._step_base()
         else:
             self.precondition()
@@ -124,8 +124,8 @@ class PreconditionedOptimizer(Saving, Optimizer):
     def precondition(self) -> None:
         """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
         self._agree()
-        if not self.steps and not self.driven:
-            self.roster.check(self.param_groups, self.layers, self.name)
+        if not self.steps and not self.external_step:
+            self.parameter_index.check(self.param_groups, self.layers, self.name)
         if self.layers:
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)
@@ -139,7 +139,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
 
     def _agree(self) -> None:
         """Compare what the ranks were built with, before their first step and after loading."""
-        if self.agreed:
+        if self.ranks_checked:
             return
         plain = (bool, int, float, str, tuple)
         settings = {key: value for key, value in self.base.defaults.items() if isinstance(value, plain)}
@@ -152,14 +152,14 @@ class PreconditionedOptimizer(Saving, Optimizer):
                 "steps done": str(self.steps),
             }
         )
-        self.agreed = True
+        self.ranks_checked = True
 
     def _step_base(self) -> None:
         self._linked_base().step()
 
     def _linked_base(self) -> Optimizer:
         """The base over our groups as they are now: ZeRO swaps our list for one of a single group, step by step."""
-        if self.driven:
+        if self.external_step:
             self.base.param_groups = self.param_groups
         return self.base
 
@@ -269,7 +269,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
 
     def _switch_off(self) -> None:
         """From now on the base alone: hooks and factors go."""
-        self._left |= {layer.name: f"{self.name} has switched to its base" for layer in self.layers}
+        self._skipped |= {layer.name: f"{self.name} has switched to its base" for layer in self.layers}
         self.capture.remove()
         self.layers, self.states, self.switched = [], {}, True
         self.diagnostic = Diagnostics(self.preconditioner.side_names)  # the last step's numbers are no news any more
@@ -279,7 +279,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
     def routing(self) -> dict[str, str]:
         """Per parameter of the base: which rule moves it, and why a layer is left to the base."""
         return routing(
-            self.param_groups, self.roster, self._left, self.diagnostic.without_rows(),
+            self.param_groups, self.parameter_index, self._skipped, self.diagnostic.without_rows(),
             method=self.name, base=type(self.base).__name__,
         )  # fmt: skip
 
@@ -291,7 +291,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
         table = self.diagnostic.rows()
         names = [f"{side}_distance" for side in self.preconditioner.side_names]
         for layer in self.layers:
-            if self.placement.works(layer.name):
+            if self.placement.is_gradient_worker(layer.name):
                 state = stacked([self.states[layer.name]], [layer], self.preconditioner.shared)
                 distances = self.preconditioner.distances(state)[0].tolist()
                 table.setdefault(layer.name, {}).update(zip(names, distances, strict=True))
@@ -304,11 +304,11 @@ class PreconditionedOptimizer(Saving, Optimizer):
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """While it lasts ``step`` is the base's alone: some loaders take one to make the state that they fill."""
-        before, self.driven = self.driven, True
+        before, self.external_step = self.external_step, True
         try:
             yield
         finally:
-            self.driven = before
+            self.external_step = before
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied: the copy would have no layers to hook.
@@ -332,4 +332,4 @@ class PreconditionedOptimizer(Saving, Optimizer):
         else:
             known = len(base.param_groups)
             base.add_param_group(param_group)
-            self.roster.extend(base.param_groups[known:])
+            self.parameter_index.extend(base.param_groups[known:])

@@ -53,7 +53,7 @@ class Plan:
         first = rank - rank % self.columns
         return list(range(first, first + self.columns))
 
-    def works(self, rank: int, name: str) -> bool:
+    def is_gradient_worker(self, rank: int, name: str) -> bool:
         """Whether ``rank`` preconditions the layer."""
         return (rank - self.owner[name]) % self.columns == 0
 
@@ -101,10 +101,10 @@ class Placement(Protocol):
     def everywhere(self) -> bool:
         """Whether every rank preconditions every layer."""
 
-    def owns(self, name: str) -> bool:
+    def is_inverse_worker(self, name: str) -> bool:
         """Whether this rank keeps and inverts the layer's factors."""
 
-    def works(self, name: str) -> bool:
+    def is_gradient_worker(self, name: str) -> bool:
         """Whether this rank preconditions the layer."""
 
     def column(self, name: str) -> int:
@@ -116,10 +116,10 @@ class Placement(Protocol):
     def sum_at_owner_(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """Sum symmetric matrices of each layer over all ranks, in place at the layer's owner; elsewhere undefined."""
 
-    def share_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """Send each layer's inverses from its owner to its column, in place."""
 
-    def share_directions(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_preconditioned_gradients(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """Send each layer's tensors from its workers to the others, in place."""
 
     def from_owner(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -136,11 +136,11 @@ class Replicated:
         """Take the means of communication."""
         self.comm = comm
 
-    def owns(self, name: str) -> bool:
+    def is_inverse_worker(self, name: str) -> bool:
         """Always."""
         return True
 
-    def works(self, name: str) -> bool:
+    def is_gradient_worker(self, name: str) -> bool:
         """Always."""
         return True
 
@@ -156,10 +156,10 @@ class Replicated:
         """Every rank is an owner."""
         self.sum_([tensor for each in tensors.values() for tensor in each])
 
-    def share_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """Nothing: everybody has them."""
 
-    def share_directions(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_preconditioned_gradients(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """Nothing: everybody has them."""
 
     def from_owner(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -186,13 +186,13 @@ class Grid:
             groups[tuple(ranks)] for ranks in (plan.column(self.rank), plan.row(self.rank))
         )
 
-    def owns(self, name: str) -> bool:
+    def is_inverse_worker(self, name: str) -> bool:
         """See ``Placement``."""
         return self.plan.owner[name] == self.rank
 
-    def works(self, name: str) -> bool:
+    def is_gradient_worker(self, name: str) -> bool:
         """See ``Placement``."""
-        return self.plan.works(self.rank, name)
+        return self.plan.is_gradient_worker(self.rank, name)
 
     def column(self, name: str) -> int:
         """See ``Placement``."""
@@ -211,13 +211,15 @@ class Grid:
                 for tensor, triangle in zip(mine, packed, strict=True):
                     unpack_triangle_(tensor, triangle)
 
-    def share_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """One broadcast in the column for each owner in it."""
         if self.plan.workers > 1:
-            for owner, mine in self._by(self.plan.owner, {n: t for n, t in tensors.items() if self.works(n)}):
+            for owner, mine in self._by(
+                self.plan.owner, {n: t for n, t in tensors.items() if self.is_gradient_worker(n)}
+            ):
                 self.comm.send_(owner, mine, self.column_group)
 
-    def share_directions(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_preconditioned_gradients(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """One broadcast in the row for each column."""
         if self.plan.columns > 1:
             sources = {name: self.plan.source(self.rank, name) for name in tensors}
@@ -267,9 +269,9 @@ def held(placement: Placement, name: str, state: LayerState, shared: Collection[
         state: all of it.
         shared: names of the tensors that a layer's workers need.
     """
-    if shared is None or placement.owns(name):
+    if shared is None or placement.is_inverse_worker(name):
         return state
-    works = placement.works(name)
+    works = placement.is_gradient_worker(name)
     return {side: {k: t for k, t in factor.items() if works and k in shared} for side, factor in state.items()}
 
 

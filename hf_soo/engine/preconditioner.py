@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
-from hf_soo.engine.flops import BareProducts
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.flops import MinimalWork
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial, finish
 from hf_soo.engine.rescale import NoRescale, Rescale
 
 Factor = dict[str, Tensor]
@@ -104,7 +102,7 @@ class Preconditioner(ABC):
         """Whether the inverses are computed anew in step ``step``, after the update."""
         return False
 
-    def refusal(self, layer: Layer) -> str | None:
+    def skip_reason(self, layer: Layer) -> str | None:
         """Why it cannot move a layer, or None."""
         return None
 
@@ -116,7 +114,7 @@ class Preconditioner(ABC):
         """What inverting a layer's factors costs, in any unit; for the placement."""
         return float(sum(d**3 for d in layer.shape))
 
-    def bare_products(self, layer: Layer) -> BareProducts | None:
+    def minimal_products(self, layer: Layer) -> MinimalWork | None:
         """What the steps of a layer must multiply and factorise, for the benchmark; None: nothing worth counting.
 
         By shape alone, a trained bias being one more column of the gradient. Only what ``step`` does: no product of
@@ -137,15 +135,15 @@ class Preconditioner(ABC):
         raise NotImplementedError(f"{type(self).__name__} refreshes nothing.")
 
     @abstractmethod
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
-        """Replace G by P in place. Where P is not finite G stays, and ``Moved.after`` is not finite."""
+    def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
+        """Replace G by P in place. Where P is not finite G stays, and ``TransformNorms.after`` is not finite."""
 
-    def update_rows(self, state: LayerState, statistics: Statistics) -> Partial[tuple[LayerState, Updated]]:
+    def update_rows(self, state: LayerState, statistics: Statistics) -> RowSums[tuple[LayerState, Updated]]:
         """``update`` where ``statistics.grad`` may be rows; methods that learn from the gradient override it."""
         yield from ()  # the statistics of other methods are whole
         return self.update(state, statistics)
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """``transform`` where ``grad`` may be rows; as it is for a method that needs them all."""
         yield from ()
         return self.transform(state, grad)
@@ -166,13 +164,13 @@ class Preconditioner(ABC):
         """
         return False
 
-    def own_state(self) -> dict[str, Tensor]:
+    def global_state(self) -> dict[str, Tensor]:
         """State that belongs to no layer, by name."""
         return {}
 
-    def load_own_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from ``own_state()``, whose tensors are filled in place; the argument is left as it is."""
-        for name, tensor in self.own_state().items():
+    def load_global_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from ``global_state()``, whose tensors are filled in place; the argument is left as it is."""
+        for name, tensor in self.global_state().items():
             tensor.copy_(saved[name])
 
 
@@ -182,16 +180,16 @@ class RowWise(Preconditioner):
     row_wise = True
 
     @abstractmethod
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Replace the rows of G that ``grad`` holds by those of P in place; the state is whole, but for ``row_state``.
 
         Yields:
             What it summed over its rows, to be summed over all.
         """
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """``transform_rows`` on all rows."""
-        return finish(self.transform_rows(state, grad))
+        return run_whole(self.transform_rows(state, grad))
 
 
 class Identity(Preconditioner):
@@ -209,7 +207,7 @@ class Identity(Preconditioner):
         """Not called: it never updates."""
         raise RuntimeError("an optimizer without a preconditioner has nothing to update.")
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """Not called: it has no layers."""
         raise RuntimeError("an optimizer without a preconditioner has nothing to transform.")
 

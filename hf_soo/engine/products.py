@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_soo.engine.linalg import Moved, squared_norm
-from hf_soo.engine.partial import Partial, finish
+from hf_soo.engine.gradients import RowSums, TransformNorms, run_whole, squared_norm
 
 
-def lowrank_product(G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right: Tensor | None) -> Moved:
+def lowrank_product(G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right: Tensor | None) -> TransformNorms:
     """``lowrank_steps`` on all rows."""
-    return finish(lowrank_steps(G, bias, C_left, C_right))
+    return run_whole(lowrank_steps(G, bias, C_left, C_right))
 
 
-def lowrank_steps(G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right: Tensor | None) -> Partial[Moved]:
+def lowrank_steps(
+    G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right: Tensor | None
+) -> RowSums[TransformNorms]:
     """In place: [G | bias] ← (I - C_leftᵀC_left) [G | bias] (I - C_rightᵀC_right), in thin products.
 
     With X = C_left Ĝ, Y = Ĝ C_rightᵀ, Z = X C_rightᵀ and Ĝ = [G | bias]:
@@ -77,15 +78,15 @@ def lowrank_steps(G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right
             bias.sub_(step)
     after = squared_norm(G, bias)
     yield [after]
-    return Moved(before, after, inner)
+    return TransformNorms(before, after, inner)
 
 
-def dense_product(G: Tensor, bias: Tensor | None, left: Tensor | None, right: Tensor | None) -> Moved:
+def dense_product(G: Tensor, bias: Tensor | None, left: Tensor | None, right: Tensor | None) -> TransformNorms:
     """``dense_steps`` on all rows."""
-    return finish(dense_steps(G, bias, left, right))
+    return run_whole(dense_steps(G, bias, left, right))
 
 
-def dense_steps(G: Tensor, bias: Tensor | None, left: Tensor | None, right: Tensor | None) -> Partial[Moved]:
+def dense_steps(G: Tensor, bias: Tensor | None, left: Tensor | None, right: Tensor | None) -> RowSums[TransformNorms]:
     """In place: [G | bias] ← left [G | bias] right; a result that is not finite leaves that gradient as it was.
 
     Args:
@@ -112,7 +113,7 @@ def eigen_steps(
     left: tuple[Tensor, Tensor] | None,
     right: tuple[Tensor, Tensor],
     damping: Tensor,
-) -> Partial[Moved]:
+) -> RowSums[TransformNorms]:
     """In place: [G | bias] ← Q_b [(Q_bᵀ [G | bias] Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; not finite: as ``dense_steps``.
 
     Args:
@@ -137,7 +138,7 @@ def eigen_steps(
     return (yield from replace_steps(G, bias, joint, P))
 
 
-def replace_steps(G: Tensor, bias: Tensor | None, joint: Tensor, P: Tensor) -> Partial[Moved]:
+def replace_steps(G: Tensor, bias: Tensor | None, joint: Tensor, P: Tensor) -> RowSums[TransformNorms]:
     """Write P [L, n, m (+ 1)] into [G | bias] where it is finite, in all rows.
 
     Args:
@@ -152,7 +153,7 @@ def replace_steps(G: Tensor, bias: Tensor | None, joint: Tensor, P: Tensor) -> P
     Returns:
         Squared norms and inner product; ``after`` is not finite where G was kept.
     """
-    moved = Moved(squared_norm(joint), squared_norm(P), (P * joint).sum((-2, -1)))
+    moved = TransformNorms(squared_norm(joint), squared_norm(P), (P * joint).sum((-2, -1)))
     yield list(moved.tensors())
     P = torch.where(moved.after.isfinite()[..., None, None], P, joint)
     G.copy_(P[..., : G.shape[-1]])
@@ -161,14 +162,14 @@ def replace_steps(G: Tensor, bias: Tensor | None, joint: Tensor, P: Tensor) -> P
     return moved
 
 
-def eva_product(G: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, damping: float) -> Moved:
+def eva_product(G: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, damping: float) -> TransformNorms:
     """``eva_steps`` on all rows."""
-    return finish(eva_steps(G, bias, a, b, damping))
+    return run_whole(eva_steps(G, bias, a, b, damping))
 
 
 def eva_steps(
     G: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, damping: float, rows: slice = slice(None)
-) -> Partial[Moved]:
+) -> RowSums[TransformNorms]:
     """In place: Eva, Ĝ ← (aaᵀ ⊗ bbᵀ + γI)⁻¹ vec(Ĝ) = (1/γ)[Ĝ - (bᵀĜa) / (γ + |a|²|b|²) b aᵀ].
 
     Args:
@@ -192,15 +193,15 @@ def eva_steps(
     c = s / (damping + q)
     rank_one_step(G, bias, c[..., None] * b[..., rows], a, damping)
     inner = (before - c * s) / damping
-    return Moved(before, (before - 2 * c * s + c * c * q) / damping**2, inner)
+    return TransformNorms(before, (before - 2 * c * s + c * c * q) / damping**2, inner)
 
 
-def eva_f_product(G: Tensor, bias: Tensor | None, a: Tensor, damping: float) -> Moved:
+def eva_f_product(G: Tensor, bias: Tensor | None, a: Tensor, damping: float) -> TransformNorms:
     """``eva_f_steps`` on all rows."""
-    return finish(eva_f_steps(G, bias, a, damping))
+    return run_whole(eva_f_steps(G, bias, a, damping))
 
 
-def eva_f_steps(G: Tensor, bias: Tensor | None, a: Tensor, damping: float) -> Partial[Moved]:
+def eva_f_steps(G: Tensor, bias: Tensor | None, a: Tensor, damping: float) -> RowSums[TransformNorms]:
     """In place: vectorised FOOF, Ĝ ← Ĝ(aaᵀ + γI)⁻¹ = (1/γ)[Ĝ - (Ĝa)aᵀ / (γ + |a|²)], row by row.
 
     Args:
@@ -222,7 +223,7 @@ def eva_f_steps(G: Tensor, bias: Tensor | None, a: Tensor, damping: float) -> Pa
     rank_one_step(G, bias, u / (damping + q)[..., None], a, damping)
     yield [before, s]
     inner = (before - s / (damping + q)) / damping
-    return Moved(before, (before - 2 * s / (damping + q) + s * q / (damping + q).square()) / damping**2, inner)
+    return TransformNorms(before, (before - 2 * s / (damping + q) + s * q / (damping + q).square()) / damping**2, inner)
 
 
 def rank_one_step(G: Tensor, bias: Tensor | None, u: Tensor, a: Tensor, damping: float) -> None:

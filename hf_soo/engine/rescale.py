@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.checks import require_in, require_range
-from hf_soo.engine.linalg import Moved
+from hf_soo.engine.gradients import TransformNorms
 
 
 class Rescale(Protocol):
@@ -17,7 +17,7 @@ class Rescale(Protocol):
 
     joint: bool  # True if the scales of all layers depend on each other
 
-    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor] | None:
+    def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor] | None:
         """Scale factors [L] for each batch of layers, or None to leave P alone; rates are given if ``joint``."""
 
 
@@ -26,7 +26,7 @@ class NoRescale:
 
     joint = False
 
-    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> None:
+    def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> None:
         """None."""
 
 
@@ -35,7 +35,7 @@ class MatchNorm:
 
     joint = False
 
-    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
+    def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor]:
         """|G| / |P|; 1 where P is 0 or a norm is not finite."""
         ratios = [m.before.sqrt() / m.after.sqrt() for m in moved]
         return [torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios]
@@ -54,7 +54,7 @@ class KLClip:
         """
         self.kl_clip = kl_clip
 
-    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
+    def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor]:
         """The same ν for every layer; 1 if the sum is 0. A layer whose ⟨P, G⟩ is not finite does not count."""
         terms = [lr.square() * m.inner for m, lr in zip(moved, learning_rates, strict=True)]
         total = torch.stack([torch.where(term.isfinite(), term, 0.0).sum() for term in terms]).sum()
@@ -68,7 +68,7 @@ class GlobalNorm:
 
     joint = True
 
-    def scales(self, moved: Sequence[Moved], learning_rates: Sequence[Tensor]) -> list[Tensor]:
+    def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor]:
         """The same factor for every layer; 1 if it is 0 or not finite. A layer whose P is not finite does not count."""
         usable = [m.before.isfinite() & m.after.isfinite() for m in moved]
         before, after = (

@@ -15,7 +15,7 @@ UNNAMED = "(unnamed)"
 
 
 @dataclass(frozen=True)
-class Roster:
+class ParameterIndex:
     """What belongs together when the optimizer is built: FSDP2 and ZeRO replace the parameters later.
 
     Args:
@@ -33,7 +33,7 @@ class Roster:
     @classmethod
     def of(
         cls, groups: Sequence[Mapping[str, Any]], names: Mapping[str, nn.Parameter], layers: Sequence[Layer]
-    ) -> Roster:
+    ) -> ParameterIndex:
         """Take it down.
 
         Args:
@@ -87,9 +87,9 @@ class Roster:
 
 def routing(
     groups: Sequence[Mapping[str, Any]],
-    roster: Roster,
-    left: Mapping[str, str],
-    idle: Collection[str],
+    parameter_index: ParameterIndex,
+    skipped: Mapping[str, str],
+    no_statistics: Collection[str],
     *,
     method: str,
     base: str,
@@ -98,19 +98,19 @@ def routing(
 
     Args:
         groups: the base's parameter groups.
-        roster: the parameters in them.
-        left: module or parameter -> why it is not moved.
-        idle: layers without statistics at the last update.
+        parameter_index: the parameters in them.
+        skipped: module or parameter -> why it is not moved.
+        no_statistics: layers without statistics at the last update.
         method: the method's name.
         base: the base's name.
     """
     table = {}
-    for group, names in zip(groups, roster.parameters, strict=True):
+    for group, names in zip(groups, parameter_index.parameters, strict=True):
         rule = f"{base} ({group['algorithm']})" if "algorithm" in group else base
         for name in names:
-            layer, reason = roster.layer.get(name), left.get(name) or left.get(name.rpartition(".")[0])
-            note = " (no statistics: it got no input at the last update)" if layer in idle else ""
-            if layer is not None and layer not in left:
+            layer, reason = parameter_index.layer.get(name), skipped.get(name) or skipped.get(name.rpartition(".")[0])
+            note = " (no statistics: it got no input at the last update)" if layer in no_statistics else ""
+            if layer is not None and layer not in skipped:
                 table[name] = f"{method} -> {base}{note}"
             else:
                 table[name] = rule if reason is None else f"{rule}: {reason}"

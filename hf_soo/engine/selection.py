@@ -33,18 +33,18 @@ class Selection:
 
     Args:
         layers: the layers to precondition, in the model's order.
-        left: name of a module, or of a parameter, -> the reason why it is left to the base optimizer.
+        skipped: name of a module, or of a parameter, -> the reason why it is left to the base optimizer.
     """
 
     layers: list[Layer]
-    left: dict[str, str]
+    skipped: dict[str, str]
 
 
-Refusal = Callable[[Layer], str | None]
+SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
 
 
-def refuse_nothing(layer: Layer) -> None:
+def skip_nothing(layer: Layer) -> None:
     """For methods that can move every layer."""
 
 
@@ -52,7 +52,7 @@ def select_layers(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    refusal: Refusal = refuse_nothing,
+    skip_reason: SkipReason = skip_nothing,
 ) -> Selection:
     """Choose the layers of a model that a method with Kronecker statistics moves.
 
@@ -60,7 +60,7 @@ def select_layers(
         model: the bare model (not wrapped in DistributedDataParallel).
         include: regular expressions; if given, only modules whose name matches one (``re.search``) are taken.
         exclude: regular expressions; modules whose name matches one are left to the base.
-        refusal: why the method cannot move a layer.
+        skip_reason: why the method cannot move a layer.
 
     Returns:
         The chosen layers and the reasons for the others.
@@ -76,16 +76,16 @@ def select_layers(
             if layer is not None:
                 yield layer, name, _reason_to_leave(layer, owners, decoders)
 
-    selection = _select(candidates(), include, exclude, refusal, "Linear, Conv1D or Conv2d layers")
+    selection = _select(candidates(), include, exclude, skip_reason, "Linear, Conv1D or Conv2d layers")
     embeddings = {name: "embedding" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    return Selection(selection.layers, selection.left | embeddings)
+    return Selection(selection.layers, selection.skipped | embeddings)
 
 
 def select_parameters(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    refusal: Refusal = refuse_nothing,
+    skip_reason: SkipReason = skip_nothing,
     everything: bool = False,
 ) -> Selection:
     """Choose the parameters of a model that a method without statistics moves, each on its own.
@@ -94,7 +94,7 @@ def select_parameters(
         model: the bare model.
         include: regular expressions on names of modules, as in ``select_layers``.
         exclude: regular expressions on names of modules, as in ``select_layers``.
-        refusal: why the method cannot move a parameter.
+        skip_reason: why the method cannot move a parameter.
         everything: embeddings, tied weights and vocabulary decoders too.
 
     Returns:
@@ -116,14 +116,14 @@ def select_parameters(
                 reason = reason or "vocabulary decoder"
             yield ParameterLayer(full_name, modules[name], attribute), name, reason
 
-    return _select(candidates(), include, exclude, refusal, "parameters")
+    return _select(candidates(), include, exclude, skip_reason, "parameters")
 
 
 def select_all_parameters(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    refusal: Refusal = refuse_nothing,
+    skip_reason: SkipReason = skip_nothing,
 ) -> Selection:
     """``select_parameters`` with embeddings, tied weights and decoders.
 
@@ -131,7 +131,7 @@ def select_all_parameters(
         model: see ``select_parameters``.
         include: see ``select_parameters``.
         exclude: see ``select_parameters``.
-        refusal: see ``select_parameters``.
+        skip_reason: see ``select_parameters``.
 
     Returns:
         See ``select_parameters``.
@@ -139,22 +139,22 @@ def select_all_parameters(
     Raises:
         ValueError: see ``select_parameters``.
     """
-    return select_parameters(model, include, exclude, refusal, everything=True)
+    return select_parameters(model, include, exclude, skip_reason, everything=True)
 
 
 def _select(
     candidates: Iterator[tuple[Layer, str, str | None]],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
-    refusal: Refusal,
+    skip_reason: SkipReason,
     kind: str,
 ) -> Selection:
     """Sort (layer, name that the patterns see, reason to leave it) into a Selection."""
     included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
     layers: list[Layer] = []
-    left: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for layer, name, reason in candidates:
-        reason = reason or refusal(layer)
+        reason = reason or skip_reason(layer)
         if reason is None and include is not None and not any(p.search(name) for p in included):
             reason = "no include pattern matches"
         if reason is None:
@@ -162,13 +162,13 @@ def _select(
         if reason is None:
             layers.append(layer)
         else:
-            left[layer.name] = reason
+            skipped[layer.name] = reason
     if not layers:
         raise ValueError(
-            f"no layer selected: include={include!r}, exclude={exclude!r} leave none of {len(left)} {kind} "
-            f"({dict(list(left.items())[:3])}); widen the patterns or use --optim adamw."
+            f"no layer selected: include={include!r}, exclude={exclude!r} leave none of {len(skipped)} {kind} "
+            f"({dict(list(skipped.items())[:3])}); widen the patterns or use --optim adamw."
         )
-    return Selection(layers, left)
+    return Selection(layers, skipped)
 
 
 def compile_patterns(what: str, patterns: Sequence[str] | None) -> list[re.Pattern[str]]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_soo.engine.comm import Communicator, Group
-from hf_soo.engine.gradients import ALL_ROWS, Grad, Groups, computed, stack
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed, stack
 from hf_soo.engine.layers import Layer, accumulation_dtype, full_shape
 
 GATHER_BYTES = 2**28
@@ -109,7 +109,7 @@ class ShardedGradients:
         if portion:
             yield portion
 
-    def read(self, groups: Groups) -> list[Grad]:
+    def read(self, groups: Groups) -> list[Joint]:
         """Views of the shards, or one message."""
         if groups and self.by_rows(groups[0][0]):
             return [self._read_rows(group) for group in groups]
@@ -117,35 +117,35 @@ class ShardedGradients:
         parameters = [(layer.weight, layer.bias) for layer in layers]
         whole = iter(self._gather([p for pair in parameters for p in pair if p is not None]))
         return [
-            Grad(layer.as_matrix(next(whole))[None], None if bias is None else next(whole)[None])
+            Joint(layer.as_matrix(next(whole))[None], None if bias is None else next(whole)[None])
             for layer, (_, bias) in zip(layers, parameters, strict=True)
         ]
 
-    def _read_rows(self, layers: Sequence[Layer]) -> Grad:
+    def _read_rows(self, layers: Sequence[Layer]) -> Joint:
         weights = [computed(layer.as_matrix(self.source.piece(layer.weight))) for layer in layers]
         biases = [computed(self.source.piece(layer.bias)) for layer in layers if layer.bias is not None]
-        return Grad(stack(weights), stack(biases) if biases else None, self.rows(layers[0]))
+        return Joint(stack(weights), stack(biases) if biases else None, self.rows(layers[0]))
 
-    def own(self, groups: Groups, grads: Sequence[Grad]) -> list[Grad]:
+    def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
         """The rows, or this rank's flat pieces of a whole P."""
         return [
             grad if self.by_rows(group[0]) else self._own(group[0], grad)
             for group, grad in zip(groups, grads, strict=True)
         ]
 
-    def _own(self, layer: Layer, grad: Grad) -> Grad:
+    def _own(self, layer: Layer, grad: Joint) -> Joint:
         shaped = torch.empty(full_shape(layer.weight), device="meta")
         weight = self._cut(layer.weight, layer.from_matrix(grad.weight[0], shaped))
         if layer.bias is None or grad.bias is None:
-            return Grad(weight, None)
-        return Grad(weight, self._cut(layer.bias, grad.bias[0]))
+            return Joint(weight, None)
+        return Joint(weight, self._cut(layer.bias, grad.bias[0]))
 
     def _cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This rank's piece of a whole tensor, [1, length]; a copy, so that the whole can be freed."""
         mine = self.source.spans(parameter)[self._rank]
         return whole.reshape(1, -1)[:, mine.start : mine.start + mine.length].clone()
 
-    def write(self, group: list[Layer], grad: Grad) -> None:
+    def write(self, group: list[Layer], grad: Joint) -> None:
         """Into the pieces."""
         scale = self.source.loss_scale
         for i, layer in enumerate(group):

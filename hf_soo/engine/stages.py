@@ -14,14 +14,13 @@ from torch import Tensor
 from hf_soo.engine.capture import Capture, Window
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
-from hf_soo.engine.gradients import Grad, Gradients, Groups
+from hf_soo.engine.gradients import Groups, Joint, RowSums, TransformNorms, run_with_shared_sums
 from hf_soo.engine.grouping import groups_of, stacked, unstack_
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial, together
 from hf_soo.engine.placement import Placement, held, place
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, Updated
-from hf_soo.engine.routing import Roster
+from hf_soo.engine.routing import ParameterIndex
+from hf_soo.engine.strategy import Gradients
 
 
 class Stages:
@@ -38,7 +37,7 @@ class Stages:
     diagnostic: Diagnostics
     batched: bool | None
     param_groups: list[dict[str, Any]]
-    roster: Roster
+    parameter_index: ParameterIndex
 
     def _layout(self) -> tuple[object, object]:
         """What the placement follows from: the ranks that share work, and where gradients lie."""
@@ -80,7 +79,7 @@ class Stages:
         recorder = self.preconditioner.recorder
         of = recorder.collect(window)
         self.diagnostic.begin_update()
-        owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
+        owned = [layer for layer in self.layers if self.placement.is_inverse_worker(layer.name)]
         records = []
         for batch in self.gradients.batches(self._groups(recorder.ready(owned, self.gradients))):
             states = [[self.states[layer.name] for layer in group] for group in batch]
@@ -88,7 +87,7 @@ class Stages:
                 self.preconditioner.update_rows(stacked(state, group), statistics)
                 for state, group, statistics in zip(states, batch, of(batch), strict=True)
             ]
-            done = together(computations, partial(self.gradients.sum_, batch))
+            done = run_with_shared_sums(computations, partial(self.gradients.sum_, batch))
             for state, group, (new, updated) in zip(states, batch, done, strict=True):
                 unstack_(state, new)
                 records.append(([layer.name for layer in group], updated))
@@ -112,7 +111,7 @@ class Stages:
     def _refresh_inverses(self) -> None:
         """New inverses of the layers that this rank owns; then every rank gets those it works with."""
         self.diagnostic.begin_refresh()
-        owned = [layer for layer in self.layers if self.placement.owns(layer.name)]
+        owned = [layer for layer in self.layers if self.placement.is_inverse_worker(layer.name)]
         records = []
         for group in self._groups(owned):
             states = [self.states[layer.name] for layer in group]
@@ -123,7 +122,7 @@ class Stages:
             self.diagnostic.record_refresh(names, refreshed.outcomes)
         shared = self.preconditioner.shared
         if shared is not None:
-            self.placement.share_inverses(
+            self.placement.broadcast_inverses(
                 {
                     name: [t for factor in state.values() for key, t in factor.items() if key in shared]
                     for name, state in self.states.items()
@@ -141,22 +140,24 @@ class Stages:
                 waiting = self._write(waiting)
         self._write(waiting)
 
-    def _move(self, batch: Groups) -> tuple[list[Grad], list[Moved]]:
+    def _move(self, batch: Groups) -> tuple[list[Joint], list[TransformNorms]]:
         """What this rank stores of the groups' P, and its norms; gathered gradients are free again afterwards."""
         grads = self.gradients.read(batch)
         computations = [self._transform(group, grad) for group, grad in zip(batch, grads, strict=True)]
-        moved = together(computations, partial(self.gradients.sum_, batch))
-        self._share_directions(batch, grads, moved)
+        moved = run_with_shared_sums(computations, partial(self.gradients.sum_, batch))
+        self._broadcast_preconditioned_gradients(batch, grads, moved)
         return self.gradients.own(batch, grads), moved
 
-    def _transform(self, group: list[Layer], grad: Grad) -> Partial[Moved]:
-        if not self.placement.works(group[0].name):
-            return Moved.nothing(grad.weight)  # it comes from a rank that does
+    def _transform(self, group: list[Layer], grad: Joint) -> RowSums[TransformNorms]:
+        if not self.placement.is_gradient_worker(group[0].name):
+            return TransformNorms.nothing(grad.weight)  # it comes from a rank that does
         states = [self.states[layer.name] for layer in group]
         state = stacked(states, group, self.preconditioner.shared)
         return (yield from self.preconditioner.transform_rows(state, grad))
 
-    def _share_directions(self, batch: Groups, grads: list[Grad], moved: list[Moved]) -> None:
+    def _broadcast_preconditioned_gradients(
+        self, batch: Groups, grads: list[Joint], moved: list[TransformNorms]
+    ) -> None:
         """P, and what was measured on it, from the ranks that made it to those that did not."""
         if self.placement.world is None:
             return
@@ -165,7 +166,9 @@ class Stages:
             for group, grad, record in zip(batch, grads, moved, strict=True)
             for i, layer in enumerate(group)
         }
-        self.placement.share_directions({layer.name: of[layer.name] for layer in self.layers if layer.name in of})
+        self.placement.broadcast_preconditioned_gradients(
+            {layer.name: of[layer.name] for layer in self.layers if layer.name in of}
+        )
 
     def _write(self, waiting: _Waiting) -> _Waiting:
         """Give P its length and store it; then nothing waits."""
@@ -181,7 +184,7 @@ class Stages:
 
     def _learning_rates(self, waiting: _Waiting) -> list[Tensor]:
         """The scheduled learning rate of each layer's weight, [L] for each group."""
-        rate_of = {name: float(self.param_groups[i]["lr"]) for name, i in self.roster.group.items()}
+        rate_of = {name: float(self.param_groups[i]["lr"]) for name, i in self.parameter_index.group.items()}
         rates = ([rate_of.get(layer.name, 0.0) for layer in group] for group in waiting.groups)
         return [m.inner.new_tensor(rate) for m, rate in zip(waiting.moved, rates, strict=True)]
 
@@ -197,7 +200,7 @@ class Stages:
                 for side, factor in own.items()
             }
         whole = self.preconditioner.init(layer)
-        for side, factor in own.items() if self.placement.owns(layer.name) else ():
+        for side, factor in own.items() if self.placement.is_inverse_worker(layer.name) else ():
             for key, tensor in factor.items():
                 whole[side][key].copy_(tensor)
         self.placement.from_owner(layer.name, [tensor for factor in whole.values() for tensor in factor.values()])
@@ -222,10 +225,10 @@ class _Waiting:
     """
 
     groups: Groups
-    grads: list[Grad]
-    moved: list[Moved]
+    grads: list[Joint]
+    moved: list[TransformNorms]
 
-    def add(self, groups: Groups, grads: list[Grad], moved: list[Moved]) -> None:
+    def add(self, groups: Groups, grads: list[Joint], moved: list[TransformNorms]) -> None:
         self.groups += groups
         self.grads += grads
         self.moved += moved

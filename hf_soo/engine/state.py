@@ -22,7 +22,7 @@ class Saving(Stages):
     config: dict[str, Any]
     steps: int
     switched: bool
-    agreed: bool
+    ranks_checked: bool
     carries_state: bool
     keeper: Keeper | None
     capture: Capture
@@ -78,7 +78,7 @@ class Saving(Stages):
             "config": dict(self.config),
             "steps": self.steps,
             "switched": self.switched,
-            "own": self.preconditioner.own_state(),
+            "own": self.preconditioner.global_state(),
             "layers": layer_tensors({layer.name: self._whole_state(layer) for layer in self.layers}),
         }
 
@@ -104,13 +104,13 @@ class Saving(Stages):
         """
         self._checked(saved)
 
-    def base_state(self, wanted: bool = True) -> dict[str, Any]:
+    def base_state(self, keep: bool = True) -> dict[str, Any]:
         """The base's state in whole tensors, the same for every strategy; every rank must call it.
 
         Args:
-            wanted: whether this rank keeps what it gets.
+            keep: whether this rank keeps what it gets.
         """
-        return whole_base_state(self._linked_base(), self.roster.parameters, self._keeper(), wanted)
+        return whole_base_state(self._linked_base(), self.parameter_index.parameters, self._keeper(), keep)
 
     def load_base_state(self, saved: dict[str, Any]) -> None:
         """Continue from ``base_state()`` of a run under this or another strategy.
@@ -121,10 +121,10 @@ class Saving(Stages):
         Raises:
             ValueError: it is another optimizer's or another model's.
         """
-        load_base_state(self._linked_base(), self.roster.parameters, self._keeper(), saved)
+        load_base_state(self._linked_base(), self.parameter_index.parameters, self._keeper(), saved)
 
     def _keeper(self) -> Keeper:
-        return self.keeper if self.keeper is not None else ByParameter(self.base, self.roster.parameters)
+        return self.keeper if self.keeper is not None else ByParameter(self.base, self.parameter_index.parameters)
 
     def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         saved = check_saved(saved, self.name, type(self.base).__name__, self.config)
@@ -141,8 +141,8 @@ class Saving(Stages):
             self._switch_off()
         self._follow_layout()
         self._restore_states(saved["layers"])
-        self.preconditioner.load_own_state(saved.get("own", {}))
+        self.preconditioner.load_global_state(saved.get("own", {}))
         self.steps = int(saved["steps"])
-        self.agreed = False
+        self.ranks_checked = False
         self._schedule()
         self.capture.clear()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, Statistics, Window
-from hf_soo.engine.gradients import Gradients, Groups, stack
+from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
+from hf_soo.engine.strategy import Gradients
 
 NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
 """δ by the gradient's dtype: a sum of rows with |Σe|² <= δ² Σ|e|² is rounding noise.
@@ -48,7 +49,7 @@ class SumRecorder:
     groups: int = 1
     noise: bool = False
     transient = False
-    phase = None
+    fisher_pass = None
 
     @property
     def needs(self) -> str:
@@ -65,7 +66,7 @@ class SumRecorder:
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
         d_out, d_in = layer.shape
-        weight, groups = layer.like, self.groups
+        weight, groups = layer.prototype, self.groups
         from_bias = layer.bias is not None and groups == 1
 
         def zeros(*shape: int) -> Tensor:
@@ -78,14 +79,14 @@ class SumRecorder:
             zeros(2 if self.noise else 0),
         ]
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, real: Tensor | None) -> Tensor:
+    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
         """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
-        if real is None:
+        if token_mask is None:
             inputs, rows = layer.input_sums(x, self.groups)
             counts = group_sizes(rows, self.groups, buffers[0])
         else:
-            inputs, _ = layer.input_sums(x * real[..., None].to(x.dtype), self.groups)
-            counts = group_sums(real.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
+            inputs, _ = layer.input_sums(x * token_mask[..., None].to(x.dtype), self.groups)
+            counts = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
         return cast(Tensor, _CommitSums.apply(output, inputs, counts, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
@@ -104,7 +105,7 @@ class SumRecorder:
             buffers = [window.buffers[layer.name] for layer in group]
             rows = stack([b[0] for b in buffers])
             return Statistics(
-                rows=rows.sum(-1),
+                samples=rows.sum(-1),
                 inputs=_input_means(group, stack([b[1] for b in buffers]), rows) if self.inputs else None,
                 outputs=stack([outputs[layer.name] for layer in group]) if self.outputs else None,
                 noise=_is_noise(stack([b[3] for b in buffers])) if self.noise else None,

@@ -67,7 +67,7 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     if whole or hasattr(zero, MARK):
         return
     source = pieces_of(zero, engine.module)
-    optimizer.driven = True
+    optimizer.external_step = True
     optimizer.gradients = gradients = ShardedGradients(source, optimizer.comm)
     optimizer.keeper = FlatKeeper(source, gradients, optimizer.base)
     optimizer.loss_scale = lambda: source.loss_scale

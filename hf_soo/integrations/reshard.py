@@ -112,7 +112,7 @@ def saved_base_state(optimizer: PreconditionedOptimizer, folder: str | os.PathLi
     """
     saved: Mapping[str, Any] | None = load_whole(folder, BASE_FILE)
     if saved is None and (plain := load_whole(folder, "optimizer.pt")) is not None:
-        saved = from_state_dict(plain, optimizer.roster.parameters)
+        saved = from_state_dict(plain, optimizer.parameter_index.parameters)
     if saved is None:
         raise ValueError(
             f"{folder} has no state of the base optimizer in whole tensors ({BASE_FILE} or optimizer.pt); resume under "

@@ -115,7 +115,7 @@ class ResumingMixin(_Base):
         if self.args.should_save:
             save_whole(output_dir, PRECONDITIONER_FILE, state)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            base = ours.base_state(wanted=self.args.should_save)
+            base = ours.base_state(keep=self.args.should_save)
             if self.args.should_save:
                 save_whole(output_dir, BASE_FILE, base)
 

@@ -120,13 +120,13 @@ class Labelled:
         """See ``Placement``."""
         return self.real.everywhere
 
-    def owns(self, name: str) -> bool:
+    def is_inverse_worker(self, name: str) -> bool:
         """See ``Placement``."""
-        return self.real.owns(name)
+        return self.real.is_inverse_worker(name)
 
-    def works(self, name: str) -> bool:
+    def is_gradient_worker(self, name: str) -> bool:
         """See ``Placement``."""
-        return self.real.works(name)
+        return self.real.is_gradient_worker(name)
 
     def column(self, name: str) -> int:
         """See ``Placement``."""
@@ -142,15 +142,15 @@ class Labelled:
         with self.counter.labelled("statistics"):
             self.real.sum_at_owner_(tensors)
 
-    def share_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """See ``Placement``."""
         with self.counter.labelled("inverses"):
-            self.real.share_inverses(tensors)
+            self.real.broadcast_inverses(tensors)
 
-    def share_directions(self, tensors: Mapping[str, list[Tensor]]) -> None:
+    def broadcast_preconditioned_gradients(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """See ``Placement``."""
         with self.counter.labelled("directions"):
-            self.real.share_directions(tensors)
+            self.real.broadcast_preconditioned_gradients(tensors)
 
     def from_owner(self, name: str, tensors: Sequence[Tensor]) -> None:
         """See ``Placement``."""

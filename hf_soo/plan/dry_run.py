@@ -78,7 +78,7 @@ def count(subject: Subject, model: str, layout: Layout, rank: int = 0) -> Counte
             net = wrap(bare, layout, mesh)
             with counter.labelled("build"):
                 optimizer = subject.pair.build(bare)
-            optimizer.agreed = True  # made-up ranks would not answer
+            optimizer.ranks_checked = True  # made-up ranks would not answer
             _take_steps(optimizer, subject.cycle, net, layout, counter, counted)
     return counted
 

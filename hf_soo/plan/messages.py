@@ -162,11 +162,11 @@ def _of_grid(subject: Subject, grid: Plan, ranks: Sequence[int]) -> Iterator[Mes
     places = [Place(grid, rank) for rank in ranks]
     if k > 1:
         shared = {layer.name: bytes_of(transform.init(layer), transform.shared) for layer in subject.layers}
-        most = max(sum(b for name, b in shared.items() if place.works(name)) for place in places)
+        most = max(sum(b for name, b in shared.items() if place.is_gradient_worker(name)) for place in places)
         yield Message("inverses", "broadcast", most, k, count=k, stride=columns, when="refresh", received=most)
     if columns > 1:
         moved = {layer.name: FLOAT * (_product(matrix_of(layer)) + 3) for layer in subject.layers}
-        away = max(sum(b for name, b in moved.items() if not place.works(name)) for place in places)
+        away = max(sum(b for name, b in moved.items() if not place.is_gradient_worker(name)) for place in places)
         yield Message("directions", "broadcast", sum(moved.values()), columns, count=columns, received=away)
 
 

@@ -69,7 +69,7 @@ class Subject:
             settings.setdefault("batch_size", batch)
         pair = Pair(pair.name, base, tuple(settings.items()))
         preconditioner = method.preconditioner(make_config(pair.name, method.config, settings))
-        selection = method.select(model, None, None, preconditioner.refusal)
+        selection = method.select(model, None, None, preconditioner.skip_reason)
         return cls(pair, preconditioner, selection.layers, base)
 
     @property
@@ -146,13 +146,13 @@ class Place:
     plan: Plan
     rank: int
 
-    def owns(self, name: str) -> bool:
+    def is_inverse_worker(self, name: str) -> bool:
         """Whether the rank keeps and inverts the layer's factors."""
         return self.plan.owner[name] == self.rank
 
-    def works(self, name: str) -> bool:
+    def is_gradient_worker(self, name: str) -> bool:
         """Whether the rank preconditions the layer."""
-        return self.plan.works(self.rank, name)
+        return self.plan.is_gradient_worker(self.rank, name)
 
 
 def matrix_of(layer: Layer) -> tuple[int, int]:

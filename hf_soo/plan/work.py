@@ -70,7 +70,7 @@ def work(subject: Subject, facts: ModelFacts, layout: Layout) -> Work:
     counts = subject.cycle.counts
     updates, refreshes = counts["updates"] / counts["steps"], counts["refreshes"] / counts["steps"]
     share = _rows_share(subject, layout)
-    sampled = transform.recorder.phase is not None  # labels drawn from the model: one more backward pass
+    sampled = transform.recorder.fisher_pass is not None  # labels drawn from the model: one more backward pass
     return Work(
         passes=passes * (1 + updates * BACKWARD if sampled else 1),
         precondition=_of_workers(subject, layout) * share,
@@ -99,7 +99,7 @@ def precondition_of(layer: Layer, subject: Subject) -> float:
     """G -> P of one layer."""
     transform = subject.preconditioner
     assert transform is not None
-    bare = transform.bare_products(layer)
+    bare = transform.minimal_products(layer)
     if bare is not None:
         return float(bare.flops[0])
     n, m = matrix_of(layer)
@@ -127,7 +127,7 @@ def update_of(layer: Layer, subject: Subject) -> float:
         return float(sum(5 * subject.history * sizes[side] for side in sides))
     if isinstance(transform.recorder, FactorRecorder):  # S ← ρS + (1-ρ)F
         return float(sum(3 * sizes[side] ** 2 for side in sides))
-    bare = transform.bare_products(layer)
+    bare = transform.minimal_products(layer)
     if bare is not None:  # dense MKOR lists none: VM, and the rank-one correction
         return float(bare.flops[1]) or float(sum(8 * sizes[side] ** 2 for side in sides))
     return float(ELEMENTWISE * sum(sizes.values()))
@@ -138,7 +138,9 @@ def _of_workers(subject: Subject, layout: Layout) -> float:
     each = {layer.name: precondition_of(layer, subject) for layer in subject.layers}
     if grid is None:
         return sum(each.values())
-    return max(sum(f for n, f in each.items() if Place(grid, rank).works(n)) for rank in range(grid.columns))
+    return max(
+        sum(f for n, f in each.items() if Place(grid, rank).is_gradient_worker(n)) for rank in range(grid.columns)
+    )
 
 
 def _of_owners(subject: Subject, layout: Layout) -> float:
@@ -146,7 +148,7 @@ def _of_owners(subject: Subject, layout: Layout) -> float:
     assert transform is not None
     each = {}
     for layer in subject.layers:
-        bare = transform.bare_products(layer)
+        bare = transform.minimal_products(layer)
         each[layer.name] = float(bare.flops[2]) if bare is not None else 0.0
     if grid is None:
         return sum(each.values())

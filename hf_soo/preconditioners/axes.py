@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soo.engine.linalg import Moved
+from hf_soo.engine.gradients import TransformNorms
 from hf_soo.engine.preconditioner import Factor, LayerState
 
 Slices = tuple[slice, ...]
@@ -134,15 +134,17 @@ def layerwise(values: Tensor, X: Tensor) -> Tensor:
     return values.view(-1, *[1] * (X.ndim - 1))
 
 
-def replace(G: Tensor, P: Tensor) -> Moved:
+def replace(G: Tensor, P: Tensor) -> TransformNorms:
     """Write a block's P over its G, unless it is not finite."""
-    moved = Moved(inner(G, G), inner(P, P), inner(P, G))
+    moved = TransformNorms(inner(G, G), inner(P, P), inner(P, G))
     torch.where(layerwise(moved.after < math.inf, G), P, G, out=G)
     return moved
 
 
-def total(blocks: Sequence[Moved]) -> Moved:
+def total(blocks: Sequence[TransformNorms]) -> TransformNorms:
     """What was done to all blocks of a layer."""
     if len(blocks) == 1:
         return blocks[0]
-    return Moved(*(torch.stack(norms).sum(0) for norms in zip(*(moved.tensors() for moved in blocks), strict=True)))
+    return TransformNorms(
+        *(torch.stack(norms).sum(0) for norms in zip(*(moved.tensors() for moved in blocks), strict=True))
+    )

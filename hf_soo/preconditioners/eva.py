@@ -32,10 +32,8 @@ from torch import Tensor
 from hf_soo.engine import products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial
 from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import SumRecorder
@@ -102,7 +100,7 @@ class Eva(RowWise):
         """Zero vectors: P = G/γ until the first statistics."""
         d_out, d_in = layer.shape
         sizes = {Side.OUTPUT: d_out, Side.INPUT: d_in + (layer.bias is not None)}
-        return {_key(side): self._vector(sizes[side], layer.like) for side in self.sides}
+        return {_key(side): self._vector(sizes[side], layer.prototype) for side in self.sides}
 
     @staticmethod
     def _vector(d: int, like: Tensor) -> Factor:
@@ -126,7 +124,7 @@ class Eva(RowWise):
                 }
         return new, updated(outcomes, sizes)
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Equation (4) of the module's docstring, as one rank-1 step in place."""
         a, b = state["input"]["vector"], state["output"]["vector"]
         return products.eva_steps(grad.weight, grad.bias, a, b, self.config.damping, grad.rows)
@@ -144,7 +142,7 @@ class EvaF(Eva):
 
     sides = (Side.INPUT,)
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """P = G (aaᵀ + γI)⁻¹, as one rank-1 step in place."""
         return products.eva_f_steps(grad.weight, grad.bias, state["input"]["vector"], self.config.damping)
 

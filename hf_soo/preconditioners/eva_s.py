@@ -35,10 +35,8 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial, finish
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Outcome, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import NOISE_LEVEL
@@ -113,13 +111,13 @@ class EvaS(RowWise):
         """By the period."""
         return self.config.updates_at(step)
 
-    def refusal(self, layer: Layer) -> str | None:
+    def skip_reason(self, layer: Layer) -> str | None:
         """A vector has no second axis."""
         return "fewer than two axes" if len(squeezed(layer.shape)) < 2 or 0 in layer.shape else None
 
     def init(self, layer: Layer) -> LayerState:
         """Zero vectors: P = G/γ (or γ⁻ᵏᵖG) until the first gradient."""
-        weight = layer.like
+        weight = layer.prototype
         return {
             f"axis{axis}": {
                 "vector": weight.new_zeros(d, dtype=accumulation_dtype(weight.dtype)),
@@ -130,9 +128,9 @@ class EvaS(RowWise):
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """``update_rows`` on all rows."""
-        return finish(self.update_rows(state, statistics))
+        return run_whole(self.update_rows(state, statistics))
 
-    def update_rows(self, state: LayerState, statistics: Statistics) -> Partial[tuple[LayerState, Updated]]:
+    def update_rows(self, state: LayerState, statistics: Statistics) -> RowSums[tuple[LayerState, Updated]]:
         """V ← (1-ξ)v + ξ v_new; the first v_new as it is. An axis whose v_new is rounding noise keeps its v."""
         assert statistics.grad is not None
         G = _axes(statistics.grad.weight, len(state))
@@ -152,7 +150,7 @@ class EvaS(RowWise):
         updated.outcomes.copy_(torch.where((valid & noisy)[:, None], Outcome.NOISE.value, updated.outcomes))
         return state, updated
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """The form's equation of the module's docstring, in place."""
         G, vectors = _axes(grad.weight, len(state)), [factor["vector"] for factor in state.values()]
         damping, p, rows = self.config.damping, self.config.exponent, grad.rows

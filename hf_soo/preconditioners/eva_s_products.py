@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine import products
-from hf_soo.engine.linalg import Moved, squared_norm
-from hf_soo.engine.partial import Partial
+from hf_soo.engine.gradients import RowSums, TransformNorms, squared_norm
 from hf_soo.preconditioners.axes import inner, put_back, unfolded
 
 
-def joint_steps(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: slice) -> Partial[Moved]:
+def joint_steps(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: slice) -> RowSums[TransformNorms]:
     """In place: Eva's formula with b the first axis's vector and a the others', multiplied out.
 
     Args:
@@ -49,7 +48,7 @@ def shrinking(v: Tensor, damping: float, exponent: float) -> Tensor:
 
 def separable_matrix_steps(
     G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float, rows: slice
-) -> Partial[Moved]:
+) -> RowSums[TransformNorms]:
     """In place: γ⁻²ᵖ(I + e rrᵀ) G (I + f ccᵀ), as one rank-2 step.
 
     Args:
@@ -75,7 +74,7 @@ def separable_matrix_steps(
     after = quadratic(*parts, *(2 * each + each.square() * inner(v, v) for each, v in ((e, r), (f, c))))
     columns = torch.stack([e[:, None] * mine, f[:, None] * y + (e * f * z)[:, None] * mine], -1)
     G.baddbmm_(columns, torch.stack([x, c], -2), beta=alpha, alpha=alpha)
-    return Moved(parts[0], alpha**2 * after, alpha * quadratic(*parts, e, f))
+    return TransformNorms(parts[0], alpha**2 * after, alpha * quadratic(*parts, e, f))
 
 
 def quadratic(g: Tensor, x: Tensor, y: Tensor, z: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def quadratic(g: Tensor, x: Tensor, y: Tensor, z: Tensor, e: Tensor, f: Tensor) 
 
 def separable_steps(
     G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float, rows: slice
-) -> Partial[Moved]:
+) -> RowSums[TransformNorms]:
     """In place: one rank-1 step for each axis of a tensor with more than two.
 
     Args:
@@ -109,7 +108,7 @@ def separable_steps(
         shape = P.movedim(axis + 1, 1).shape
         P = matrix.view(shape).movedim(1, axis + 1)
     P = P.contiguous().mul_(damping ** (-len(vectors) * exponent))
-    moved = Moved(inner(G, G), squared_norm(P), inner(P, G))
+    moved = TransformNorms(inner(G, G), squared_norm(P), inner(P, G))
     yield list(moved.tensors())
     G.copy_(P)
     return moved

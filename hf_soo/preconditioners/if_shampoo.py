@@ -41,10 +41,9 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
-from hf_soo.engine.flops import BareProducts, Product
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.flops import MinimalWork, Product
+from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Preconditioner, Updated
 from hf_soo.preconditioners.axes import (
     Cut,
@@ -139,18 +138,18 @@ class IFShampoo(Preconditioner):
             return step % self.config.update_period == 0
         return prototype_updates_at(step, self.config.update_period)
 
-    def refusal(self, layer: Layer) -> str | None:
+    def skip_reason(self, layer: Layer) -> str | None:
         """A tensor without any factor."""
         if 0 in layer.shape:
             return "no entries"
         kinds = kinds_of(view_shape(layer.shape, self.config), self.config)
         return f"every axis is longer than max_dim={self.config.max_dim}" if set(kinds) == {"identity"} else None
 
-    def bare_products(self, layer: Layer) -> BareProducts:
+    def minimal_products(self, layer: Layer) -> MinimalWork:
         """Of each dense axis of each block: KKᵀ times G; Y = Kᵀ times G, Y₍ₙ₎Y₍ₙ₎ᵀ, KᵀK, Km and KKᵀ."""
         cut, kinds = cut_of(tuple(layer.shape), self.config)
         dense = [axis for axis, kind in zip(cut.axes(), kinds * len(cut.blocks), strict=True) if kind == "dense"]
-        return BareProducts(
+        return MinimalWork(
             every=[Product(d, d, rest) for d, rest in dense],
             update=[
                 product
@@ -166,15 +165,15 @@ class IFShampoo(Preconditioner):
             ValueError: a factor could not grow in bfloat16.
         """
         cut, kinds = cut_of(tuple(layer.shape), self.config)
-        dtype = stored_dtype(self.config.state_dtype, layer.like.dtype)
+        dtype = stored_dtype(self.config.state_dtype, layer.prototype.dtype)
         state: LayerState = {}
         for block, sizes in enumerate(cut.sizes()):
             for axis, (d, kind) in enumerate(zip(sizes, kinds, strict=True)):
                 if kind == "dense":
                     self._check_growth(layer.name, d)
-                    state[cut.name(block, axis)] = _dense(d, layer.like, dtype)
+                    state[cut.name(block, axis)] = _dense(d, layer.prototype, dtype)
                 elif kind == "diagonal":
-                    state[cut.name(block, axis)] = _diagonal(d, layer.like)
+                    state[cut.name(block, axis)] = _diagonal(d, layer.prototype)
         return state
 
     def _check_growth(self, name: str, d: int) -> None:
@@ -199,7 +198,7 @@ class IFShampoo(Preconditioner):
             update_factors(part, factors, valid, self.batch_size, self.config)
         return state, learned(size, valid)
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """P = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ, block by block; a block whose P is not finite keeps its G."""
         cut, _ = cut_of(tuple(grad.weight.shape[1:]), self.config)
         view = cut.view(grad.weight)

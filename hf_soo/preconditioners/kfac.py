@@ -44,13 +44,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine.capture import Phase, Statistics
+from hf_soo.engine.capture import FisherPass, Statistics
 from hf_soo.engine.factors import FactorRecorder
-from hf_soo.engine.flops import BareProducts, Factorisation, Product
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.flops import Factorisation, MinimalWork, Product
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial
 from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated, keep_where
 from hf_soo.engine.rescale import make_rescale
 from hf_soo.preconditioners.kfac_config import FactorConfig
@@ -81,7 +79,7 @@ class KFAC(RowWise):
             row_filter=config.row_filter,
             loss_terms=getattr(config, "loss_terms", None),
             published=getattr(config, "factor_scale", "loss") == "published",
-            phase=Phase() if getattr(config, "fisher", "empirical") == "mc" else None,
+            fisher_pass=FisherPass() if getattr(config, "fisher", "empirical") == "mc" else None,
         )
 
     def updates_at(self, step: int) -> bool:
@@ -92,7 +90,7 @@ class KFAC(RowWise):
         """In the warm-up, then by the inverse period."""
         return step < self.config.warmup_updates or step % self.config.inverse_period == 0
 
-    def refusal(self, layer: Layer) -> str | None:
+    def skip_reason(self, layer: Layer) -> str | None:
         """A side longer than ``max_dim``."""
         longest = max(self._sizes(layer).values())
         return f"max_dim={self.config.max_dim} exceeded ({longest})" if longest > self.config.max_dim else None
@@ -108,13 +106,13 @@ class KFAC(RowWise):
         """Σ d³ over the sides that are inverted."""
         return float(sum(d**3 for d in self._sizes(layer).values()))
 
-    def bare_products(self, layer: Layer) -> BareProducts:
+    def minimal_products(self, layer: Layer) -> MinimalWork:
         """G times each side's inverse, or twice each side's eigenvectors, and at a refresh the factorisations."""
         sizes = self._sizes(layer)
         n, m = layer.shape[0], sizes[Side.INPUT]
         once = [Product(n, d, m) if side is Side.OUTPUT else Product(n, m, m) for side, d in sizes.items()]
         kind: Literal["cholesky_inverse", "eigh"] = "cholesky_inverse" if self.config.inverse == "cholesky" else "eigh"
-        return BareProducts(
+        return MinimalWork(
             every=once if kind == "cholesky_inverse" else once * 2,
             refresh=[Factorisation(kind, d) for d in sizes.values()],
         )
@@ -126,7 +124,7 @@ class KFAC(RowWise):
 
     def init(self, layer: Layer) -> LayerState:
         """S = 0 (or I), and P = G until the first inverse."""
-        like = layer.like
+        like = layer.prototype
 
         def factor(d: int) -> Factor:
             S = torch.zeros(d, d, dtype=accumulation_dtype(like.dtype), device=like.device)
@@ -139,8 +137,8 @@ class KFAC(RowWise):
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """S ← ρS + (1-ρ)F, where F is finite and has rows."""
-        outcomes = torch.zeros(len(statistics.rows), 2, dtype=torch.int64, device=statistics.rows.device)
-        norms = torch.zeros_like(outcomes, dtype=statistics.rows.dtype)
+        outcomes = torch.zeros(len(statistics.samples), 2, dtype=torch.int64, device=statistics.samples.device)
+        norms = torch.zeros_like(outcomes, dtype=statistics.samples.dtype)
         for side in self.sides:
             F = statistics.inputs if side is Side.INPUT else statistics.outputs
             assert F is not None
@@ -148,7 +146,7 @@ class KFAC(RowWise):
             outcomes[:, side] = torch.where(finite, Outcome.UPDATED.value, Outcome.NOT_FINITE.value)
             if side is Side.OUTPUT and statistics.noise is not None:
                 outcomes[:, side].masked_fill_(statistics.noise & finite, Outcome.NOISE.value)
-            outcomes[:, side].masked_fill_(statistics.rows == 0, Outcome.NO_ROWS.value)
+            outcomes[:, side].masked_fill_(statistics.samples == 0, Outcome.NO_ROWS.value)
             norms[:, side] = F.diagonal(dim1=-2, dim2=-1).sum(-1)
             valid, own = outcomes[:, side] == Outcome.UPDATED.value, state[side_key(side)]
             own["factor"].lerp_(keep_where(valid, F, own["factor"]), 1 - self.config.factor_decay)
@@ -178,7 +176,7 @@ class KFAC(RowWise):
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         return torch.where((u > 0)[:, None, None], S / weight[:, None, None], eye)
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """The damped inverse of the Kronecker product, applied to G."""
         return self.form.transform(state, grad)
 

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine import products
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import accumulation_dtype
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
 from hf_soo.preconditioners import spd
 from hf_soo.preconditioners.kfac_config import FactorConfig
@@ -45,7 +43,7 @@ class Inverse(Protocol):
     def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
         """The tensors of each side, and whether each layer's succeeded, bool [L]."""
 
-    def transform(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """G -> P in place."""
 
     def distance(self, factor: Factor) -> Tensor:
@@ -86,7 +84,7 @@ class Cholesky(Inverse):
         split = {Side.INPUT: pi * damping**0.5, Side.OUTPUT: damping**0.5 / pi}
         return {side: torch.maximum(each, LEAST_SHARE * mean[side]) for side, each in split.items()}
 
-    def transform(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Two products."""
         left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
         return products.dense_steps(grad.weight, grad.bias, left, state[side_key(Side.INPUT)]["inverse"])
@@ -130,7 +128,7 @@ class Eigen(Inverse):
             new[side] = {"vectors": vectors, "values": values.clamp(min=0), "damping": damping}
         return new, ok
 
-    def transform(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Four products."""
         right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
         return products.eigen_steps(

@@ -38,9 +38,9 @@ def kronecker_vectors(
     """
     means = statistics.inputs if side is Side.INPUT else statistics.outputs
     if means is None:
-        zeros = torch.zeros_like(statistics.rows)
+        zeros = torch.zeros_like(statistics.samples)
         return None, zeros.long(), zeros
-    v = means * statistics.rows[:, None, None] if side is Side.OUTPUT and scale != "mean" else means
+    v = means * statistics.samples[:, None, None] if side is Side.OUTPUT and scale != "mean" else means
     size = v.mean(-2).square().sum(-1)
     if clip is not None:
         v = v.clamp(-clip, clip)
@@ -56,7 +56,7 @@ def _outcomes(v: Tensor, statistics: Statistics, noise_matters: bool) -> Tensor:
     noise = zero if statistics.noise is None or not noise_matters else zero | statistics.noise
     outcome = torch.where(noise, Outcome.NOISE.value, Outcome.UPDATED.value)
     outcome = torch.where(v.isfinite().all(-1).all(-1), outcome, Outcome.NOT_FINITE.value)
-    return torch.where(statistics.rows > 0, outcome, Outcome.NO_ROWS.value)
+    return torch.where(statistics.samples > 0, outcome, Outcome.NO_ROWS.value)
 
 
 def updated(outcomes: dict[Side, Tensor], sizes: dict[Side, Tensor]) -> Updated:

@@ -35,11 +35,9 @@ from torch import Tensor
 from hf_soo.engine import linalg, products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
-from hf_soo.engine.flops import BareProducts, Product
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.flops import MinimalWork, Product
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved
-from hf_soo.engine.partial import Partial
 from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import MatchNorm
 from hf_soo.engine.sums import SumRecorder
@@ -129,7 +127,7 @@ class Representation(Protocol):
     def update(self, factor: Factor, V: Tensor, valid: Tensor) -> Factor:
         """The factor after V, where ``valid`` [L]."""
 
-    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Partial[Moved]:
+    def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
         """G -> P in place; a side that is None is the identity."""
 
     def distance(self, factor: Factor) -> Tensor:
@@ -155,7 +153,7 @@ class LowRank(Representation):
         columns, head = linalg.lowrank_update(factor["columns"], factor["head"], V, self.config.factor_decay, valid)
         return {"columns": columns, "head": head}
 
-    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Partial[Moved]:
+    def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
         """Thin products, on any rows."""
         C_left = None if left is None else left["columns"][..., grad.rows]
         return products.lowrank_steps(grad.weight, grad.bias, C_left, None if right is None else right["columns"])
@@ -191,7 +189,7 @@ class Dense(Representation):
         valid = valid & new.isfinite().all(-1).all(-1)
         return {"inverse": torch.where(valid[:, None, None], new, F)}
 
-    def transform(self, left: Factor | None, right: Factor | None, grad: Grad) -> Partial[Moved]:
+    def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
         """Two full products, on all rows."""
         inverses = [None if factor is None else factor["inverse"] for factor in (left, right)]
         return products.dense_steps(grad.weight, grad.bias, *inverses)
@@ -237,22 +235,22 @@ class MKOR(RowWise):
         """By the period, and never without a side."""
         return bool(self.sides) and self.config.updates_at(step)
 
-    def refusal(self, layer: Layer) -> str | None:
+    def skip_reason(self, layer: Layer) -> str | None:
         """A single output or input: one factor is then a number, and the other only damps the mean row."""
         return f"one output or input {list(layer.shape)}" if min(layer.shape) < 2 else None
 
     def init(self, layer: Layer) -> LayerState:
         """Identity factors."""
         sizes = _sizes(layer)
-        return {SIDE_NAMES[side]: self.form.init(sizes[side], layer.like) for side in self.sides}
+        return {SIDE_NAMES[side]: self.form.init(sizes[side], layer.prototype) for side in self.sides}
 
-    def bare_products(self, layer: Layer) -> BareProducts | None:
+    def minimal_products(self, layer: Layer) -> MinimalWork | None:
         """F_b G and (F_b G) F_a of the dense form; the low-rank form's products are thin."""
         if not isinstance(self.form, Dense):
             return None
         n, m = _sizes(layer)[Side.OUTPUT], _sizes(layer)[Side.INPUT]
         both = {Side.OUTPUT: Product(n, n, m), Side.INPUT: Product(n, m, m)}
-        return BareProducts(every=[product for side, product in both.items() if side in self.sides])
+        return MinimalWork(every=[product for side, product in both.items() if side in self.sides])
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """One rank-r update of each side."""
@@ -266,7 +264,7 @@ class MKOR(RowWise):
                 new[name] = self.form.update(state[name], V, valid)
         return new, updated(outcomes, sizes)
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """P = F_b G F_a."""
         return self.form.transform(state.get("left"), state.get("right"), grad)
 

@@ -95,7 +95,7 @@ class MKORH(MKOR):
         self.watch.copy_(torch.where(loss.isfinite(), seen, self.watch))
         return checks and step >= self.rule.min_steps and self.watch[5].item() >= self.rule.patience
 
-    def own_state(self) -> dict[str, Tensor]:
+    def global_state(self) -> dict[str, Tensor]:
         """The averages and the count of checks."""
         return {"watch": self.watch}
 

@@ -34,10 +34,8 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_range
 from hf_soo.engine.chunks import piece_size
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.linalg import Moved, squared_norm
-from hf_soo.engine.partial import Partial, finish
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, RowWise, Updated
 from hf_soo.preconditioners.axes import inner, layerwise, total
 from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
@@ -100,14 +98,14 @@ class RMSProp(RowWise):
 
     def init(self, layer: Layer) -> LayerState:
         """ŝ = 1."""
-        dtype = stored_dtype(self.config.state_dtype, layer.like.dtype)
-        return {"gradient": {"second_moment": layer.like.new_ones(layer.shape, dtype=dtype)}}
+        dtype = stored_dtype(self.config.state_dtype, layer.prototype.dtype)
+        return {"gradient": {"second_moment": layer.prototype.new_ones(layer.shape, dtype=dtype)}}
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """``update_rows`` on all rows."""
-        return finish(self.update_rows(state, statistics))
+        return run_whole(self.update_rows(state, statistics))
 
-    def update_rows(self, state: LayerState, statistics: Statistics) -> Partial[tuple[LayerState, Updated]]:
+    def update_rows(self, state: LayerState, statistics: Statistics) -> RowSums[tuple[LayerState, Updated]]:
         """ŝ ← (1-β)ŝ + βBg², in place; β = 0 for a layer whose gradient is not finite."""
         assert statistics.grad is not None
         grad, rate = statistics.grad.weight, self.config.factor_lr
@@ -123,13 +121,13 @@ class RMSProp(RowWise):
                 s.copy_(wide)
         return state, learned(size, valid)
 
-    def transform_rows(self, state: LayerState, grad: Grad) -> Partial[Moved]:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""
         eps = max(self.config.eps, torch.finfo(grad.weight.dtype).tiny)
-        norms: list[Moved] = []
+        norms: list[TransformNorms] = []
         for g, s, scratch in pieces(grad.weight, state["gradient"]["second_moment"]):
             P = torch.div(g, torch.add(s.to(g.dtype), eps, out=scratch), out=scratch)
-            norms.append(Moved(inner(g, g), inner(P, P), inner(P, g)))
+            norms.append(TransformNorms(inner(g, g), inner(P, P), inner(P, g)))
             g.copy_(P)
         moved = total(norms)
         yield list(moved.tensors())

@@ -36,10 +36,9 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
-from hf_soo.engine.flops import BareProducts, Factorisation, Product
-from hf_soo.engine.gradients import Grad
+from hf_soo.engine.flops import Factorisation, MinimalWork, Product
+from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.linalg import Moved
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Outcome, Preconditioner, Updated
 from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back, replace, squeezed, total, unfolded
 from hf_soo.preconditioners.learned import learned
@@ -124,14 +123,14 @@ class Shampoo(Preconditioner):
         """By the inverse period."""
         return step % self.config.inverse_period == 0
 
-    def refusal(self, layer: Layer) -> str | None:
+    def skip_reason(self, layer: Layer) -> str | None:
         """A vector has no second axis."""
         return "fewer than two axes" if len(squeezed(layer.shape)) < 2 or 0 in layer.shape else None
 
-    def bare_products(self, layer: Layer) -> BareProducts:
+    def minimal_products(self, layer: Layer) -> MinimalWork:
         """Of each axis of each block: R times G; G₍ₙ₎G₍ₙ₎ᵀ; the eigenvectors and the product that makes R of them."""
         axes = list(cut_of(tuple(layer.shape), self.config.max_dim).axes())
-        return BareProducts(
+        return MinimalWork(
             every=[Product(d, d, rest) for d, rest in axes],
             update=[Product(d, rest, d) for d, rest in axes],
             refresh=[each for d, _ in axes for each in (Factorisation("eigh", d), Product(d, d, d))],
@@ -139,16 +138,16 @@ class Shampoo(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """L = 0, R = I."""
-        cut, dtype = cut_of(tuple(layer.shape), self.config.max_dim), accumulation_dtype(layer.like.dtype)
+        cut, dtype = cut_of(tuple(layer.shape), self.config.max_dim), accumulation_dtype(layer.prototype.dtype)
         state = {
-            cut.name(block, axis): _axis(d, layer.like, dtype)
+            cut.name(block, axis): _axis(d, layer.prototype, dtype)
             for block, sizes in enumerate(cut.sizes())
             for axis, d in enumerate(sizes)
         }
         if self.config.grafting == "adam":
             state[GRAFT] = {
-                "second_moment": layer.like.new_zeros(layer.shape, dtype=dtype),
-                "updates": _count(layer.like),
+                "second_moment": layer.prototype.new_zeros(layer.shape, dtype=dtype),
+                "updates": _count(layer.prototype),
             }
         return state
 
@@ -186,7 +185,7 @@ class Shampoo(Preconditioner):
             failed |= due & ~ok
         return state, failed[:, None] * Outcome.FAILED.value
 
-    def transform(self, state: LayerState, grad: Grad) -> Moved:
+    def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """P = G ×₁ R₁ … ×_N R_N, with the graft's length, block by block; a block that is not finite keeps its G."""
         cut = cut_of(tuple(grad.weight.shape[1:]), self.config.max_dim)
         view = cut.view(grad.weight)

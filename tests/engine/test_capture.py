@@ -231,7 +231,7 @@ def test_selection_names_its_reasons() -> None:
 
     selection = select_layers(Model(), exclude=["^excl"])
     assert [layer.name for layer in selection.layers] == ["kept"]
-    assert selection.left == {
+    assert selection.skipped == {
         "embedding": "embedding",
         "excluded": "exclude='^excl'",
         "frozen": "frozen weight",
@@ -275,8 +275,8 @@ def test_decoders_of_inner_models_and_attention_are_left() -> None:
 
     selection = select_layers(Outer())
     assert [layer.name for layer in selection.layers] == ["inner.body"]
-    assert selection.left["inner.lm_head"] == "vocabulary decoder"
-    assert "without calling" in selection.left["attention.out_proj"]
+    assert selection.skipped["inner.lm_head"] == "vocabulary decoder"
+    assert "without calling" in selection.skipped["attention.out_proj"]
 
 
 def test_a_layer_that_returns_a_tuple_is_not_hooked_into() -> None:

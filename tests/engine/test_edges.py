@@ -283,7 +283,7 @@ def late_group(rank: int, world: int) -> tuple[int, int]:
         optimizer = hf_soo.build_optimizer("kfac_expand", net, lr=0.1, grad_workers=1)
     step(net, optimizer, *inputs())
     held = sum(t.numel() for s in optimizer.states.values() for f in s.values() for t in f.values())
-    return held, sum(optimizer.placement.owns(layer.name) for layer in optimizer.layers)
+    return held, sum(optimizer.placement.is_inverse_worker(layer.name) for layer in optimizer.layers)
 
 
 def test_a_process_group_that_starts_before_the_first_step_is_followed() -> None:

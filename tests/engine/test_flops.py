@@ -11,7 +11,7 @@ from torch import nn
 from hf_soo import build_optimizer
 from hf_soo.bench.minimal_work import BareWork, factorisation, product, seconds_of
 from hf_soo.bench.step_kinds import Kind
-from hf_soo.engine.flops import BareProducts, Factorisation, Product
+from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 
 
@@ -26,21 +26,21 @@ def over(*layers: nn.Module, **config: Any) -> PreconditionedOptimizer:
 def test_dense_mkor_multiplies_twice_a_step(bias: bool, columns: int, sides: str, left: int, right: int) -> None:
     """F_b [3, 3] times G [3, m] times F_a [m, m]."""
     optimizer = over(nn.Linear(5, 3, bias=bias), representation="dense", sides=sides)
-    bare = optimizer.preconditioner.bare_products(optimizer.layers[0])
+    bare = optimizer.preconditioner.minimal_products(optimizer.layers[0])
     assert bare is not None
     assert bare.flops == (left * 2 * 3 * 3 * columns + right * 2 * 3 * columns * columns, 0, 0)
     lowrank = over(nn.Linear(5, 3, bias=bias), sides=sides)
-    assert lowrank.preconditioner.bare_products(lowrank.layers[0]) is None
+    assert lowrank.preconditioner.minimal_products(lowrank.layers[0]) is None
 
 
 def test_flops_of_the_three_lists() -> None:
-    bare = BareProducts(
+    bare = MinimalWork(
         every=[Product(2, 3, 5), Product(2, 3, 5)],
         update=[Factorisation("cholesky_inverse", 4)],
         refresh=[Factorisation("eigh", 2), Product(1, 1, 1)],
     )
     assert bare.flops == (120, 64, 74)
-    assert BareProducts().flops == (0, 0, 0)
+    assert MinimalWork().flops == (0, 0, 0)
 
 
 def test_products_are_in_the_weights_dtype_and_factorisations_in_the_factors() -> None:

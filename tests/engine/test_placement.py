@@ -44,9 +44,9 @@ def test_every_layer_has_one_owner_in_its_column(world: int) -> None:
         loads = [0.0] * world
         for name, owner in plan.owner.items():
             loads[owner] += costs[name]
-            assert [rank for rank in range(world) if plan.works(rank, name)] == plan.column(owner)
+            assert [rank for rank in range(world) if plan.is_gradient_worker(rank, name)] == plan.column(owner)
             assert all(plan.source(rank, name) in plan.row(rank) for rank in range(world))
-            assert all(plan.works(plan.source(rank, name), name) for rank in range(world))
+            assert all(plan.is_gradient_worker(plan.source(rank, name), name) for rank in range(world))
         assert plan.owner.keys() == costs.keys() and len(plan.column(0)) == workers
         assert max(loads) <= sum(loads) / world + 2 * max(costs.values())
 
@@ -72,11 +72,13 @@ def test_bert_large_memory_and_traffic(workers: int, inverses: float, directions
     sides = {name: (round(m), round(n)) for name, (m, n) in bert_large_shapes().items()}
     plan = make_plan(costs, 64, workers)
     held = max(
-        sum(m**2 + n**2 for name, (m, n) in sides.items() if plan.works(rank, name)) for rank in range(plan.columns)
+        sum(m**2 + n**2 for name, (m, n) in sides.items() if plan.is_gradient_worker(rank, name))
+        for rank in range(plan.columns)
     )
     total = sum(m * n for m, n in sides.values())
     received = max(
-        total - sum(m * n for name, (m, n) in sides.items() if plan.works(rank, name)) for rank in range(plan.columns)
+        total - sum(m * n for name, (m, n) in sides.items() if plan.is_gradient_worker(rank, name))
+        for rank in range(plan.columns)
     )
     assert 4 * held / 1e9 == pytest.approx(inverses, rel=0.01)
     assert 4 * received / 1e9 == pytest.approx(directions, rel=0.01)
@@ -206,7 +208,10 @@ def counting_rank(rank: int, world: int, workers: int, steps: int) -> tuple[list
     optimizer = build("kfac_expand", ddp, workers)
     counting = Counting()
     optimizer.comm = optimizer.placement.comm = counting  # type: ignore[attr-defined]
-    share_inverses, share_directions = optimizer.placement.share_inverses, optimizer.placement.share_directions
+    broadcast_inverses, broadcast_preconditioned_gradients = (
+        optimizer.placement.broadcast_inverses,
+        optimizer.placement.broadcast_preconditioned_gradients,
+    )
 
     def in_kind(kind: str, call: Any) -> Any:
         def run(tensors: Any) -> None:
@@ -215,8 +220,8 @@ def counting_rank(rank: int, world: int, workers: int, steps: int) -> tuple[list
 
         return run
 
-    optimizer.placement.share_inverses = in_kind("column", share_inverses)  # type: ignore[method-assign]
-    optimizer.placement.share_directions = in_kind("row", share_directions)  # type: ignore[method-assign]
+    optimizer.placement.broadcast_inverses = in_kind("column", broadcast_inverses)  # type: ignore[method-assign]
+    optimizer.placement.broadcast_preconditioned_gradients = in_kind("row", broadcast_preconditioned_gradients)  # type: ignore[method-assign]
     log = []
     for x, y in batches(steps):
         counting.sent = {kind: [] for kind in counting.sent}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hf_soo
 from hf_soo.engine import products
-from hf_soo.engine.linalg import Moved
+from hf_soo.engine.gradients import TransformNorms
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.rescale import KLClip
 from tests.methods.twin_runs import assert_same_run, batches, run_library, tensor, twins
@@ -30,7 +30,7 @@ def split(G: Array, bias: bool) -> tuple[Tensor, Tensor | None]:
     return (tensor(G[..., :-1]), tensor(G[..., -1])) if bias else (tensor(G.copy()), None)
 
 
-def apply(G: Array, bias: bool, *vectors: Array, damping: float = DAMPING) -> tuple[Array, Moved]:
+def apply(G: Array, bias: bool, *vectors: Array, damping: float = DAMPING) -> tuple[Array, TransformNorms]:
     """The library's P of the joint gradients G [L, n, m]: Eva for two vectors, Eva-f for one."""
     weight_grad, bias_grad = split(G, bias)
     product = products.eva_product if len(vectors) == 2 else products.eva_f_product
@@ -133,7 +133,8 @@ def test_kl_clip_bounds_the_predicted_change(rng: np.random.Generator, kl_clip: 
     G = [rng.normal(size=(2, 7, 5)), rng.normal(size=(1, 4, 6))]
     P = [g / DAMPING for g in G]
     moved = [
-        Moved(*(tensor((x * y).sum((1, 2))) for x, y in ((g, g), (p, p), (p, g)))) for g, p in zip(G, P, strict=True)
+        TransformNorms(*(tensor((x * y).sum((1, 2))) for x, y in ((g, g), (p, p), (p, g))))
+        for g, p in zip(G, P, strict=True)
     ]
     rates = [torch.full((len(g),), lr, dtype=torch.float64) for g in G]
     scales = KLClip(kl_clip).scales(moved, rates)
@@ -150,7 +151,7 @@ def test_kl_clip_bounds_the_predicted_change(rng: np.random.Generator, kl_clip: 
 
 def test_kl_clip_of_nothing_is_one() -> None:
     zero = torch.zeros(2, dtype=torch.float64)
-    (scale,) = KLClip(1e-3).scales([Moved(zero, zero, zero)], [torch.full_like(zero, 0.1)])
+    (scale,) = KLClip(1e-3).scales([TransformNorms(zero, zero, zero)], [torch.full_like(zero, 0.1)])
     assert scale.tolist() == [1.0, 1.0]
 
 

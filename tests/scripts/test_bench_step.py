@@ -18,7 +18,7 @@ from hf_soo.bench.bench import Pair, adamw, parse_pairs, peak_memory, peak_memor
 from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.bench.workload import BenchConfig, Workload
-from hf_soo.engine.flops import BareProducts, Factorisation, Product
+from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.reports import report_of
 
@@ -116,8 +116,8 @@ def test_a_refresh_is_taken_once_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     method = optimizer.preconditioner
     monkeypatch.setattr(method, "refreshes_at", lambda step: step % 6 == 0)
     monkeypatch.setattr(method, "refresh", lambda state: (state, torch.zeros(1, 2, dtype=torch.int64)))
-    work_of_a_layer = BareProducts([Product(2, 3, 4)], [Product(4, 3, 2)], [Factorisation("eigh", 3)])
-    monkeypatch.setattr(method, "bare_products", lambda layer: work_of_a_layer)
+    work_of_a_layer = MinimalWork([Product(2, 3, 4)], [Product(4, 3, 2)], [Factorisation("eigh", 3)])
+    monkeypatch.setattr(method, "minimal_products", lambda layer: work_of_a_layer)
     stepper, seen, parts = Stepper(work, optimizer), watch(work, optimizer), []
     run_part = stepper.bare.run
     monkeypatch.setattr(stepper.bare, "run", lambda part: (parts.append(part), run_part(part)))
