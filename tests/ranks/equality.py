@@ -280,7 +280,6 @@ def run_cells(
 ) -> dict[Cell, Result]:
     """On one rank: every cell, one after the other."""
     assert strategy.world == world
-    os.environ["DS_ACCELERATOR"] = "cpu"
     if strategy.kind == "zero":
         stay_on_gloo()
     data = Sentences(other_on=other_on)

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of faults, and a launcher that reports how each rank ended; every function is a rank's."""
+"""What ranks do in the tests of faults: every function is a rank's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import functools
 import logging
 import os
 import signal
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_soo
 from hf_soo.engine import diagnostics
-from tests.ranks.distributed import rank_context
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mkor": ("mkor", {"warmup_updates": 1, "update_period": 2}),
@@ -38,78 +32,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 STRATEGIES = ("ddp", "fsdp2", "zero2")
 WIDTH, CLASSES, ROWS = 6, 3, 4
-
-
-# ---- how ranks end ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Ended:
-    """How a rank ended.
-
-    Args:
-        code: its exit code, negative for a signal; None: it was still running at the deadline.
-        error: the traceback of what it raised, or "".
-        result: what it returned.
-        seconds: from its first line to its last.
-    """
-
-    code: int | None
-    error: str
-    result: Any
-    seconds: float
-
-
-class Ranks:
-    """Some ranks that may die; ``tests.ranks.distributed.run_ranks`` is for those that must not, and waits for all."""
-
-    def __init__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        context = rank_context()
-        self.processes = [
-            context.Process(target=_rank, args=(rank, world, self.folder.name, timeout, function, args), daemon=True)
-            for rank in range(world)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def wait(self, deadline: float = 90.0, sleeping: int | None = None) -> list[Ended]:
-        """How each rank ended; those that have not after ``deadline`` seconds are killed, ``sleeping`` before that."""
-        end = time.monotonic() + deadline
-        for rank, process in enumerate(self.processes):
-            if rank != sleeping:
-                process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        ended = [Ended(code, *self._report(rank)) for rank, code in enumerate(codes)]
-        self.folder.cleanup()
-        return ended
-
-    def _report(self, rank: int) -> tuple[str, Any, float]:
-        file = Path(self.folder.name) / f"report{rank}"
-        return torch.load(file, weights_only=False) if file.exists() else ("", None, 0.0)
-
-
-def _rank(
-    rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    start, error, result = time.monotonic(), "", None
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-    try:
-        result = function(rank, world, *args)
-    except BaseException:
-        error = traceback.format_exc()
-    torch.save((error, result, time.monotonic() - start), f"{folder}/partial{rank}")
-    os.replace(f"{folder}/partial{rank}", f"{folder}/report{rank}")
-    os._exit(bool(error))  # no destructor may wait for a peer that is gone
 
 
 def die() -> None:

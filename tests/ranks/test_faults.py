@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.oracles.core import assert_close_report
+from tests.ranks.distributed import Ended, Ranks
 from tests.ranks.fault_checkpoints import (
     CONTINUED,
     DAMAGES,
@@ -22,8 +23,6 @@ from tests.ranks.fault_checkpoints import (
 from tests.ranks.fault_runs import (
     DIFFERENT,
     METHODS,
-    Ended,
-    Ranks,
     loses_a_rank,
     mixture,
     set_up_differently,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,6 @@ def run_leg(leg: Leg, name: str, folder: str) -> Tensor:
 
 
 def run_legs(rank: int, world: int, legs: Sequence[Leg], folder: str) -> dict[tuple[Leg, str], Tensor]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     return {(leg, name): run_leg(leg, name, folder) for leg in legs for name in NAMES}
 
 
@@ -116,7 +114,6 @@ def test_resume_under_another_strategy(leg: Leg, continued: dict[Leg, list[dict[
 
 
 def first_in_pieces(rank: int, world: int, folder: str) -> str:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     run_leg(Leg("ZeRO-3 x 2"), NAMES[0], folder)
     with pytest.raises(ValueError) as caught:
         run_leg(Leg("DDP x 2", "ZeRO-3 x 2"), NAMES[0], folder)

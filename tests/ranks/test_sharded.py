@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ def engine_of(optimizer: torch.optim.Optimizer, model: nn.Module, **extra: Any) 
 
 def clip_of_trainers(rank: int, world: int, folder: str) -> dict[float, float]:
     """max_grad_norm -> what the engine clips at, with a config without "gradient_clipping"."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from hf_soo.integrations.trainer import SecondOrderTrainer, SecondOrderTrainingArguments
     from tests.ranks.equality import Sentences, Strategy, forget, stay_on_gloo, tiny_bert
 
@@ -85,7 +83,6 @@ def test_trainer_clips_at_its_own_norm_under_deepspeed(tmp_path: Path) -> None:
 
 
 def clip_warnings(rank: int, world: int) -> list[list[str]]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from hf_soo.integrations.deepspeed import attach
 
     said: list[list[str]] = []
@@ -111,7 +108,6 @@ def test_attach_warns_of_a_clip_nobody_asked_for() -> None:
 
 
 def sampled_refusals(rank: int, world: int) -> list[str]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from hf_soo.integrations.deepspeed import attach
 
     said = []
@@ -131,7 +127,6 @@ def test_a_sampled_fisher_is_refused_under_deepspeed() -> None:
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from hf_soo.integrations.deepspeed import attach
 
     said = {}

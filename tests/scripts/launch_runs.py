@@ -1,10 +1,13 @@
-"""What the tests of the launch kit share: how its files are read, and tiny settings to run them with."""
+"""Scripts in processes of their own, by accelerate's launcher too; how the launch kit is read; tiny settings."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -35,4 +38,24 @@ def script_arguments(*flags: str) -> tuple[Any, ...]:
 def environment(**more: str) -> dict[str, str]:
     """That of a run on CPUs."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more
+    usual = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return os.environ | usual | more
+
+
+def run_script(
+    script: str, *flags: str, launcher: Sequence[str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """A script of the repository from the shell.
+
+    Args:
+        script: its path from the root.
+        flags: its flags.
+        launcher: flags of ``accelerate launch``, which then starts it, on a port that is free; None: python starts it.
+        check: it must come to a good end.
+    """
+    accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--mixed_precision", "no"]
+    start = [] if launcher is None else [*accelerate, *launcher]
+    command = [sys.executable, *start, script, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 or not check, done.stderr[-6000:]
+    return done

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from hf_soo.bench.workload import BenchConfig, Workload
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.reports import report_of
+from tests.scripts.launch_runs import run_script
+from tests.scripts.script_runs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ROW_KEYS = {
     "optimizer",
     "base",
@@ -190,39 +190,10 @@ def test_a_bad_setting_shows_before_anything_is_timed() -> None:
         run(tiny(optim="lamb,mkor:histroy=4"), lambda results: pytest.fail("something was measured first"))
 
 
-def bench_step(*flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
-    size = [
-        "--preset",
-        "tiny",
-        "--batch_size",
-        "2",
-        "--seq_length",
-        "16",
-        "--rounds",
-        "2",
-        "--steps",
-        "2",
-        "--memory",
-        "false",
-    ]
-    done = bench_step(
-        *size,
-        "--optim",
-        "mkor,sgd,mkor:representation=dense",
-        "--base",
-        "adamw",
-        "--autocast",
-        "true",
-        "--json",
-        str(tmp_path / "new" / "b.json"),
-    )
-    assert done.returncode == 0, done.stderr
+    size = shlex.split("--preset tiny --batch_size 2 --seq_length 16 --rounds 2 --steps 2 --memory false")
+    optimizers = shlex.split("--optim mkor,sgd,mkor:representation=dense --base adamw --autocast true")
+    done = run_script("scripts/bench_step.py", *size, *optimizers, "--json", str(tmp_path / "new" / "b.json"))
     results = json.loads((tmp_path / "new" / "b.json").read_text())
     assert {"device", "versions", "preset", "parameters", "reference", "rows"} <= set(results)
     assert set(results["reference"]) == {"adamw_foreach_seconds", "adamw_fused_ratio"}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +23,7 @@ from hf_soo.glue import sweep as glue_runs
 from hf_soo.glue.tasks import TASKS
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.runs import arguments
+from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import ROOT, check_error, load_script, only_run
 from tests.scripts.test_configs import check_header
 from tests.tasks.glue_cases import make_model, write_archive, write_tests
@@ -78,11 +76,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_run_from_the_shell(flags: list[str], tmp_path: Path) -> None:
     """YAML and flags over it; one JSON with the official metrics, a table of it, no path of this machine."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     more = ["--task_name", "MRPC", "--eval_strategy", "steps", "--eval_steps", "20", "--max_steps", "40"]
-    command = [sys.executable, "scripts/run_glue.py", *flags, *more]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_script("scripts/run_glue.py", *flags, *more)
     run = only_run(tmp_path / "out" / "runs")
     assert (run["name"], run["status"], run["seed"], run["steps"]) == (
         "mrpc-mkor-adamw-lr0.01-seed3", "completed", 3, 40,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
-from tests.scripts.launch_runs import TINY, environment, launcher_arguments, script_arguments
+from tests.scripts.launch_runs import TINY, launcher_arguments, run_script, script_arguments
 from tests.scripts.script_runs import ROOT, only_run, write_corpus
 
 SHAPES = {  # distributed_type, machines, processes
@@ -141,12 +139,9 @@ def launch(
     name: str, corpus: Path, output: Path, *flags: str, processes: int, script: str = "scripts/pretrain_bert.py"
 ) -> dict[str, Any]:
     """`accelerate launch --config_file NAME.yaml ...` on CPUs; the run's JSON."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(kit(name))]
-    shape = ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
     where = ["--corpus", str(corpus), "--output_dir", str(output)]
-    command = [*launcher, *shape, script, "--config", "configs/smoke/mkor.yaml", *SETTINGS, *where, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-6000:]
+    launcher = ["--config_file", str(kit(name)), "--num_processes", str(processes)]
+    run_script(script, "--config", "configs/smoke/mkor.yaml", *SETTINGS, *where, *flags, launcher=launcher)
     run = only_run(output / "runs")
     assert (run["name"], run["status"], run["steps"]) == ("mkor-adamw-lr0.001", "completed", 3)
     assert run["config"]["processes"] == processes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,7 +22,8 @@ from hf_soo.runs import arguments
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.script import check_processes
 from hf_soo.runs.training import weights_hash
-from tests.scripts.script_runs import ROOT, check_error, load_script, only_run, prepare_corpus
+from tests.scripts.launch_runs import run_script
+from tests.scripts.script_runs import check_error, load_script, only_run, prepare_corpus
 
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--dropout", "0"]
 STEPS = ["--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "2"]
@@ -371,10 +370,8 @@ def test_masks_are_new_each_epoch_and_fixed_in_evaluation(
 
 @pytest.mark.slow
 def test_two_processes_write_one_run(flags: list[str], tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "scripts/pretrain_bert.py", *flags, "--max_steps", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    launcher = ["--config_file", "configs/accelerate/cpu.yaml"]
+    done = run_script("scripts/pretrain_bert.py", *flags, "--max_steps", "2", launcher=launcher)
     run = only_run(tmp_path / "out" / "runs")
     assert (run["status"], run["steps"], run["config"]["processes"]) == ("completed", 2, 2)
     assert done.stdout.count("| mkor | lamb |") == 1

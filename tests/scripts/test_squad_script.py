@@ -18,11 +18,12 @@ from hf_soo.runs import arguments
 from hf_soo.runs.pretrained import PretrainedArguments
 from hf_soo.runs.record import read_run
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.runs.training import Job, train
 from hf_soo.squad.arguments import QaDataArguments
+from hf_soo.squad.task import SquadTask
 from tests.data.squad_data import PIECES, colour_questions, nested, paragraph, qa, save_model, tokenizer, write
 from tests.ranks.distributed import run_ranks
 from tests.scripts.script_runs import ROOT, check_error, load_script, only_run
-from tests.scripts.squad_ranks import run as run_rank
 from tests.scripts.test_configs import OPTIMIZER_KEYS, check_header, check_optimizer, check_values, ids
 
 CONFIGS = sorted((ROOT / "configs" / "squad").glob("*.yaml"))
@@ -182,12 +183,20 @@ def test_every_setting_of_the_answers_matters(
     assert data["eval"]["questions_cut"] == 6
 
 
+def on_a_rank(rank: int, world: int, flags: list[str]) -> dict[str, float | None]:
+    """The script's run on one of several processes, whose group stays; what its record says at the end."""
+    model, data, kept, training = arguments.parse(CLASSES, flags)
+    assert training.world_size == world
+    (record,) = train(Job(kept, training), SquadTask(model, data, training))
+    return record.final
+
+
 def test_two_processes_answer_as_one(flags: list[str], script: ModuleType, tmp_path: Path) -> None:
     """37 questions do not divide by 2 x 16; the files are written once, with the questions in their order."""
     one, two = tmp_path / "one", tmp_path / "two"
     more = [*flags, "--do_eval", "--output_dir"]
     assert script.main([*more, str(one)]) == 0
-    first, second = run_ranks(2, run_rank, [*more, str(two)])
+    first, second = run_ranks(2, on_a_rank, [*more, str(two)])
     assert first == second and len(read(one / "predictions.json")) == 37
     assert list(read(two / "predictions.json").items()) == list(read(one / "predictions.json").items())
     assert only_run(two / "runs")["final"] == pytest.approx(only_run(one / "runs")["final"], rel=1e-2)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +14,8 @@ import torch
 from PIL import Image
 
 from hf_soo.runs.record import read_run
-from tests.scripts.script_runs import ROOT, check_error, load_script, only_run
+from tests.scripts.launch_runs import run_script
+from tests.scripts.script_runs import check_error, load_script, only_run
 
 KEYS = [
     "name", "optimizer", "base", "config", "seed", "status", "device", "versions", "commit", "parameters", "steps",
@@ -64,10 +62,7 @@ def points(run: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 def test_a_run_from_the_shell(flags: list[str], tmp_path: Path) -> None:
     """YAML and a flag over it; one JSON with the fixed keys, a table with the accuracy."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/run_vision.py", *flags, "--learning_rate", "0.004"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_script("scripts/run_vision.py", *flags, "--learning_rate", "0.004")
     run = only_run(tmp_path / "out" / "runs")
     assert list(run) == KEYS
     assert (run["name"], run["status"], run["optimizer"], run["base"]) == (
