@@ -12,9 +12,10 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from hf_soo.engine.preconditioner import Method
 from hf_soo.optimizers.bases import BASES
 from hf_soo.plan.request import PlanConfig
-from hf_soo.registry import METHODS, Method
+from hf_soo.registry import METHODS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +98,7 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
     of_base = BASES[method.base].state_bytes
     if method.config is None:
         return "nothing", f"{of_base:.1f}"
-    preconditioner = method.preconditioner(method.config())
+    preconditioner = method.make(method.config())
     recorder = preconditioner.recorder
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(1024, 1024))

@@ -3,78 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from hf_soo import preconditioners
 from hf_soo.engine.checks import require_range, unknown_key
 from hf_soo.engine.layers import full_shape
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.engine.preconditioner import Identity, Preconditioner
-from hf_soo.engine.selection import Selection, select_all_parameters, select_layers, select_parameters
+from hf_soo.engine.preconditioner import Method
+from hf_soo.engine.selection import Selection, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
 from hf_soo.preconditioners.config import make_config
-from hf_soo.preconditioners.eva import Eva, EvaConfig, EvaF
-from hf_soo.preconditioners.eva_s import EvaS, EvaSConfig
-from hf_soo.preconditioners.if_shampoo import IFShampoo, IFShampooConfig
-from hf_soo.preconditioners.kfac import FOOF, KAISA, KFAC, KFACReduce
-from hf_soo.preconditioners.kfac_config import FOOFConfig, KAISAConfig, KFACConfig
-from hf_soo.preconditioners.mkor import MKOR, MKORConfig
-from hf_soo.preconditioners.mkor_h import MKORH, MKORHConfig
-from hf_soo.preconditioners.rmsprop import RMSProp, RMSPropConfig
-from hf_soo.preconditioners.shampoo import Shampoo, ShampooConfig
+
+FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo")
+"""Files of ``hf_soo.preconditioners`` whose methods lead every table, in this order; the others' follow by name."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of the table of optimizers.
-
-    Args:
-        title: name and paper.
-        base: the default base optimizer.
-        config: the preconditioner's settings, or None for a base optimizer alone.
-        preconditioner: config -> preconditioner.
-        select: which layers, or parameters, of a model it moves.
-    """
-
-    title: str
-    base: str
-    config: type[Any] | None = None
-    preconditioner: Callable[[Any], Preconditioner] = lambda config: Identity()
-    select: Callable[..., Selection] = select_layers
+def _methods() -> dict[str, Method]:
+    """The ``METHOD``, or ``METHODS``, that a file of ``hf_soo.preconditioners`` ends with, and the bases alone."""
+    files = sorted(module.name for module in pkgutil.iter_modules(preconditioners.__path__))
+    found: list[Method] = []
+    for file in sorted(files, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)):
+        module = vars(importlib.import_module(f"{preconditioners.__name__}.{file}"))
+        found += module.get("METHODS", [module["METHOD"]] if "METHOD" in module else [])
+    found += [Method(name, base.title, base=name) for name, base in BASES.items()]
+    assert len({method.name for method in found}) == len(found), [method.name for method in found]
+    return {method.name: method for method in found}
 
 
-METHODS: dict[str, Method] = {
-    "mkor": Method("MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)", "lamb", MKORConfig, MKOR),
-    "mkor_h": Method("MKOR-H, which switches to its base (Mozaffari et al., NeurIPS 2023)", "lamb", MKORHConfig, MKORH),
-    "eva": Method("Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaConfig, Eva),
-    "eva_f": Method("Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", "sgd", EvaConfig, EvaF),
-    "eva_s": Method(
-        "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)", "sgd", EvaSConfig, EvaS, select_parameters
-    ),
-    "kfac_expand": Method("K-FAC, expand (Martens, Grosse, 2015; Eschenhagen et al., 2023)", "sgd", KFACConfig, KFAC),
-    "kfac_reduce": Method("K-FAC, reduce (Eschenhagen et al., NeurIPS 2023)", "sgd", KFACConfig, KFACReduce),
-    "kaisa": Method("KAISA: K-FAC over a grid of ranks (Pauloski et al., SC 2021)", "lamb", KAISAConfig, KAISA),
-    "foof": Method("FOOF, the input factor alone (Benzing, ICML 2022)", "sgd", FOOFConfig, FOOF),
-    "if_shampoo": Method(
-        "Inverse-free Shampoo, no roots (Lin et al., ICML 2024)", "sgd", IFShampooConfig, IFShampoo, select_parameters
-    ),
-    "rf_rmsprop": Method(
-        "Root-free RMSProp (Lin et al., ICML 2024)", "sgd", RMSPropConfig, RMSProp, select_all_parameters
-    ),
-    "shampoo": Method(
-        "Shampoo, blocked and grafted (Gupta et al., ICML 2018; Shi et al., 2023)",
-        "adamw",
-        ShampooConfig,
-        Shampoo,
-        select_parameters,
-    ),
-    **{name: Method(base.title, name) for name, base in BASES.items()},
-}
+METHODS: dict[str, Method] = _methods()
+"""Name -> method, in the order of the tables."""
 
 
 def available() -> dict[str, str]:
@@ -165,11 +129,11 @@ def assemble(
     if method.config is None:
         _refuse(name, base=base, include=include, exclude=exclude)
         args, settings = {**args, **settings}, {}
-        selection, preconditioner, config = Selection([], {}), method.preconditioner(None), {}
+        selection, preconditioner, config = Selection([], {}), method.make(None), {}
     else:
         made = make_config(name, method.config, settings)
         _require_batch_size(name, made)
-        preconditioner, config = method.preconditioner(made), dataclasses.asdict(made)
+        preconditioner, config = method.make(made), dataclasses.asdict(made)
         selection = method.select(model, include, exclude, preconditioner.skip_reason)
     inner = build_base(base or method.base, groups, lr, args, hidden_weights(model))
     return PreconditionedOptimizer(

@@ -49,8 +49,8 @@ class FactorRecorder:
     outputs: bool
     reduce: bool
     row_filter: Literal["grad", "all"]
-    loss_terms: int | None
-    published: bool
+    loss_terms: int | None = None
+    published: bool = False
     fisher_pass: FisherPass | None = None
     hooks = True
     transient = True

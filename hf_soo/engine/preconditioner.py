@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hf_soo.engine.flops import MinimalWork
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.rescale import NoRescale, Rescale
+from hf_soo.engine.selection import Selection, select_layers
 
 Factor = dict[str, Tensor]
 """The tensors of one side (or axis) of one layer, by name."""
@@ -66,6 +68,16 @@ class Updated:
 
     outcomes: Tensor
     norms: Tensor
+
+    @classmethod
+    def of_gradient(cls, size: Tensor, valid: Tensor) -> Updated:
+        """The report of a method of which the gradient is the one side.
+
+        Args:
+            size: |g|² of each layer, [L].
+            valid: whether its gradient could be used, bool [L].
+        """
+        return cls((~valid * Outcome.NOT_FINITE.value)[:, None], size[:, None])  # Outcome.UPDATED is 0
 
 
 class Preconditioner(ABC):
@@ -214,6 +226,27 @@ class Identity(Preconditioner):
     def distances(self, state: LayerState) -> Tensor:
         """Not called: it has no layers."""
         raise RuntimeError("an optimizer without a preconditioner has no factors.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of optimizers; a method's file ends with its own.
+
+    Args:
+        name: what ``build_optimizer`` knows it by.
+        title: name and paper.
+        base: the default base optimizer.
+        config: the preconditioner's settings, or None for a base optimizer alone.
+        make: config -> preconditioner.
+        select: which layers, or parameters, of a model it moves.
+    """
+
+    name: str
+    title: str
+    base: str
+    config: type[Any] | None = None
+    make: Callable[[Any], Preconditioner] = lambda config: Identity()
+    select: Callable[..., Selection] = select_layers
 
 
 def keep_where(valid: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Subject:
         if takes_batch_size(pair.name):
             settings.setdefault("batch_size", batch)
         pair = Pair(pair.name, base, tuple(settings.items()))
-        preconditioner = method.preconditioner(make_config(pair.name, method.config, settings))
+        preconditioner = method.make(make_config(pair.name, method.config, settings))
         selection = method.select(model, None, None, preconditioner.skip_reason)
         return cls(pair, preconditioner, selection.layers, base)
 

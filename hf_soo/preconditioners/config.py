@@ -1,15 +1,19 @@
-"""What the methods' settings share: how they are made from keywords, and when factors are updated."""
+"""What the methods' settings share: how they are made from keywords, when factors are updated, batch size, dtypes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from hf_soo.engine.checks import require_count, unknown_key
+import torch
+
+from hf_soo.engine.checks import require_count, require_in, unknown_key
+from hf_soo.engine.layers import accumulation_dtype
 
 C = TypeVar("C")
+StateDtype = Literal["float32", "bfloat16"]
 
 
 def make_config(method: str, cls: type[C], settings: Mapping[str, Any]) -> C:
@@ -73,3 +77,32 @@ def prototype_updates_at(step: int, period: int) -> bool:
         start += math.ceil((end - start) / stride) * stride
         stride += 1
     return step >= start and (step - start) % stride == 0
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Check B: the averaged loss terms of a step, over all processes; None until somebody fills it in.
+
+    Raises:
+        ValueError: it is neither None nor a whole number >= 1.
+    """
+    if batch_size is not None:
+        require_count("batch_size", batch_size, 1)
+
+
+def check_state_dtype(state_dtype: StateDtype) -> None:
+    """Check the name of a dtype.
+
+    Raises:
+        ValueError: it is neither "float32" nor "bfloat16".
+    """
+    require_in("state_dtype", state_dtype, ("float32", "bfloat16"))
+
+
+def stored_dtype(state_dtype: StateDtype, model: torch.dtype) -> torch.dtype:
+    """The dtype of a state; "float32" is float64 for a float64 model.
+
+    Args:
+        state_dtype: the setting.
+        model: the parameter's dtype.
+    """
+    return torch.bfloat16 if state_dtype == "bfloat16" else accumulation_dtype(model)

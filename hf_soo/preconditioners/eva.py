@@ -29,16 +29,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soo.engine import products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated
+from hf_soo.engine.preconditioner import LayerState, Method, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
-from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, kronecker_vectors, updated
+from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,56 @@ class EvaConfig(Periodic):
         make_rescale(self.rescale, self.kl_clip)
 
 
+def eva_product(grad: Joint, a: Tensor, b: Tensor, damping: float) -> RowSums[TransformNorms]:
+    """In place: Eva, Ĝ ← (aaᵀ ⊗ bbᵀ + γI)⁻¹ vec(Ĝ) = (1/γ)[Ĝ - (bᵀĜa) / (γ + |a|²|b|²) b aᵀ].
+
+    Args:
+        grad: rows of Ĝ, n x m (the bias's column included).
+        a: input vectors, [L, m].
+        b: output-gradient vectors over all rows, [L, ·].
+        damping: γ > 0.
+
+    Yields:
+        Sums over rows: |Ĝ|² and s = bᵀĜa.
+
+    Returns:
+        Squared norms and inner product, from the same scalars.
+    """
+    mine = b[..., grad.rows]
+    before = grad.squared_norm()
+    s = (mine * (grad @ a[..., None]).squeeze(-1)).sum(-1)
+    yield [before, s]
+    q = a.square().sum(-1) * b.square().sum(-1)
+    c = s / (damping + q)
+    grad.subtract_outer_(c[..., None] * mine, a, damping)  # (Ĝ - c b aᵀ)/γ
+    inner = (before - c * s) / damping
+    return TransformNorms(before, (before - 2 * c * s + c * c * q) / damping**2, inner)
+
+
+def eva_f_product(grad: Joint, a: Tensor, damping: float) -> RowSums[TransformNorms]:
+    """In place: vectorised FOOF, Ĝ ← Ĝ(aaᵀ + γI)⁻¹ = (1/γ)[Ĝ - (Ĝa)aᵀ / (γ + |a|²)], row by row.
+
+    Args:
+        grad: rows of Ĝ, n x m (the bias's column included).
+        a: input vectors, [L, m].
+        damping: γ > 0.
+
+    Yields:
+        Sums over rows: |Ĝ|² and s = |Ĝa|².
+
+    Returns:
+        Squared norms and inner product, from the same scalars.
+    """
+    before = grad.squared_norm()
+    u = (grad @ a[..., None]).squeeze(-1)
+    q = a.square().sum(-1)
+    s = u.square().sum(-1)
+    grad.subtract_outer_(u / (damping + q)[..., None], a, damping)  # (Ĝ - u aᵀ/(γ + |a|²))/γ
+    yield [before, s]
+    inner = (before - s / (damping + q)) / damping
+    return TransformNorms(before, (before - 2 * s / (damping + q) + s * q / (damping + q).square()) / damping**2, inner)
+
+
 class Eva(RowWise):
     """Eva as a gradient transform; state: the running vectors "input" [d_in + bias] and "output" [d_out]."""
 
@@ -98,15 +147,13 @@ class Eva(RowWise):
 
     def init(self, layer: Layer) -> LayerState:
         """Zero vectors: P = G/γ until the first statistics."""
-        d_out, d_in = layer.shape
-        sizes = {Side.OUTPUT: d_out, Side.INPUT: d_in + (layer.bias is not None)}
-        return {_key(side): self._vector(sizes[side], layer.prototype) for side in self.sides}
-
-    @staticmethod
-    def _vector(d: int, like: Tensor) -> Factor:
+        like, sizes = layer.prototype, sizes_of(layer)
         return {
-            "vector": like.new_zeros(d, dtype=accumulation_dtype(like.dtype)),
-            "seen": torch.zeros((), dtype=torch.bool, device=like.device),
+            _key(side): {
+                "vector": like.new_zeros(sizes[side], dtype=accumulation_dtype(like.dtype)),
+                "seen": torch.zeros((), dtype=torch.bool, device=like.device),
+            }
+            for side in self.sides
         }
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
@@ -122,19 +169,16 @@ class Eva(RowWise):
                     "vector": torch.where(valid[:, None], mixed, old["vector"]),
                     "seen": old["seen"] | valid,
                 }
-        return new, updated(outcomes, sizes)
+        return new, Updated(by_side(outcomes), by_side(sizes))
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
-        """Equation (4) of the module's docstring, as one rank-1 step in place."""
-        a, b = state["input"]["vector"], state["output"]["vector"]
-        return products.eva_steps(grad.weight, grad.bias, a, b, self.config.damping, grad.rows)
+        """See ``eva_product``."""
+        return eva_product(grad, state["input"]["vector"], state["output"]["vector"], self.config.damping)
 
     def distances(self, state: LayerState) -> Tensor:
         """|F - I| of F = I - vvᵀ/(γ + |v|²), each side alone: |v|²/(γ + |v|²), [L, 2]."""
         sizes = {side: state[_key(side)]["vector"].square().sum(-1) for side in self.sides}
-        zero = torch.zeros_like(sizes[Side.INPUT])
-        removed = {side: size / (self.config.damping + size) for side, size in sizes.items()}
-        return torch.stack([removed.get(side, zero) for side in Side], dim=-1)
+        return by_side({side: size / (self.config.damping + size) for side, size in sizes.items()})
 
 
 class EvaF(Eva):
@@ -143,9 +187,15 @@ class EvaF(Eva):
     sides = (Side.INPUT,)
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
-        """P = G (aaᵀ + γI)⁻¹, as one rank-1 step in place."""
-        return products.eva_f_steps(grad.weight, grad.bias, state["input"]["vector"], self.config.damping)
+        """See ``eva_f_product``."""
+        return eva_f_product(grad, state["input"]["vector"], self.config.damping)
 
 
 def _key(side: Side) -> str:
     return side.name.lower()
+
+
+METHODS = (
+    Method("eva", "Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", base="sgd", config=EvaConfig, make=Eva),
+    Method("eva_f", "Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", base="sgd", config=EvaConfig, make=EvaF),
+)

@@ -35,16 +35,16 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Outcome, RowWise, Updated
+from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, Outcome, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
+from hf_soo.engine.selection import select_parameters
 from hf_soo.engine.sums import NOISE_LEVEL
-from hf_soo.preconditioners.axes import inner, put_back, squeezed
+from hf_soo.preconditioners.axes import inner, put_back, squeezed, unfolded
 from hf_soo.preconditioners.config import Periodic
-from hf_soo.preconditioners.eva_s_products import joint_steps, separable_matrix_steps, separable_steps
+from hf_soo.preconditioners.eva import eva_product
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale
-from hf_soo.preconditioners.learned import learned
 
 EXPONENT = 0.25
 """Shampoo's for a matrix."""
@@ -93,6 +93,108 @@ class EvaSConfig(Periodic):
             raise ValueError(f"exponent={self.exponent} has no effect with form='joint'; set form='separable'.")
 
 
+def _joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: slice) -> RowSums[TransformNorms]:
+    """In place: Eva's formula with b the first axis's vector and a the others', multiplied out.
+
+    Args:
+        G: rows of gradients, [L, d, d_2, …, d_k], k >= 2.
+        vectors: k tensors [L, d_i].
+        damping: γ.
+        rows: which rows of the first axis these are.
+
+    Yields:
+        Sums over rows.
+    """
+    a = vectors[1]
+    for v in vectors[2:]:
+        a = (a[..., None] * v[:, None]).flatten(1)
+    matrix = G.flatten(2)
+    moved = yield from eva_product(Joint(matrix, None, rows), a, vectors[0], damping)
+    put_back(G, matrix)
+    return moved
+
+
+def _shrinking(v: Tensor, damping: float, exponent: float) -> Tensor:
+    """The e of (vvᵀ + γI)⁻ᵖ = γ⁻ᵖ(I + e vvᵀ), [L]; 0 where v is 0.
+
+    Args:
+        v: [L, d].
+        damping: γ.
+        exponent: p.
+    """
+    size = v.square().sum(-1)
+    e = ((1 + size / damping) ** -exponent - 1) / size
+    return torch.where(size > 0, e, 0.0)
+
+
+def _separable_matrix_product(
+    G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float, rows: slice
+) -> RowSums[TransformNorms]:
+    """In place: γ⁻²ᵖ(I + e rrᵀ) G (I + f ccᵀ), as one rank-2 step.
+
+    Args:
+        G: rows of gradients, [L, ·, m].
+        r: [L, n].
+        c: [L, m].
+        damping: γ.
+        exponent: p.
+        rows: which of the n rows these are.
+
+    Yields:
+        Sums over rows: Gᵀr, and the parts of the norms.
+
+    Returns:
+        Norms and inner product, from |G|², |Gᵀr|², |Gc|² and rᵀGc alone.
+    """
+    e, f, alpha = _shrinking(r, damping, exponent), _shrinking(c, damping, exponent), damping ** (-2 * exponent)
+    mine = r[:, rows]
+    x, y = (mine[:, None] @ G).squeeze(1), (G @ c[..., None]).squeeze(-1)  # Gᵀr, Gc
+    g_norm, y_norm, z = inner(G, G), inner(y, y), inner(y, mine)  # z = rᵀGc
+    yield [x, g_norm, y_norm, z]
+    parts = (g_norm, inner(x, x), y_norm, z.square())
+    after = _quadratic(*parts, *(2 * each + each.square() * inner(v, v) for each, v in ((e, r), (f, c))))
+    columns = torch.stack([e[:, None] * mine, f[:, None] * y + (e * f * z)[:, None] * mine], -1)
+    G.baddbmm_(columns, torch.stack([x, c], -2), beta=alpha, alpha=alpha)
+    return TransformNorms(parts[0], alpha**2 * after, alpha * _quadratic(*parts, e, f))
+
+
+def _quadratic(g: Tensor, x: Tensor, y: Tensor, z: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """⟨G, (I + e rrᵀ) G (I + f ccᵀ)⟩ from |G|², |Gᵀr|², |Gc|² and (rᵀGc)²."""
+    return g + e * x + f * y + e * f * z
+
+
+def _separable_product(
+    G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float, rows: slice
+) -> RowSums[TransformNorms]:
+    """In place: one rank-1 step for each axis of a tensor with more than two.
+
+    Args:
+        G: rows of gradients, [L, d, d_2, …, d_k].
+        vectors: k tensors [L, d_i].
+        damping: γ.
+        exponent: p.
+        rows: which rows of the first axis these are.
+
+    Yields:
+        Sums over rows: the first axis's product; then the norms.
+    """
+    P = G.clone()
+    for axis, v in enumerate(vectors):
+        matrix = unfolded(P, axis).contiguous()
+        e, mine = _shrinking(v, damping, exponent), v[:, rows] if axis == 0 else v
+        x = mine[:, None] @ matrix
+        if axis == 0:
+            yield [x]
+        matrix.baddbmm_((e[:, None] * mine)[..., None], x)
+        shape = P.movedim(axis + 1, 1).shape
+        P = matrix.view(shape).movedim(1, axis + 1)
+    P = P.contiguous().mul_(damping ** (-len(vectors) * exponent))
+    moved = TransformNorms(inner(G, G), squared_norm(P), inner(P, G))
+    yield list(moved.tensors())
+    G.copy_(P)
+    return moved
+
+
 class EvaS(RowWise):
     """Eva-s as a gradient transform of single tensors; state "axis{i}": an axis's running vector."""
 
@@ -134,19 +236,19 @@ class EvaS(RowWise):
         """V ← (1-ξ)v + ξ v_new; the first v_new as it is. An axis whose v_new is rounding noise keeps its v."""
         assert statistics.grad is not None
         G = _axes(statistics.grad.weight, len(state))
-        size, sums = inner(G, G), axis_sums(G, [factor["vector"] for factor in state.values()], statistics.grad.rows)
+        size, sums = inner(G, G), _axis_sums(G, [factor["vector"] for factor in state.values()], statistics.grad.rows)
         yield [size, *sums]
         entries = math.prod(v.shape[-1] for v in sums)
         valid, noisy = size.isfinite(), torch.zeros_like(size, dtype=torch.bool)
         for total, factor in zip(sums, state.values(), strict=True):
-            v, noise = axis_vector(total, entries, self.config.kv_scale, size)
+            v, noise = _axis_vector(total, entries, self.config.kv_scale, size)
             noisy = noisy | noise
             xi = torch.where(factor["seen"], v.new_tensor(self.config.kv_new_weight), v.new_ones(()))[:, None]
             mixed = (1 - xi) * factor["vector"] + xi * v
             used = valid & ~noise
             factor["vector"].copy_(torch.where(used[:, None], mixed, factor["vector"]))
             factor["seen"].logical_or_(used)
-        updated = learned(size, valid)
+        updated = Updated.of_gradient(size, valid)
         updated.outcomes.copy_(torch.where((valid & noisy)[:, None], Outcome.NOISE.value, updated.outcomes))
         return state, updated
 
@@ -155,11 +257,11 @@ class EvaS(RowWise):
         G, vectors = _axes(grad.weight, len(state)), [factor["vector"] for factor in state.values()]
         damping, p, rows = self.config.damping, self.config.exponent, grad.rows
         if self.config.form == "joint":
-            moved = yield from joint_steps(G, vectors, damping, rows)
+            moved = yield from _joint_product(G, vectors, damping, rows)
         elif len(vectors) == 2:
-            moved = yield from separable_matrix_steps(G, vectors[0], vectors[1], damping, p, rows)
+            moved = yield from _separable_matrix_product(G, vectors[0], vectors[1], damping, p, rows)
         else:
-            moved = yield from separable_steps(G, vectors, damping, p, rows)
+            moved = yield from _separable_product(G, vectors, damping, p, rows)
         put_back(grad.weight, G)
         return moved
 
@@ -173,7 +275,7 @@ class EvaS(RowWise):
         return 1 - (1 + sizes.amax(-1, keepdim=True) / gamma) ** -p
 
 
-def axis_sums(G: Tensor, like: Sequence[Tensor], rows: slice) -> list[Tensor]:
+def _axis_sums(G: Tensor, like: Sequence[Tensor], rows: slice) -> list[Tensor]:
     """For each axis, the sum of these rows of G over all other axes.
 
     Args:
@@ -191,7 +293,7 @@ def axis_sums(G: Tensor, like: Sequence[Tensor], rows: slice) -> list[Tensor]:
     return [first, *rest]
 
 
-def axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple[Tensor, Tensor]:
+def _axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of G over all axes but one, and whether it is rounding noise that a scale would blow up.
 
     Means over inputs that a LayerNorm centres, for one, are 0 but for rounding.
@@ -218,3 +320,13 @@ def _axes(tensor: Tensor, count: int) -> Tensor:
     rest = [d for d in tensor.shape[2:] if d != 1]
     first = tensor.shape[1:2] if len(rest) < count else ()
     return tensor.reshape(len(tensor), *first, *rest)
+
+
+METHOD = Method(
+    "eva_s",
+    "Eva-s, vectorised Shampoo (Zhang, Shi, Li, ICLR 2023)",
+    base="sgd",
+    config=EvaSConfig,
+    make=EvaS,
+    select=select_parameters,
+)

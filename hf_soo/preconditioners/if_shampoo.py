@@ -44,7 +44,8 @@ from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.flops import MinimalWork, Product
 from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Preconditioner, Updated
+from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, Preconditioner, Updated
+from hf_soo.engine.selection import select_parameters
 from hf_soo.preconditioners.axes import (
     Cut,
     applied,
@@ -57,8 +58,13 @@ from hf_soo.preconditioners.axes import (
     total,
     unfolded,
 )
-from hf_soo.preconditioners.config import prototype_updates_at
-from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
+from hf_soo.preconditioners.config import (
+    StateDtype,
+    check_batch_size,
+    check_state_dtype,
+    prototype_updates_at,
+    stored_dtype,
+)
 
 Kind = Literal["dense", "diagonal", "identity"]
 
@@ -142,12 +148,12 @@ class IFShampoo(Preconditioner):
         """A tensor without any factor."""
         if 0 in layer.shape:
             return "no entries"
-        kinds = kinds_of(view_shape(layer.shape, self.config), self.config)
+        kinds = _kinds_of(_view_shape(layer.shape, self.config), self.config)
         return f"every axis is longer than max_dim={self.config.max_dim}" if set(kinds) == {"identity"} else None
 
     def minimal_products(self, layer: Layer) -> MinimalWork:
         """Of each dense axis of each block: KKᵀ times G; Y = Kᵀ times G, Y₍ₙ₎Y₍ₙ₎ᵀ, KᵀK, Km and KKᵀ."""
-        cut, kinds = cut_of(tuple(layer.shape), self.config)
+        cut, kinds = _cut_of(tuple(layer.shape), self.config)
         dense = [axis for axis, kind in zip(cut.axes(), kinds * len(cut.blocks), strict=True) if kind == "dense"]
         return MinimalWork(
             every=[Product(d, d, rest) for d, rest in dense],
@@ -164,7 +170,7 @@ class IFShampoo(Preconditioner):
         Raises:
             ValueError: a factor could not grow in bfloat16.
         """
-        cut, kinds = cut_of(tuple(layer.shape), self.config)
+        cut, kinds = _cut_of(tuple(layer.shape), self.config)
         dtype = stored_dtype(self.config.state_dtype, layer.prototype.dtype)
         state: LayerState = {}
         for block, sizes in enumerate(cut.sizes()):
@@ -190,21 +196,21 @@ class IFShampoo(Preconditioner):
         """Every block's K and m, in place; those of a layer whose gradient is not finite stay as they were."""
         assert statistics.grad is not None
         G = statistics.grad.weight
-        cut, _ = cut_of(tuple(G.shape[1:]), self.config)
+        cut, _ = _cut_of(tuple(G.shape[1:]), self.config)
         size = inner(G, G)
         valid = size < math.inf
         for block, part in enumerate(cut.parts(cut.view(G))):
             factors = cut.factors(state, block)
-            update_factors(part, factors, valid, self.batch_size, self.config)
-        return state, learned(size, valid)
+            _update_factors(part, factors, valid, self.batch_size, self.config)
+        return state, Updated.of_gradient(size, valid)
 
     def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """P = G ×₁ K₁K₁ᵀ … ×_N K_NK_Nᵀ, block by block; a block whose P is not finite keeps its G."""
-        cut, _ = cut_of(tuple(grad.weight.shape[1:]), self.config)
+        cut, _ = _cut_of(tuple(grad.weight.shape[1:]), self.config)
         view = cut.view(grad.weight)
         norms = []
         for block, G in enumerate(cut.parts(view)):
-            matrices = [None if factor is None else product(factor) for factor in cut.factors(state, block)]
+            matrices = [None if factor is None else _product(factor) for factor in cut.factors(state, block)]
             norms.append(replace(G, applied(G, matrices).to(G.dtype)))
         put_back(grad.weight, view)
         return total(norms)
@@ -213,20 +219,20 @@ class IFShampoo(Preconditioner):
         """|F - I| over the factors KKᵀ of all axes, [L, 1]."""
         squares = []
         for factor in state.values():
-            F = product(factor).to(accumulation_dtype(factor["root"].dtype))
+            F = _product(factor).to(accumulation_dtype(factor["root"].dtype))
             F = F if F.ndim == 3 else torch.diag_embed(F)
             squares.append((F - torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)).square().sum((-2, -1)))
         return torch.stack(squares).sum(0).sqrt()[:, None]
 
 
-def view_shape(shape: Sequence[int], config: IFShampooConfig) -> tuple[int, ...]:
+def _view_shape(shape: Sequence[int], config: IFShampooConfig) -> tuple[int, ...]:
     """The axes that get factors: kernels merged, axes of length 1 dropped."""
     if config.merge_kernels and len(shape) >= 4:
         shape = (shape[0], math.prod(shape[1:]))
     return squeezed(shape)
 
 
-def kinds_of(shape: tuple[int, ...], config: IFShampooConfig) -> tuple[Kind, ...]:
+def _kinds_of(shape: tuple[int, ...], config: IFShampooConfig) -> tuple[Kind, ...]:
     """The kind of factor of each axis."""
     if len(shape) == 1 and (shape[0] == 1 or config.vector_axes == "diagonal"):
         return ("diagonal",)
@@ -235,14 +241,14 @@ def kinds_of(shape: tuple[int, ...], config: IFShampooConfig) -> tuple[Kind, ...
 
 
 @lru_cache(maxsize=1024)
-def cut_of(shape: tuple[int, ...], config: IFShampooConfig) -> tuple[Cut, tuple[Kind, ...]]:
+def _cut_of(shape: tuple[int, ...], config: IFShampooConfig) -> tuple[Cut, tuple[Kind, ...]]:
     """How a tensor of a shape is seen, and the kind of each axis."""
-    seen = view_shape(shape, config)
-    kinds = kinds_of(seen, config)
+    seen = _view_shape(shape, config)
+    kinds = _kinds_of(seen, config)
     return Cut.of(seen, [config.max_dim if kind == "dense" else math.inf for kind in kinds]), kinds
 
 
-def update_factors(
+def _update_factors(
     G: Tensor, factors: Sequence[Factor | None], valid: Tensor, batch_size: int, config: IFShampooConfig
 ) -> None:
     """One step of all axes' m and K, each from the K before it, in place.
@@ -264,16 +270,16 @@ def update_factors(
     for axis, factor in enumerate(factors):
         if factor is not None:
             damping = config.damping * torch.stack([one, *taus[:axis], *taus[axis + 1 :]]).prod(0)
-            H = curvature(Y, factor["root"], axis, damping, batch_size / others(G.shape[1:], axis))
+            H = _curvature(Y, factor["root"], axis, damping, batch_size / others(G.shape[1:], axis))
             m = H.mul_((1 - a) / 2).add_(factor["momentum"], alpha=a)
             moments.append((factor, m, _size(m, G.dtype)))
     for _, _, size in moments:
         valid = valid & (size < math.inf)
     for factor, m, size in moments:
-        move(factor, m, torch.where(valid, size.clamp(min=1).reciprocal(), 0.0), valid, config.factor_lr)
+        _move(factor, m, torch.where(valid, size.clamp(min=1).reciprocal(), 0.0), valid, config.factor_lr)
 
 
-def curvature(Y: Tensor, K: Tensor, axis: int, damping: Tensor, weight: float) -> Tensor:
+def _curvature(Y: Tensor, K: Tensor, axis: int, damping: Tensor, weight: float) -> Tensor:
     """H - I with H = weight · Y₍ₙ₎Y₍ₙ₎ᵀ + damping · KᵀK; the diagonal alone for a diagonal K.
 
     Args:
@@ -291,7 +297,7 @@ def curvature(Y: Tensor, K: Tensor, axis: int, damping: Tensor, weight: float) -
     return H
 
 
-def move(factor: Factor, m: Tensor, scale: Tensor, valid: Tensor, factor_lr: float) -> None:
+def _move(factor: Factor, m: Tensor, scale: Tensor, valid: Tensor, factor_lr: float) -> None:
     """K ← K(I - β · scale · m) in place, with m kept as the momentum; nothing where not ``valid``.
 
     Args:
@@ -311,7 +317,7 @@ def move(factor: Factor, m: Tensor, scale: Tensor, valid: Tensor, factor_lr: flo
     torch.bmm(K, K.mT, out=factor["product"])
 
 
-def product(factor: Factor) -> Tensor:
+def _product(factor: Factor) -> Tensor:
     """KKᵀ, or its diagonal."""
     return factor["product"] if "product" in factor else factor["root"].square()
 
@@ -330,3 +336,13 @@ def _dense(d: int, like: Tensor, dtype: torch.dtype) -> Factor:
 def _diagonal(d: int, like: Tensor) -> Factor:
     ones = like.new_ones(d, dtype=accumulation_dtype(like.dtype))
     return {"root": ones, "momentum": torch.zeros_like(ones)}
+
+
+METHOD = Method(
+    "if_shampoo",
+    "Inverse-free Shampoo, no roots (Lin et al., ICML 2024)",
+    base="sgd",
+    config=IFShampooConfig,
+    make=IFShampoo,
+    select=select_parameters,
+)

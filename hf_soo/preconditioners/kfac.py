@@ -44,15 +44,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soo.engine.capture import FisherPass, Statistics
-from hf_soo.engine.factors import FactorRecorder
+from hf_soo.engine.capture import Statistics
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated, keep_where
+from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated, keep_where
 from hf_soo.engine.rescale import make_rescale
-from hf_soo.preconditioners.kfac_config import FactorConfig
+from hf_soo.preconditioners.kfac_config import FactorConfig, FOOFConfig, KAISAConfig, KFACConfig
 from hf_soo.preconditioners.kfac_inverse import Cholesky, Curvature, Eigen, Inverse, side_key
+from hf_soo.preconditioners.kronecker import by_side, sizes_of
 
 
 class KFAC(RowWise):
@@ -73,14 +73,7 @@ class KFAC(RowWise):
         self.form: Inverse = Cholesky(config) if config.inverse == "cholesky" else Eigen(config)
         self.shared = self.form.names
         self.rescale = make_rescale(config.rescale, config.kl_clip)
-        self.recorder = FactorRecorder(
-            outputs=Side.OUTPUT in self.sides,
-            reduce=self.reduce,
-            row_filter=config.row_filter,
-            loss_terms=getattr(config, "loss_terms", None),
-            published=getattr(config, "factor_scale", "loss") == "published",
-            fisher_pass=FisherPass() if getattr(config, "fisher", "empirical") == "mc" else None,
-        )
+        self.recorder = config.recorder(outputs=Side.OUTPUT in self.sides, reduce=self.reduce)
 
     def updates_at(self, step: int) -> bool:
         """By the period."""
@@ -118,8 +111,7 @@ class KFAC(RowWise):
         )
 
     def _sizes(self, layer: Layer) -> dict[Side, int]:
-        d_out, d_in = layer.shape
-        sizes = {Side.INPUT: d_in + (layer.bias is not None), Side.OUTPUT: d_out}
+        sizes = sizes_of(layer)
         return {side: sizes[side] for side in self.sides}
 
     def init(self, layer: Layer) -> LayerState:
@@ -182,9 +174,7 @@ class KFAC(RowWise):
 
     def distances(self, state: LayerState) -> Tensor:
         """How far each side's inverse is from a mere scale, [L, 2]."""
-        distance = {side: self.form.distance(state[side_key(side)]) for side in self.sides}
-        zero = torch.zeros_like(distance[Side.INPUT])
-        return torch.stack([distance.get(side, zero) for side in Side], dim=-1)
+        return by_side({side: self.form.distance(state[side_key(side)]) for side in self.sides})
 
 
 class KFACReduce(KFAC):
@@ -204,3 +194,29 @@ class KAISA(KFAC):
 
     def _default_workers(self, world: int) -> int:
         return max((k for k in range(1, world // 2 + 1) if world % k == 0), default=1)
+
+
+METHODS = (
+    Method(
+        "kfac_expand",
+        "K-FAC, expand (Martens, Grosse, 2015; Eschenhagen et al., 2023)",
+        base="sgd",
+        config=KFACConfig,
+        make=KFAC,
+    ),
+    Method(
+        "kfac_reduce",
+        "K-FAC, reduce (Eschenhagen et al., NeurIPS 2023)",
+        base="sgd",
+        config=KFACConfig,
+        make=KFACReduce,
+    ),
+    Method(
+        "kaisa",
+        "KAISA: K-FAC over a grid of ranks (Pauloski et al., SC 2021)",
+        base="lamb",
+        config=KAISAConfig,
+        make=KAISA,
+    ),
+    Method("foof", "FOOF, the input factor alone (Benzing, ICML 2022)", base="sgd", config=FOOFConfig, make=FOOF),
+)

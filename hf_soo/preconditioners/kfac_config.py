@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_soo.engine.capture import FisherPass
 from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.rescale import RescaleName, make_rescale
 from hf_soo.preconditioners.config import Periodic
 
@@ -65,6 +67,15 @@ class FactorConfig(Periodic):
             require_count("grad_workers", self.grad_workers, 1)
         require_in("factor_start", self.factor_start, ("corrected", "identity"))
 
+    def recorder(self, *, outputs: bool, reduce: bool) -> FactorRecorder:
+        """What collects the factors.
+
+        Args:
+            outputs: whether B is wanted too.
+            reduce: one row an example ("reduce"), or all of them ("expand").
+        """
+        return FactorRecorder(outputs, reduce, self.row_filter)
+
 
 @dataclass(frozen=True)
 class KFACConfig(FactorConfig):
@@ -95,6 +106,17 @@ class KFACConfig(FactorConfig):
             require_count("loss_terms", self.loss_terms, 1)
             if self.factor_scale == "published":
                 raise ValueError(f"loss_terms={self.loss_terms} has no effect with factor_scale='published'.")
+
+    def recorder(self, *, outputs: bool, reduce: bool) -> FactorRecorder:
+        """See ``FactorConfig.recorder``."""
+        return FactorRecorder(
+            outputs,
+            reduce,
+            self.row_filter,
+            loss_terms=self.loss_terms,
+            published=self.factor_scale == "published",
+            fisher_pass=FisherPass() if self.fisher == "mc" else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_soo.engine import products
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
 from hf_soo.preconditioners import spd
 from hf_soo.preconditioners.kfac_config import FactorConfig
+from hf_soo.preconditioners.kronecker import dense_product, identity
 
 LEAST_DAMPING, LEAST_SIDE = 1e-12, 1e-20  # of λ, and of one side's part of it
 LEAST_SHARE = 1e-8  # of a factor's mean eigenvalue, under which absolute damping may not fall
@@ -61,7 +61,7 @@ class Cholesky(Inverse):
 
     def init(self, d: int, like: Tensor) -> Factor:
         """The identity."""
-        return {"inverse": torch.eye(d, dtype=accumulation_dtype(like.dtype), device=like.device)}
+        return {"inverse": identity(d, like)}
 
     def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
         """By Cholesky, with retries."""
@@ -87,13 +87,13 @@ class Cholesky(Inverse):
     def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Two products."""
         left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
-        return products.dense_steps(grad.weight, grad.bias, left, state[side_key(Side.INPUT)]["inverse"])
+        return dense_product(grad, left, state[side_key(Side.INPUT)]["inverse"])
 
     def distance(self, factor: Factor) -> Tensor:
         """See ``Inverse``."""
         F = factor["inverse"]
         scaled = F / F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        distance: Tensor = torch.linalg.matrix_norm(scaled - torch.eye(F.shape[-1], dtype=F.dtype, device=F.device))
+        distance: Tensor = torch.linalg.matrix_norm(scaled - identity(F.shape[-1], F))
         return distance
 
 
@@ -110,7 +110,7 @@ class Eigen(Inverse):
         """Eigenvalues 1 and no damping."""
         dtype, device = accumulation_dtype(like.dtype), like.device
         return {
-            "vectors": torch.eye(d, dtype=dtype, device=device),
+            "vectors": identity(d, like),
             "values": torch.ones(d, dtype=dtype, device=device),
             "damping": torch.zeros((), dtype=dtype, device=device),
         }
@@ -131,16 +131,40 @@ class Eigen(Inverse):
     def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Four products."""
         right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
-        return products.eigen_steps(
-            grad.weight, grad.bias, None if left is None else (left["vectors"], left["values"]),
-            (right["vectors"], right["values"]), right["damping"],
-        )  # fmt: skip
+        return eigen_product(
+            grad,
+            None if left is None else (left["vectors"], left["values"]),
+            (right["vectors"], right["values"]),
+            right["damping"],
+        )
 
     def distance(self, factor: Factor) -> Tensor:
         """See ``Inverse``, with √λ as the side's damping."""
         F = 1 / (factor["values"] + factor["damping"].sqrt()[:, None])
         distance: Tensor = torch.linalg.vector_norm(F / F.mean(-1, keepdim=True) - 1, dim=-1)
         return distance
+
+
+def eigen_product(
+    grad: Joint, left: tuple[Tensor, Tensor] | None, right: tuple[Tensor, Tensor], damping: Tensor
+) -> RowSums[TransformNorms]:
+    """In place: Ĝ ← Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; not finite: as ``dense_product``.
+
+    Args:
+        grad: Ĝ, n x m (the bias's column included).
+        left: eigenvectors Q_b [L, n, n] and values l_b [L, n]; or None for B = I, which works on any rows.
+        right: Q_a [L, m, m] and l_a [L, m].
+        damping: λ, [L].
+
+    Returns:
+        Squared norms and inner product of Ĝ and P; ``after`` is not finite where Ĝ was kept.
+    """
+    G, (Q_a, l_a) = grad.matrix(), right
+    T = G @ Q_a if left is None else left[0].mT @ G @ Q_a
+    curvature = l_a[:, None, :] if left is None else left[1][:, :, None] * l_a[:, None, :]
+    T = T / (curvature + damping[:, None, None])
+    P = T @ Q_a.mT if left is None else left[0] @ T @ Q_a.mT
+    return grad.replace_(G, P)
 
 
 def side_key(side: Side) -> str:

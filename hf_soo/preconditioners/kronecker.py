@@ -1,14 +1,21 @@
-"""Kronecker vectors: the means of a layer's inputs and output gradients, in the scale a method wants them."""
+"""What methods with a factor for each side of a gradient matrix share.
+
+Kronecker vectors, the means of a layer's inputs and output gradients in the scale a method wants them; and
+P = F_b Ĝ F_a with factors that are held as matrices.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.preconditioner import Outcome, Side, Updated
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
+from hf_soo.engine.layers import Layer, accumulation_dtype
+from hf_soo.engine.preconditioner import Outcome, Side
 
 KVScale = Literal["unit", "sum", "mean"]
 KV_SCALES = ("unit", "sum", "mean")
@@ -44,7 +51,7 @@ def kronecker_vectors(
     size = v.mean(-2).square().sum(-1)
     if clip is not None:
         v = v.clamp(-clip, clip)
-    if scale == "unit":
+    if scale == "unit":  # v ← v √(dτ)/|v|
         length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         v = v * ((v.shape[-1] * target) ** 0.5 / torch.where(length > 0, length, 1.0))
     outcome = _outcomes(v, statistics, noise_matters=scale == "unit" and side is Side.OUTPUT)
@@ -59,6 +66,35 @@ def _outcomes(v: Tensor, statistics: Statistics, noise_matters: bool) -> Tensor:
     return torch.where(statistics.samples > 0, outcome, Outcome.NO_ROWS.value)
 
 
-def updated(outcomes: dict[Side, Tensor], sizes: dict[Side, Tensor]) -> Updated:
-    """Both sides' outcomes and sizes, in the order of ``Side``."""
-    return Updated(torch.stack([outcomes[s] for s in Side], -1), torch.stack([sizes[s] for s in Side], -1))
+def sizes_of(layer: Layer) -> dict[Side, int]:
+    """The columns and the rows of a layer's [G | bias]."""
+    d_out, d_in = layer.shape
+    return {Side.INPUT: d_in + (layer.bias is not None), Side.OUTPUT: d_out}
+
+
+def identity(d: int, like: Tensor) -> Tensor:
+    """A factor [d, d] that changes nothing, on a parameter's device and in its accumulation dtype."""
+    return torch.eye(d, dtype=accumulation_dtype(like.dtype), device=like.device)
+
+
+def by_side(values: Mapping[Side, Tensor]) -> Tensor:
+    """A number for each layer and side, [L, 2], in the order of ``Side``; 0 for a side that is not there."""
+    zero = torch.zeros_like(next(iter(values.values()), torch.zeros(1)))
+    return torch.stack([values.get(side, zero) for side in Side], dim=-1)
+
+
+def dense_product(grad: Joint, left: Tensor | None, right: Tensor | None) -> RowSums[TransformNorms]:
+    """In place: Ĝ ← F_b Ĝ F_a; a result that is not finite leaves that gradient as it was.
+
+    Args:
+        grad: Ĝ, n x m (the bias's column included).
+        left: F_b [L, n, n], or None for the identity; it needs all rows.
+        right: F_a [L, m, m], or None for the identity.
+
+    Returns:
+        Squared norms and inner product of Ĝ and P; ``after`` is not finite where Ĝ was kept.
+    """
+    G = grad.matrix()
+    P = G if left is None else left @ G
+    P = P if right is None else P @ right
+    return grad.replace_(G, P)

@@ -1,25 +1,29 @@
 """MKOR: momentum-enabled Kronecker-factor-based optimizer with rank-1 updates (Mozaffari et al., NeurIPS 2023).
 
-For each layer with gradient G [d_out, d_in (+ 1)], mean input a and output-gradient sum b, every `update_period` steps
+Algorithm 1 of the paper, for each layer with gradient Ĝ = [G | bias], lines 1 to 4 every `update_period` steps:
 
-    blend:  M = γF + (1-γ)I,   F ← (M⁻¹ + vvᵀ)⁻¹            v = b for the left factor, v = a for the right one
+    line                                                           here
+    1, 2  a = mean input row, b = Σ dL/dy, over all ranks          `SumRecorder`, `kronecker_vectors`
+    3     F ← ζF + (1-ζ)I where max|F| > ε                         `mkor_dense.stabilize`
+    4     F ← its update with v; v = b for L⁻¹, v = a for R⁻¹      `lowrank_update`, or a rule of `mkor_dense`
+    5     P = L⁻¹ Ĝ R⁻¹                                            `lowrank_product`, or `kronecker.dense_product`
+    6     P ← P·|Ĝ|/|P|                                            `MatchNorm`
+    7     the base steps on P, or on G of a layer left to it       the base; `MKOR.skip_reason`
 
-and in every step  P = F_b G F_a,  P ← P·|G|/|P|,  then the base optimizer steps on P.
+========= ==================== ======================================================
+paper     here                 the released code
+========= ==================== ======================================================
+γ         factor_decay         0.95, hard-wired (its `stat_decay` is not used)
+f         update_period        inv_freq
+L⁻¹, R⁻¹  left, right          GG_inv, AA_inv
+ε         stabilizer_threshold 2, never reached
+ζ         stabilizer_blend     1 - stabilization_factor, dead code there
+========= ==================== ======================================================
 
-========= ================ ======================================================
-paper     here             the released code
-========= ================ ======================================================
-γ         factor_decay     0.95, hard-wired (its `stat_decay` is not used)
-f         update_period    inv_freq
-L⁻¹, R⁻¹  left, right      GG_inv, AA_inv
-ε         stabilizer_threshold  2, never reached
-ζ         stabilizer_blend 1 - stabilization_factor, dead code there
-========= ================ ======================================================
-
-Deviation: the factors live in low-rank form, F = I - CCᵀ with the last `history` columns, which is the same factor up
-to γ^history; reason: K thin columns cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
-Deviation: eq. 5 as printed is no inverse update; `update_rule="blend"` is what the released code runs, "exact" is
-Sherman-Morrison for γJ + (1-γ)vvᵀ, "paper" the printed equation, for study.
+Deviation: eq. 5 as printed is no inverse update; `update_rule="blend"` is what the released code runs,
+F ← (M⁻¹ + vvᵀ)⁻¹ with M = γF + (1-γ)I, "exact" is Sherman-Morrison for γJ + (1-γ)vvᵀ, "paper" the printed equation.
+Deviation: the factors live in low-rank form, F = I - CᵀC with the last `history` rows of C, which is the same factor
+up to γ^history; reason: K thin rows cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
 Deviation: the first statistics are used (the released code discards them), averages are taken once, and
 `kv_scale="unit"` makes both sides act whatever the batch size; "sum" is the released scale.
 """
@@ -32,20 +36,75 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from hf_soo.engine import linalg, products
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.flops import MinimalWork, Product
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import Factor, LayerState, Outcome, RowWise, Side, Updated
+from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import MatchNorm
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.config import Periodic
-from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, kronecker_vectors, updated
+from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
+from hf_soo.preconditioners.mkor_dense import Dense
 
 DEFAULT_HISTORY = 32
-STABILIZER_THRESHOLD, STABILIZER_BLEND = 100.0, 0.9
+
+
+def lowrank_update(C: Tensor, head: Tensor, V: Tensor, factor_decay: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The blend rule on F = I - CᵀC, exactly: M = γF + (1-γ)I, then F ← (M⁻¹ + VᵀV)⁻¹.
+
+    With U = VM and I + VUᵀ = TTᵀ (Cholesky), the r rows T⁻¹U join the ring buffer, and the rows that stay are scaled
+    by √γ; the r oldest rows, of weight γ^K, are overwritten.
+
+    Args:
+        C: rows of the factor, [..., K, d].
+        head: the slot of the oldest row, int64 [...].
+        V: the r Kronecker vectors, [..., r, d], r <= K.
+        factor_decay: γ in (0, 1).
+        valid: bool [...]; where False the factor stays as it is, whatever V holds.
+
+    Returns:
+        The new C and head.
+    """
+    history, r = C.shape[-2], V.shape[-2]
+    U = V - factor_decay * ((V @ C.mT) @ C)  # VM = V - γ(VCᵀ)C
+    T, _ = torch.linalg.cholesky_ex(torch.eye(r, dtype=V.dtype, device=V.device) + V @ U.mT)
+    fresh = torch.linalg.solve_triangular(T, U, upper=False)
+    age = (torch.arange(history, device=C.device) - head[..., None]) % history  # slots in ring order, [..., K]
+    replaced = (age < r)[..., None]
+    rows = torch.take_along_dim(fresh, age.clamp(max=r - 1)[..., None], dim=-2)
+    updated = torch.where(replaced, rows, factor_decay**0.5 * C)
+    valid = valid & fresh.isfinite().all(-1).all(-1)
+    return torch.where(valid[..., None, None], updated, C), torch.where(valid, (head + r) % history, head)
+
+
+def lowrank_product(grad: Joint, C_b: Tensor, C_a: Tensor) -> RowSums[TransformNorms]:
+    """In place: Ĝ ← (I - C_bᵀC_b) Ĝ (I - C_aᵀC_a), in thin products; a C without rows is the identity.
+
+    Args:
+        grad: rows of Ĝ, n x m (the bias's column included).
+        C_b: of the left factor, the columns that belong to these rows, [L, K, n].
+        C_a: of the right factor, [L, K', m].
+
+    Yields:
+        Sums over rows: |Ĝ|², |Y|² and X; then |P|².
+
+    Returns:
+        Squared norms and inner product of Ĝ and P.
+    """
+    before, right = grad.squared_norm(), grad.split(C_a)
+    Y, X = grad @ C_a.mT, grad.from_left(C_b)  # ĜC_aᵀ, local to rows; C_bĜ, a sum over them
+    y_norm = squared_norm(Y)
+    yield [before, y_norm, *X.tensors()]
+    Z = X @ C_a.mT
+    # ⟨P, Ĝ⟩ = |Ĝ|² - |X|² - |Y|² + |Z|²
+    inner = before - y_norm - X.squared_norm() + squared_norm(Z)
+    # P = Ĝ - Y C_a - C_bᵀ(X - Z C_a)
+    grad.subtract_((Y, right), (C_b.mT, X.minus(Z, right)))
+    after = grad.squared_norm()
+    yield [after]
+    return TransformNorms(before, after, inner)
 
 
 @dataclass(frozen=True)
@@ -54,8 +113,8 @@ class MKORConfig(Periodic):
 
     Args:
         factor_decay: γ, the weight of the old factor.
-        representation: "lowrank" (F = I - CCᵀ) or "dense".
-        history: columns of C kept, K; low-rank only.
+        representation: "lowrank" (F = I - CᵀC) or "dense".
+        history: rows of C kept, K; low-rank only.
         update_rule: "blend", or with the dense representation "exact" or "paper".
         clip_value: bound on a Kronecker vector's entries, before scaling.
         kv_scale: "unit", "sum" (as released) or "mean"; see ``kronecker_vectors``.
@@ -119,7 +178,7 @@ class MKORConfig(Periodic):
 
 
 class Representation(Protocol):
-    """How an inverse factor F is held: its tensors, its update with vectors V [L, r, d], and P = F_b G F_a."""
+    """How an inverse factor F is held: its tensors, its update with vectors V [L, r, d], and P = F_b Ĝ F_a."""
 
     def init(self, d: int, like: Tensor) -> Factor:
         """F = I."""
@@ -128,77 +187,52 @@ class Representation(Protocol):
         """The factor after V, where ``valid`` [L]."""
 
     def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
-        """G -> P in place; a side that is None is the identity."""
+        """Ĝ -> P in place; a side that is None is the identity."""
 
     def distance(self, factor: Factor) -> Tensor:
         """|F - I|_F, [L]."""
 
 
-class LowRank(Representation):
-    """F = I - CCᵀ; ``columns`` [K, d] holds the columns of C by rows, ``head`` the slot of the oldest."""
+class LowRank:
+    """F = I - CᵀC; ``columns`` [K, d] holds C, ``head`` the slot of its oldest row."""
 
-    def __init__(self, config: MKORConfig) -> None:
-        """Take the settings of MKOR."""
-        self.config = config
+    def __init__(self, history: int, factor_decay: float) -> None:
+        """Choose how much is kept.
+
+        Args:
+            history: K.
+            factor_decay: γ.
+        """
+        self.history, self.factor_decay = history, factor_decay
 
     def init(self, d: int, like: Tensor) -> Factor:
-        """No columns."""
+        """C = 0."""
         return {
-            "columns": like.new_zeros(self.config.history, d, dtype=accumulation_dtype(like.dtype)),
+            "columns": like.new_zeros(self.history, d, dtype=accumulation_dtype(like.dtype)),
             "head": torch.zeros((), dtype=torch.int64, device=like.device),
         }
 
     def update(self, factor: Factor, V: Tensor, valid: Tensor) -> Factor:
-        """One more block of columns."""
-        columns, head = linalg.lowrank_update(factor["columns"], factor["head"], V, self.config.factor_decay, valid)
+        """See ``lowrank_update``."""
+        columns, head = lowrank_update(factor["columns"], factor["head"], V, self.factor_decay, valid)
         return {"columns": columns, "head": head}
 
     def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
-        """Thin products, on any rows."""
-        C_left = None if left is None else left["columns"][..., grad.rows]
-        return products.lowrank_steps(grad.weight, grad.bias, C_left, None if right is None else right["columns"])
+        """See ``lowrank_product``."""
+        C_b = _no_rows(grad, grad.shape[1]) if left is None else left["columns"][..., grad.rows]
+        C_a = _no_rows(grad, grad.shape[2]) if right is None else right["columns"]
+        return lowrank_product(grad, C_b, C_a)
 
     def distance(self, factor: Factor) -> Tensor:
-        """|CCᵀ|_F = |CᵀC|_F."""
+        """|CᵀC|_F = |CCᵀ|_F."""
         C = factor["columns"]
         distance: Tensor = torch.linalg.matrix_norm(C @ C.mT)
         return distance
 
 
-class Dense(Representation):
-    """F as a matrix ``inverse`` [d, d]."""
-
-    def __init__(self, config: MKORConfig) -> None:
-        """Take the settings of MKOR."""
-        self.config = config
-        self.threshold = STABILIZER_THRESHOLD if config.stabilizer_threshold is None else config.stabilizer_threshold
-        self.blend = STABILIZER_BLEND if config.stabilizer_blend is None else config.stabilizer_blend
-
-    def init(self, d: int, like: Tensor) -> Factor:
-        """The identity."""
-        return {"inverse": torch.eye(d, dtype=accumulation_dtype(like.dtype), device=like.device)}
-
-    def update(self, factor: Factor, V: Tensor, valid: Tensor) -> Factor:
-        """By the update rule; "exact" and "paper" are stabilised first."""
-        F, gamma = factor["inverse"], self.config.factor_decay
-        if self.config.update_rule == "blend":
-            new = linalg.blend_update(F, V, gamma)
-        else:
-            rule = linalg.exact_update if self.config.update_rule == "exact" else linalg.paper_update
-            new = rule(linalg.stabilize(F, self.threshold, self.blend), V.squeeze(-2), gamma)
-        valid = valid & new.isfinite().all(-1).all(-1)
-        return {"inverse": torch.where(valid[:, None, None], new, F)}
-
-    def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
-        """Two full products, on all rows."""
-        inverses = [None if factor is None else factor["inverse"] for factor in (left, right)]
-        return products.dense_steps(grad.weight, grad.bias, *inverses)
-
-    def distance(self, factor: Factor) -> Tensor:
-        """|F - I|_F."""
-        F = factor["inverse"]
-        distance: Tensor = torch.linalg.matrix_norm(F - torch.eye(F.shape[-1], dtype=F.dtype, device=F.device))
-        return distance
+def _no_rows(grad: Joint, d: int) -> Tensor:
+    """The C of an identity, [L, 0, d]."""
+    return grad.weight.new_zeros(len(grad.weight), 0, d)
 
 
 SIDE_NAMES = {Side.INPUT: "right", Side.OUTPUT: "left"}
@@ -217,12 +251,13 @@ class MKOR(RowWise):
         """
         self.config = config
         self.stacks = self.row_wise = config.representation == "lowrank"
-        self.form: Representation = LowRank(config) if config.representation == "lowrank" else Dense(config)
-        self.sides = [
-            side
-            for side, kinds in {Side.INPUT: ("both", "input"), Side.OUTPUT: ("both", "output")}.items()
-            if config.sides in kinds
-        ]
+        self.form: Representation = LowRank(config.history, config.factor_decay)
+        if config.representation == "dense":
+            self.form = Dense(
+                config.update_rule, config.factor_decay, config.stabilizer_threshold, config.stabilizer_blend
+            )
+        used = {"both": (Side.INPUT, Side.OUTPUT), "input": (Side.INPUT,), "output": (Side.OUTPUT,), "none": ()}
+        self.sides: tuple[Side, ...] = used[config.sides]
         outputs = Side.OUTPUT in self.sides
         self.recorder = SumRecorder(
             inputs=Side.INPUT in self.sides,
@@ -241,14 +276,13 @@ class MKOR(RowWise):
 
     def init(self, layer: Layer) -> LayerState:
         """Identity factors."""
-        sizes = _sizes(layer)
-        return {SIDE_NAMES[side]: self.form.init(sizes[side], layer.prototype) for side in self.sides}
+        return {SIDE_NAMES[side]: self.form.init(sizes_of(layer)[side], layer.prototype) for side in self.sides}
 
     def minimal_products(self, layer: Layer) -> MinimalWork | None:
-        """F_b G and (F_b G) F_a of the dense form; the low-rank form's products are thin."""
-        if not isinstance(self.form, Dense):
+        """F_b Ĝ and (F_b Ĝ) F_a of the dense form; the low-rank form's products are thin."""
+        if self.config.representation == "lowrank":
             return None
-        n, m = _sizes(layer)[Side.OUTPUT], _sizes(layer)[Side.INPUT]
+        m, n = sizes_of(layer).values()
         both = {Side.OUTPUT: Product(n, n, m), Side.INPUT: Product(n, m, m)}
         return MinimalWork(every=[product for side, product in both.items() if side in self.sides])
 
@@ -262,20 +296,17 @@ class MKOR(RowWise):
             if V is not None:
                 name, valid = SIDE_NAMES[side], outcomes[side] == Outcome.UPDATED.value
                 new[name] = self.form.update(state[name], V, valid)
-        return new, updated(outcomes, sizes)
+        return new, Updated(by_side(outcomes), by_side(sizes))
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
-        """P = F_b G F_a."""
+        """P = F_b Ĝ F_a."""
         return self.form.transform(state.get("left"), state.get("right"), grad)
 
     def distances(self, state: LayerState) -> Tensor:
-        """|F_a - I| and |F_b - I|."""
-        distance = {side: self.form.distance(state[SIDE_NAMES[side]]) for side in self.sides}
-        zero = torch.zeros_like(next(iter(distance.values()), torch.zeros(1)))
-        return torch.stack([distance.get(side, zero) for side in Side], dim=-1)
+        """|F_a - I| and |F_b - I|, [L, 2]."""
+        return by_side({side: self.form.distance(state[SIDE_NAMES[side]]) for side in self.sides})
 
 
-def _sizes(layer: Layer) -> dict[Side, int]:
-    """The dimensions of [G | bias]."""
-    d_out, d_in = layer.shape
-    return {Side.OUTPUT: d_out, Side.INPUT: d_in + (layer.bias is not None)}
+METHOD = Method(
+    "mkor", "MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)", base="lamb", config=MKORConfig, make=MKOR
+)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.checks import require_count, require_range
+from hf_soo.engine.preconditioner import Method
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 
 
@@ -91,7 +92,7 @@ class MKORH(MKOR):
         checks = self.updates_at(step)
         if self.watch.device != loss.device:
             self.watch = self.watch.to(loss.device)
-        seen = watched(self.watch, loss, step, self.rule.rate_decay, self.rule.rate_fraction, checks)
+        seen = _watched(self.watch, loss, step, self.rule.rate_decay, self.rule.rate_fraction, checks)
         self.watch.copy_(torch.where(loss.isfinite(), seen, self.watch))
         return checks and step >= self.rule.min_steps and self.watch[5].item() >= self.rule.patience
 
@@ -100,7 +101,7 @@ class MKORH(MKOR):
         return {"watch": self.watch}
 
 
-def watched(watch: Tensor, loss: Tensor, step: int, decay: float, fraction: float, checks: bool) -> Tensor:
+def _watched(watch: Tensor, loss: Tensor, step: int, decay: float, fraction: float, checks: bool) -> Tensor:
     """What the rule remembers after one more loss.
 
     Args:
@@ -123,3 +124,12 @@ def watched(watch: Tensor, loss: Tensor, step: int, decay: float, fraction: floa
     if checks:
         below = torch.where(~first & (rate < fraction * mean_rate), below + 1, 0.0)
     return torch.stack([loss_sum, rate_sum, n + 1, start, start_S, below])
+
+
+METHOD = Method(
+    "mkor_h",
+    "MKOR-H, which switches to its base (Mozaffari et al., NeurIPS 2023)",
+    base="lamb",
+    config=MKORHConfig,
+    make=MKORH,
+)

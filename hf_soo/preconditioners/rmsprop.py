@@ -36,9 +36,10 @@ from hf_soo.engine.checks import require_range
 from hf_soo.engine.chunks import piece_size
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, RowWise, Updated
+from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, RowWise, Updated
+from hf_soo.engine.selection import select_all_parameters
 from hf_soo.preconditioners.axes import inner, layerwise, total
-from hf_soo.preconditioners.learned import StateDtype, check_batch_size, check_state_dtype, learned, stored_dtype
+from hf_soo.preconditioners.config import StateDtype, check_batch_size, check_state_dtype, stored_dtype
 
 BF16_LOWEST_RATE = 2.0**-9
 """Below it (1-β)ŝ rounds back to ŝ in bfloat16."""
@@ -114,18 +115,18 @@ class RMSProp(RowWise):
         valid = self.batch_size * size < math.inf
         used = valid.to(grad.dtype)
         keep, root = 1 - rate * used, (rate * self.batch_size) ** 0.5 * used
-        for g, s, scratch in pieces(grad, state["gradient"]["second_moment"]):
+        for g, s, scratch in _chunks(grad, state["gradient"]["second_moment"]):
             torch.mul(g, layerwise(root, g), out=scratch).nan_to_num_(0.0, 0.0, 0.0)  # 0 x inf is nan
             wide = s.to(g.dtype).mul_(layerwise(keep, g)).addcmul_(scratch, scratch)
             if wide.dtype != s.dtype:
                 s.copy_(wide)
-        return state, learned(size, valid)
+        return state, Updated.of_gradient(size, valid)
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""
         eps = max(self.config.eps, torch.finfo(grad.weight.dtype).tiny)
         norms: list[TransformNorms] = []
-        for g, s, scratch in pieces(grad.weight, state["gradient"]["second_moment"]):
+        for g, s, scratch in _chunks(grad.weight, state["gradient"]["second_moment"]):
             P = torch.div(g, torch.add(s.to(g.dtype), eps, out=scratch), out=scratch)
             norms.append(TransformNorms(inner(g, g), inner(P, P), inner(P, g)))
             g.copy_(P)
@@ -139,8 +140,8 @@ class RMSProp(RowWise):
         return squared_norm(1 / (s + self.config.eps) - 1).sqrt()[:, None]
 
 
-def pieces(grad: Tensor, second_moment: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Walk a gradient and its ŝ together: one large layer in pieces that fit the cache, anything else whole.
+def _chunks(grad: Tensor, second_moment: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Walk a gradient and its ŝ together: one large layer in chunks that fit the cache, anything else whole.
 
     Args:
         grad: [L, ...].
@@ -157,3 +158,13 @@ def pieces(grad: Tensor, second_moment: Tensor) -> Iterator[tuple[Tensor, Tensor
     scratch = torch.empty_like(parts[0][0])
     for g, s in parts:
         yield g, s, scratch if scratch.shape == g.shape else scratch[:, : g.shape[1]]
+
+
+METHOD = Method(
+    "rf_rmsprop",
+    "Root-free RMSProp (Lin et al., ICML 2024)",
+    base="sgd",
+    config=RMSPropConfig,
+    make=RMSProp,
+    select=select_all_parameters,
+)

@@ -39,9 +39,9 @@ from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Outcome, Preconditioner, Updated
+from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, Outcome, Preconditioner, Updated
+from hf_soo.engine.selection import select_parameters
 from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back, replace, squeezed, total, unfolded
-from hf_soo.preconditioners.learned import learned
 from hf_soo.preconditioners.spd import inverse_root
 
 GRAFT = "graft"
@@ -129,7 +129,7 @@ class Shampoo(Preconditioner):
 
     def minimal_products(self, layer: Layer) -> MinimalWork:
         """Of each axis of each block: R times G; G₍ₙ₎G₍ₙ₎ᵀ; the eigenvectors and the product that makes R of them."""
-        axes = list(cut_of(tuple(layer.shape), self.config.max_dim).axes())
+        axes = list(_cut_of(tuple(layer.shape), self.config.max_dim).axes())
         return MinimalWork(
             every=[Product(d, d, rest) for d, rest in axes],
             update=[Product(d, rest, d) for d, rest in axes],
@@ -138,7 +138,7 @@ class Shampoo(Preconditioner):
 
     def init(self, layer: Layer) -> LayerState:
         """L = 0, R = I."""
-        cut, dtype = cut_of(tuple(layer.shape), self.config.max_dim), accumulation_dtype(layer.prototype.dtype)
+        cut, dtype = _cut_of(tuple(layer.shape), self.config.max_dim), accumulation_dtype(layer.prototype.dtype)
         state = {
             cut.name(block, axis): _axis(d, layer.prototype, dtype)
             for block, sizes in enumerate(cut.sizes())
@@ -155,7 +155,7 @@ class Shampoo(Preconditioner):
         """Every factor, and the graft's second moment, in place; nothing for a gradient that is not finite."""
         assert statistics.grad is not None
         G, config = statistics.grad.weight, self.config
-        cut = cut_of(tuple(G.shape[1:]), config.max_dim)
+        cut = _cut_of(tuple(G.shape[1:]), config.max_dim)
         size = inner(G, G)
         valid = size < math.inf
         beta, weight = config.factor_decay, 1.0 if config.factor_decay == 1 else 1 - config.factor_decay
@@ -170,7 +170,7 @@ class Shampoo(Preconditioner):
             v = state[GRAFT]["second_moment"]
             torch.where(layerwise(valid, v), v.lerp(G.square(), 1 - config.graft_decay), v, out=v)
             state[GRAFT]["updates"].add_(valid)
-        return state, learned(size, valid)
+        return state, Updated.of_gradient(size, valid)
 
     def refresh(self, state: LayerState) -> tuple[LayerState, Tensor]:
         """New roots, in place. One that cannot be computed stays, and so does I before the first update."""
@@ -179,7 +179,7 @@ class Shampoo(Preconditioner):
         exponent = self.config.exponent or 1 / (2 * blocks.count(blocks[0]))
         failed = torch.zeros_like(axes[0][1]["updates"], dtype=torch.bool)
         for _, factor in axes:
-            R, ok = inverse_root(normalised(factor, self.config), exponent, self.config.epsilon)
+            R, ok = inverse_root(_normalised(factor, self.config), exponent, self.config.epsilon)
             due = factor["updates"] > 0
             torch.where(layerwise(ok & due, R), R, factor["root"], out=factor["root"])
             failed |= due & ~ok
@@ -187,7 +187,7 @@ class Shampoo(Preconditioner):
 
     def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """P = G ×₁ R₁ … ×_N R_N, with the graft's length, block by block; a block that is not finite keeps its G."""
-        cut = cut_of(tuple(grad.weight.shape[1:]), self.config.max_dim)
+        cut = _cut_of(tuple(grad.weight.shape[1:]), self.config.max_dim)
         view = cut.view(grad.weight)
         grafts = self._grafts(state, cut, cut.parts(view))
         moved = []
@@ -207,9 +207,9 @@ class Shampoo(Preconditioner):
         if self.config.grafting == "sgd":
             return [inner(G, G).sqrt() for G in parts]
         if self.config.grafting == "muon":
-            return [G.new_full((len(G),), muon_norm(len(G[0]), G[0].numel() // len(G[0]))) for G in parts]
+            return [G.new_full((len(G),), _muon_norm(len(G[0]), G[0].numel() // len(G[0]))) for G in parts]
         v, u = state[GRAFT]["second_moment"], state[GRAFT]["updates"]
-        root = (v / layerwise(correction(u, self.config.graft_decay, v.dtype), v)).sqrt_().add_(ADAM_EPS)
+        root = (v / layerwise(_correction(u, self.config.graft_decay, v.dtype), v)).sqrt_().add_(ADAM_EPS)
         steps = [G / r for G, r in zip(parts, cut.parts(cut.view(root)), strict=True)]
         return [inner(step, step).sqrt() for step in steps]
 
@@ -243,19 +243,19 @@ def merge_dims(shape: Sequence[int], threshold: int, target: int = 2) -> tuple[i
 
 
 @lru_cache(maxsize=1024)
-def cut_of(shape: tuple[int, ...], max_dim: int) -> Cut:
+def _cut_of(shape: tuple[int, ...], max_dim: int) -> Cut:
     """How a tensor of a shape is seen: merged, then every axis cut at ``max_dim``."""
     merged = merge_dims(shape, max_dim)
     return Cut.of(merged, [max_dim] * len(merged))
 
 
-def correction(updates: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
+def _correction(updates: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
     """1 - decayᵘ, by which a running average that began at 0 is divided; 1 for the plain sum, or before an update."""
     weight = 1 - decay ** updates.to(dtype)
     return torch.where((updates > 0) & (weight > 0), weight, 1.0)
 
 
-def normalised(factor: Factor, config: ShampooConfig) -> Tensor:
+def _normalised(factor: Factor, config: ShampooConfig) -> Tensor:
     """L̂, divided by its mean eigenvalue with ``trace_scaling``; [L, d, d].
 
     Args:
@@ -263,14 +263,14 @@ def normalised(factor: Factor, config: ShampooConfig) -> Tensor:
         config: the settings.
     """
     L = factor["factor"]
-    L = L / layerwise(correction(factor["updates"], config.factor_decay, L.dtype), L)
+    L = L / layerwise(_correction(factor["updates"], config.factor_decay, L.dtype), L)
     if config.trace_scaling:
         mean = L.diagonal(dim1=-2, dim2=-1).mean(-1)
         L = L / layerwise(torch.where(mean > 0, mean, 1.0), L)
     return L
 
 
-def muon_norm(n: int, m: int) -> float:
+def _muon_norm(n: int, m: int) -> float:
     """The Frobenius norm of Muon's update of an n x m matrix."""
     return math.sqrt(min(n, m)) * math.sqrt(max(1.0, n / m))
 
@@ -282,3 +282,13 @@ def _axis(d: int, like: Tensor, dtype: torch.dtype) -> Factor:
 
 def _count(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=like.device)
+
+
+METHOD = Method(
+    "shampoo",
+    "Shampoo, blocked and grafted (Gupta et al., ICML 2018; Shi et al., 2023)",
+    base="adamw",
+    config=ShampooConfig,
+    make=Shampoo,
+    select=select_parameters,
+)

@@ -63,13 +63,11 @@ def plain_step(method: str) -> Journey:
     return Journey(calls)
 
 
-@pytest.mark.parametrize(
-    ("method", "most_calls", "most_files", "most_moves"), [("mkor", 150, 21, 92), ("kfac_expand", 91, 18, 63)]
-)
-def test_a_plain_step_stays_in_few_files(method: str, most_calls: int, most_files: int, most_moves: int) -> None:
+@pytest.mark.parametrize(("method", "most_files", "most_moves"), [("mkor", 19, 91), ("kfac_expand", 17, 63)])
+def test_a_plain_step_stays_in_few_files(method: str, most_files: int, most_moves: int) -> None:
     """MKOR over LAMB and K-FAC over SGD: the numbers are printed, and the whole walk if it is too long."""
     journey = plain_step(method)
     found = f"{method}: {len(journey.calls)} calls in {journey.files} files with {journey.moves} moves between files"
     print(found)
-    within = len(journey.calls) <= most_calls and journey.files <= most_files and journey.moves <= most_moves
-    assert within, "\n".join([f"{found}; allowed are {most_calls}, {most_files} and {most_moves}:", *journey.calls])
+    within = journey.files <= most_files and journey.moves <= most_moves
+    assert within, "\n".join([f"{found}; allowed are {most_files} and {most_moves}:", *journey.calls])

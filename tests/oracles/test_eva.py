@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hf_soo
-from hf_soo.engine import products
-from hf_soo.engine.gradients import TransformNorms
+from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.rescale import KLClip
+from hf_soo.preconditioners.eva import eva_f_product, eva_product
 from tests.methods.twin_runs import assert_same_run, batches, run_library, tensor, twins
 from tests.oracles import core as oracles
 from tests.oracles.core import Array, assert_close_report
@@ -25,17 +25,16 @@ DAMPING = 0.03
 BIAS = pytest.mark.parametrize("bias", [True, False])
 
 
-def split(G: Array, bias: bool) -> tuple[Tensor, Tensor | None]:
+def split(G: Array, bias: bool) -> Joint:
     """Weight and bias gradient of a joint one, with a batch dimension of layers in front."""
-    return (tensor(G[..., :-1]), tensor(G[..., -1])) if bias else (tensor(G.copy()), None)
+    return Joint(tensor(G[..., :-1]), tensor(G[..., -1])) if bias else Joint(tensor(G.copy()), None)
 
 
 def apply(G: Array, bias: bool, *vectors: Array, damping: float = DAMPING) -> tuple[Array, TransformNorms]:
     """The library's P of the joint gradients G [L, n, m]: Eva for two vectors, Eva-f for one."""
-    weight_grad, bias_grad = split(G, bias)
-    product = products.eva_product if len(vectors) == 2 else products.eva_f_product
-    moved = product(weight_grad, bias_grad, *(tensor(v) for v in vectors), damping)
-    return (weight_grad if bias_grad is None else torch.cat([weight_grad, bias_grad[..., None]], -1)).numpy(), moved
+    grad, product = split(G, bias), eva_product if len(vectors) == 2 else eva_f_product
+    moved = run_whole(product(grad, *(tensor(v) for v in vectors), damping))
+    return grad.matrix().numpy(), moved
 
 
 # ---- the oracles themselves ------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_soo.engine import linalg
-from hf_soo.engine.products import lowrank_product
+from hf_soo.engine.gradients import Joint, run_whole
+from hf_soo.preconditioners.mkor import lowrank_product, lowrank_update
+from hf_soo.preconditioners.mkor_dense import blend_update, exact_update, paper_update, stabilize
 from tests.methods.twin_runs import batches, dense, half_squares, tensor, twins
 from tests.oracles import core as oracles
 from tests.oracles.core import Array, assert_close_report
@@ -31,7 +32,7 @@ def drifting(rng: np.random.Generator, count: int, d: int, size: float = 1.0) ->
 def lowrank_after(vectors: list[Array], history: int, gamma: float = GAMMA) -> tuple[Tensor, Tensor]:
     C, head = torch.zeros(history, len(vectors[0]), dtype=torch.float64), torch.tensor(0)
     for v in vectors:
-        C, head = linalg.lowrank_update(C, head, tensor(v)[None], gamma, torch.tensor(True))
+        C, head = lowrank_update(C, head, tensor(v)[None], gamma, torch.tensor(True))
     return C, head
 
 
@@ -82,7 +83,7 @@ def test_report_names_the_worst_entry() -> None:
 def test_exact_update_is_the_inverse(rng: np.random.Generator, d: int) -> None:
     F, J = torch.eye(d, dtype=torch.float64), np.eye(d)
     for v in drifting(rng, 200, d, size=d):
-        F, J = linalg.exact_update(F, tensor(v), GAMMA), GAMMA * J + (1 - GAMMA) * np.outer(v, v)
+        F, J = exact_update(F, tensor(v), GAMMA), GAMMA * J + (1 - GAMMA) * np.outer(v, v)
     assert_close_report(F, np.linalg.inv(J), 1e-10, "exact factor after 200 updates")  # mkor_eva: 1e-15 measured
 
 
@@ -90,7 +91,7 @@ def test_exact_and_paper_updates_follow_the_oracle_in_batches(rng: np.random.Gen
     v = rng.normal(size=(2, 3, 7))
     W = rng.normal(size=(2, 3, 7, 7))
     F = W @ W.swapaxes(-1, -2)
-    for update, oracle in ((linalg.exact_update, oracles.exact), (linalg.paper_update, oracles.paper)):
+    for update, oracle in ((exact_update, oracles.exact), (paper_update, oracles.paper)):
         actual = update(tensor(F), tensor(v), 0.9)
         for index in np.ndindex(2, 3):  # one step each: only rounding
             assert_close_report(actual[index], oracle(F[index], v[index], 0.9), 1e-13, f"{update.__name__} {index}")
@@ -102,7 +103,7 @@ def test_blend_update_is_the_inverse_and_stays_between_0_and_1(rng: np.random.Ge
     for v in drifting(rng, 500, d):
         v = v * 10 ** rng.uniform(-3, 3)  # |v| from 1e-3 to 1e3
         M = GAMMA * F.numpy() + (1 - GAMMA) * np.eye(d)
-        F = linalg.blend_update(F, tensor(v)[None], GAMMA)
+        F = blend_update(F, tensor(v)[None], GAMMA)
         # in F: the inverse's own entries grow to |v|² = 1e6, and rounding of the inversion with them
         assert_close_report(F, np.linalg.inv(np.linalg.inv(M) + np.outer(v, v)), 1e-10, "blend factor")
         eigenvalues = torch.linalg.eigvalsh(F)
@@ -117,7 +118,7 @@ def test_blend_comes_to_rest_at_its_fixed_point(rng: np.random.Generator, q: flo
     v *= math.sqrt(q / (v @ v))
     F = torch.eye(d, dtype=torch.float64)
     for _ in range(1000):
-        F = linalg.blend_update(F, tensor(v)[None], GAMMA)
+        F = blend_update(F, tensor(v)[None], GAMMA)
     along = v @ F.numpy() @ v / q
     assert abs(along - oracles.blend_fixed_point(q, GAMMA)) < 1e-10  # 2e-15 in the spec
     others = np.sort(np.append(np.ones(d - 1), along))
@@ -128,7 +129,7 @@ def test_paper_update_grows_as_derived(rng: np.random.Generator) -> None:
     F, v = torch.eye(8, dtype=torch.float64), tensor(rng.normal(size=8))
     for _ in range(5):
         before = float(v @ F @ v)
-        F = linalg.paper_update(F, v, GAMMA)
+        F = paper_update(F, v, GAMMA)
         assert float(v @ F @ v) / before == pytest.approx(oracles.paper_growth(before, GAMMA), rel=1e-12)
 
 
@@ -138,7 +139,7 @@ def test_paper_update_diverges_unless_the_stabilizer_is_strong() -> None:
     for keep, updates in ((0.9, 100), (0.45, 300)):
         F = torch.eye(8, dtype=torch.float64)
         for _ in range(updates):
-            F = linalg.paper_update(linalg.stabilize(F, 2.0, keep), v, GAMMA)
+            F = paper_update(stabilize(F, 2.0, keep), v, GAMMA)
         largest[keep] = float(F.abs().max())
     assert largest[0.9] > 1e10  # ζ above 1/(γ + γ⁻³) = 0.47 cannot hold it
     assert largest[0.45] < 4
@@ -146,7 +147,7 @@ def test_paper_update_diverges_unless_the_stabilizer_is_strong() -> None:
 
 def test_stabilize_blends_only_what_is_too_large(rng: np.random.Generator) -> None:
     F = rng.normal(size=(3, 4, 4)) * np.array([1.0, 50.0, 0.1])[:, None, None]
-    actual = linalg.stabilize(tensor(F), 10.0, 0.9)
+    actual = stabilize(tensor(F), 10.0, 0.9)
     for i in range(3):
         assert_close_report(actual[i], oracles.stabilized(F[i], 10.0, 0.9), 1e-15, f"factor {i}")
 
@@ -155,8 +156,8 @@ def test_fp16_storage_keeps_the_blend_factor(rng: np.random.Generator) -> None:
     d = 256
     F, F_half = torch.eye(d, dtype=torch.float64), torch.eye(d, dtype=torch.float16)
     for v in drifting(rng, 300, d, size=10.0):
-        F = linalg.blend_update(F, tensor(v)[None], GAMMA)
-        F_half = linalg.blend_update(F_half.float(), tensor(v)[None].float(), GAMMA).half()
+        F = blend_update(F, tensor(v)[None], GAMMA)
+        F_half = blend_update(F_half.float(), tensor(v)[None].float(), GAMMA).half()
     assert_close_report(F_half, F, 2e-3, "fp16 factor")  # four units of fp16 rounding; 5e-4 in the spec
     assert torch.linalg.eigvalsh(F_half.double()).min() > 0
 
@@ -188,7 +189,7 @@ def test_lowrank_error_after_history_is_gamma_to_the_history(
     worst = 0.0
     for v in vectors[history:]:
         F = oracles.blend(F, v, GAMMA)
-        C, head = linalg.lowrank_update(C, head, tensor(v)[None], GAMMA, torch.tensor(True))
+        C, head = lowrank_update(C, head, tensor(v)[None], GAMMA, torch.tensor(True))
         worst = max(worst, float(np.linalg.norm(dense(C) - F, 2)))
     assert worst <= 2 * GAMMA**history  # the weight of what was dropped
     assert worst > 1e-6  # something was dropped at all
@@ -210,7 +211,7 @@ def test_lowrank_block_update_is_woodbury(rng: np.random.Generator, r: int) -> N
     for _ in range(history // r):
         V = rng.normal(size=(2, r, d))
         F = [oracles.blend_by_inversion(F[i], V[i].T, GAMMA) for i in range(2)]
-        C, head = linalg.lowrank_update(C, head, tensor(V), GAMMA, torch.tensor([True, True]))
+        C, head = lowrank_update(C, head, tensor(V), GAMMA, torch.tensor([True, True]))
         for i in range(2):  # the oracle inverts twice: condition number 1/(1-γ) + |v|², about 1e2
             assert_close_report(dense(C[i]), F[i], 1e-12, f"factor {i}, {r} vectors")
 
@@ -220,7 +221,7 @@ def test_dense_block_update_is_woodbury(rng: np.random.Generator, r: int) -> Non
     F, V = np.eye(9), rng.normal(size=(4, r, 9))
     library = torch.eye(9, dtype=torch.float64)
     for block in V:
-        F, library = oracles.blend_by_inversion(F, block.T, GAMMA), linalg.blend_update(library, tensor(block), GAMMA)
+        F, library = oracles.blend_by_inversion(F, block.T, GAMMA), blend_update(library, tensor(block), GAMMA)
     assert_close_report(library, F, 1e-12, f"dense factor, {r} vectors")
 
 
@@ -228,7 +229,7 @@ def test_lowrank_update_leaves_an_invalid_factor_alone(rng: np.random.Generator)
     C, head = tensor(0.1 * rng.normal(size=(2, 4, 6))), torch.tensor([3, 3])
     V = tensor(rng.normal(size=(2, 1, 6)))
     V[1] = math.nan
-    new_C, new_head = linalg.lowrank_update(C, head, V, GAMMA, torch.tensor([True, False]))
+    new_C, new_head = lowrank_update(C, head, V, GAMMA, torch.tensor([True, False]))
     assert torch.equal(new_C[1], C[1]) and new_head.tolist() == [0, 3]
     rows = C[0].numpy()
     F = oracles.blend_by_inversion(oracles.from_columns(list(rows), 6), V[0].T.numpy(), GAMMA)
@@ -248,6 +249,6 @@ def test_order_in_the_ring_buffer_does_not_matter(rng: np.random.Generator) -> N
     products = []
     for C in (wrapped, in_order):
         P = tensor(G)[None].clone()
-        lowrank_product(P, None, C[None], C[None])
+        run_whole(lowrank_product(Joint(P, None), C[None], C[None]))
         products.append(P)
     assert_close_report(products[0], products[1], 1e-13, "P")  # sums in another order

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import hf_soo
-from hf_soo.engine import products
+from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.preconditioners.kronecker import dense_product
+from hf_soo.preconditioners.mkor import LowRank
 from tests.methods.twin_runs import assert_same_run, batches, dense, half_squares, run_library, tensor, twins
 from tests.oracles import core as oracles
 from tests.oracles.core import Array, assert_close_report, relative_error
@@ -35,6 +37,12 @@ def joint(G: Tensor, bias: Tensor | None) -> Array:
     return (G if bias is None else torch.cat([G, bias[..., None]], dim=-1)).numpy().copy()
 
 
+def lowrank(G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right: Tensor | None) -> TransformNorms:
+    """The library's P in place, for factors of which a side may be the identity."""
+    left, right = (None if C is None else {"columns": C} for C in (C_left, C_right))
+    return run_whole(LowRank(history=4, factor_decay=0.9).transform(left, right, Joint(G, bias)))
+
+
 SIDES = pytest.mark.parametrize(("left", "right"), [(True, True), (True, False), (False, True), (False, False)])
 BIAS = pytest.mark.parametrize("bias", [True, False])
 
@@ -44,7 +52,7 @@ BIAS = pytest.mark.parametrize("bias", [True, False])
 def test_lowrank_product_is_the_dense_product(rng: np.random.Generator, bias: bool, left: bool, right: bool) -> None:
     G, b, C_left, C_right = product_cases(rng, bias, left, right)
     before = joint(G, b)
-    moved = products.lowrank_product(G, b, C_left, C_right)
+    moved = lowrank(G, b, C_left, C_right)
     after = joint(G, b)
     for i in range(len(before)):
         F_left = np.eye(before.shape[1]) if C_left is None else dense(C_left[i])
@@ -60,9 +68,9 @@ def test_lowrank_product_is_the_dense_product(rng: np.random.Generator, bias: bo
 def test_batched_product_is_the_looped_product(rng: np.random.Generator, bias: bool, left: bool, right: bool) -> None:
     case = product_cases(rng, bias, left, right)
     single = [[None if x is None else x[i : i + 1].clone() for x in case] for i in range(3)]
-    products.lowrank_product(*case)
+    lowrank(*case)
     for i, one in enumerate(single):
-        products.lowrank_product(*one)
+        lowrank(*one)
         # the same sums, perhaps in another order
         assert_close_report(joint(case[0], case[1])[i : i + 1], joint(one[0], one[1]), 1e-14, f"layer {i}")
 
@@ -75,7 +83,7 @@ def test_dense_product_is_the_kronecker_product(rng: np.random.Generator, bias: 
     W, X = rng.normal(size=(L, n, n)), rng.normal(size=(L, m + bias, m + bias))
     F_left, F_right = W @ W.swapaxes(1, 2), X @ X.swapaxes(1, 2)
     before = joint(G, b)
-    products.dense_product(G, b, tensor(F_left) if left else None, tensor(F_right) if right else None)
+    run_whole(dense_product(Joint(G, b), tensor(F_left) if left else None, tensor(F_right) if right else None))
     for i in range(L):
         P = oracles.kronecker_product(
             F_left[i] if left else np.eye(n), before[i], F_right[i] if right else np.eye(m + bias)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining
 
-from hf_soo.engine import products
+from hf_soo.engine.gradients import Joint, run_whole
 from hf_soo.plan.memory import activations, factors, memory
 from hf_soo.plan.messages import Message, messages, sent
 from hf_soo.plan.method_on_model import Subject, subjects
@@ -20,6 +20,7 @@ from hf_soo.plan.model_shape import BERTS, ModelFacts, build_model
 from hf_soo.plan.request import STRATEGIES, Layout, PlanConfig
 from hf_soo.plan.time import PROFILES, Profile, predict, seconds_of
 from hf_soo.plan.work import precondition_of, work
+from hf_soo.preconditioners.mkor import lowrank_product
 
 MB, GB, TERA = 1e6, 1e9, 1e12
 
@@ -225,7 +226,7 @@ def test_flops_are_what_torch_counts(mini: nn.Module) -> None:
     G, bias = torch.empty(1, n, m, device="meta"), torch.empty(1, n, device="meta")
     left, right = torch.empty(1, K, n, device="meta"), torch.empty(1, K, m + 1, device="meta")
     with FlopCounterMode(display=False) as counter:
-        products.lowrank_product(G, bias, left, right)
+        run_whole(lowrank_product(Joint(G, bias), left, right))
     counted = counter.get_total_flops() + 2 * n * 2 * K * m  # torch does not count the last product, in place
     assert precondition_of(layer, subject) == pytest.approx(counted, rel=0.1)  # Z = X C_aᵀ is left out
 
