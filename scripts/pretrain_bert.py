@@ -2,7 +2,7 @@
 
     accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml
     accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml --compare_with lamb
-    accelerate launch scripts/pretrain_bert.py --config configs/pretrain/bert_mini_wiki_mkor.yaml --learning_rate 0.01
+    python scripts/pretrain_bert.py --config configs/pretrain/bert_mini_wiki.yaml --config configs/pretrain/mkor.yaml
 
 Every field of TrainingArguments is a flag and a YAML key. The run goes on from the last checkpoint in --output_dir
 unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with --compare_with, two and a picture of both curves.

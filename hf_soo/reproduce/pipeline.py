@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hf_soo.files import write_atomically
-from hf_soo.runs.arguments import read_yaml
+from hf_soo.runs.recipes import read_recipe
 
 POLL_SECONDS = 0.2
 
@@ -43,7 +43,7 @@ class Stage:
         product: a file that is there only when the stage has ended well, for commands that refuse to be given again.
         alone: nothing runs beside it, and it has all cores: what everything else waits for.
         how: flags after the command that change how it works, not what comes out; they may be others once it is done.
-        config: a YAML file that the command reads.
+        configs: YAML files that the command reads.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Stage:
     product: Path | None = None
     alone: bool = False
     how: tuple[str, ...] = ()
-    config: Path | None = None
+    configs: tuple[Path, ...] = ()
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -60,8 +60,8 @@ class Stage:
         return (*self.command, *self.how)
 
     def settings(self) -> dict[str, Any]:
-        """What the config says now, comments apart."""
-        return {} if self.config is None else read_yaml(self.config)
+        """What the configs say now, comments apart."""
+        return read_recipe(self.configs)
 
 
 @dataclass(slots=True)
@@ -106,7 +106,7 @@ class Pipeline:
         if before[: len(before) - len(stage.how)] != list(stage.command):
             change = f"with {shlex.join(before)!r}, now it is {shlex.join(stage.whole)!r}"
         elif changed:
-            change = f"with other values of {', '.join(changed)} than {stage.config} has now"
+            change = f"with other values of {', '.join(changed)} than {' and '.join(map(str, stage.configs))} give now"
         else:
             return True
         raise ValueError(

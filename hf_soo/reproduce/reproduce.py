@@ -2,7 +2,7 @@
 
     prepare_phase1, prepare_phase2    raw text -> sequences of 128 and of 512 tokens
     phase1                            LAMB
-    phase2_NAME                       from phase 1's weights and moments, by bert_SCALE_phase2_NAME.yaml
+    phase2_NAME                       from phase 1's weights and moments, by bert_SCALE_phase2.yaml and NAME.yaml
     squad_NAME, glue_NAME             fine-tuned by AdamW, the same for all: what is compared is the pretraining
 
 Every stage is one of the project's scripts with flags, which --dry_run prints. OUTPUT/results has the run JSONs, the
@@ -31,6 +31,7 @@ from hf_soo.reproduce import table as reproduce_table
 from hf_soo.reproduce.pipeline import Pipeline, Stage
 from hf_soo.runs import arguments
 from hf_soo.runs.flags import option
+from hf_soo.runs.recipes import optimizer_names
 from hf_soo.runs.script import guarded
 from hf_soo.squad.files import read_questions
 
@@ -85,21 +86,21 @@ class ReproduceArguments:
             value = getattr(self, name)
             if value is not None and not Path(value).exists():
                 raise ValueError(f"{name}={value!r} does not exist; give an existing path.")
+        known = optimizer_names(self.configs("pretrain", "phase2")[0])
         for name in self.optimizers:
-            if not self.config("pretrain", f"phase2_{name}").is_file():
-                known = sorted(
-                    path.stem.split("phase2_")[1] for path in (ROOT / "configs").glob(f"*/bert_{self.scale}_phase2_*")
-                )
+            if name not in known:
                 raise ValueError(f"optimizers has {name!r}; allowed are {', '.join(known)}.")
 
-    def config(self, kind: str, name: str) -> Path:
+    def configs(self, kind: str, workload: str, *optimizer: str) -> tuple[Path, ...]:
         """A recipe of this scale.
 
         Args:
             kind: folder under configs/.
-            name: after "bert_SCALE_".
+            workload: name of its file after "bert_SCALE_".
+            optimizer: the name of its file.
         """
-        return ROOT / "configs" / kind / f"bert_{self.scale}_{name}.yaml"
+        names = (f"bert_{self.scale}_{workload}", *optimizer)
+        return tuple(ROOT / "configs" / kind / f"{name}.yaml" for name in names)
 
     @property
     def folder(self) -> Path:
@@ -131,11 +132,12 @@ def stages(of: ReproduceArguments) -> list[Stage]:
             "--results_dir",
             results / "squad",
         )
-        found.append(_script(of, f"squad_{name}", "run_squad", "squad", "adamw", squad, (f"phase2_{name}",)))
+        need = (f"phase2_{name}",)
+        found.append(_script(of, f"squad_{name}", "run_squad", of.configs("squad", "adamw"), squad, need))
         local = ("--data_dir", of.glue_dir) if of.glue_dir else ()
         tasks = ("--task_name", *of.glue_tasks, "--seeds", *of.seeds)
         glue = (*model, *local, *tasks, "--results_dir", results / "glue" / name)
-        found.append(_script(of, f"glue_{name}", "run_glue", "glue", "adamw", glue, (f"phase2_{name}",)))
+        found.append(_script(of, f"glue_{name}", "run_glue", of.configs("glue", "adamw"), glue, need))
     return found
 
 
@@ -160,23 +162,21 @@ def _pretrain(of: ReproduceArguments, phase: int, name: str, needs: tuple[str, .
         "--results_dir",
         of.folder / "results" / f"phase{phase}",
     )
-    return _script(
-        of, stage, "pretrain_bert", "pretrain", f"phase{phase}_{name}", (*places, *before, "--name", name), needs
-    )
+    configs = of.configs("pretrain", f"phase{phase}", name)
+    return _script(of, stage, "pretrain_bert", configs, (*places, *before, "--name", name), needs)
 
 
 def _script(
     of: ReproduceArguments,
     stage: str,
     script: str,
-    kind: str,
-    config: str,
+    configs: tuple[Path, ...],
     flags: tuple[object, ...],
     needs: tuple[str, ...],
 ) -> Stage:
-    file = of.config(kind, config)
-    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", "--config", file)
-    return Stage(stage, tuple(map(str, (*command, "--output_dir", of.folder / stage, *flags))), needs, config=file)
+    recipe = (item for file in configs for item in ("--config", file))
+    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", *recipe, "--output_dir", of.folder / stage)
+    return Stage(stage, tuple(map(str, (*command, *flags))), needs, configs=configs)
 
 
 def check_inputs(of: ReproduceArguments) -> None:

@@ -1,4 +1,4 @@
-"""Arguments of a script: a YAML file first, flags over it, both checked alike.
+"""Arguments of a script: YAML files first, flags over them, both checked alike.
 
 A YAML key is the flag of the same name, so ``learning_rate: 0.02`` and ``--learning_rate 0.02`` go through one parser.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
+
+from hf_soo.runs.recipes import read_recipe, unknown_name
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -30,7 +29,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, description: str = "") -> tuple[Any, ...]:
-    """One object of each dataclass, from ``--config FILE.yaml`` and the flags after it.
+    """One object of each dataclass, from each ``--config FILE.yaml`` (`recipes`) and the flags over them.
 
     Args:
         classes: dataclasses, whose fields are the flags.
@@ -39,62 +38,31 @@ def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, descri
 
     Raises:
         ValueError: an unknown flag or YAML key (the nearest name is given), a value of the wrong
-            type, an unreadable file.
+            type, a file that is no recipe.
     """
     usage = "%(prog)s [--config FILE.yaml] [--flag value ...]"
     parser = _Parser(classes, description=description, usage=usage, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the same names; flags override it")
+    parser.add_argument(
+        "--config", action="append", metavar="FILE.yaml", help="YAML file of the same names; later ones and flags win"
+    )
     flags = list(sys.argv[1:] if arguments is None else arguments)
     finder = _Parser([], add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    file = finder.parse_known_args(flags)[0].config
+    finder.add_argument("--config", action="append", default=[])
+    files = finder.parse_known_args(flags)[0].config
     names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
+    settings = read_recipe(files, names, {flag.split("=")[0].removeprefix("--") for flag in flags})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        [*(yaml_flags(file, names) if file else ()), *flags], return_remaining_strings=True, look_for_args_file=False
+        [*_as_flags(settings), *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(_unknown("flag", unknown[0].split("=")[0], {f"--{name}" for name in names}))
+        raise ValueError(unknown_name("flag", unknown[0].split("=")[0], {f"--{name}" for name in names}))
     return tuple(parsed)
 
 
-def yaml_flags(file: str | Path, names: Iterable[str]) -> Iterator[str]:
-    """A YAML file as flags: a scalar ``--key=value``, a list ``--key a b``, a mapping as JSON; ``null`` is the default.
-
-    Args:
-        file: the YAML file, one mapping.
-        names: the known keys.
-
-    Raises:
-        ValueError: the file cannot be read, is no mapping, or has an unknown key.
-    """
-    known = set(names)
-    for key, value in read_yaml(file).items():
-        if key not in known:
-            raise ValueError(f"--config {file}: {_unknown('key', str(key), known)}")
+def _as_flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """A scalar as ``--key=value``, a list as ``--key a b``, a mapping as JSON; None is the default."""
+    for key, value in settings.items():
         if isinstance(value, list):
             yield from (f"--{key}", *map(str, value))
         elif value is not None:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
-
-
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
-
-    Args:
-        file: of settings.
-
-    Raises:
-        ValueError: the file cannot be read, or is no mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {file}: holds a {type(content).__name__}, not 'key: value' lines.")
-    return content
-
-
-def _unknown(kind: str, got: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(got, list(known), n=1)
-    return f"unknown {kind} {got!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists every flag.")

@@ -1,28 +1,37 @@
-"""Every YAML under configs/ parses, builds its optimizer, and says what STYLE asks of a header."""
+"""Every recipe under configs/ parses to the settings it always had, and builds its optimizer; headers say enough."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import BertConfig
 
 import hf_soo
 from hf_soo.bert.arguments import DataArguments, ModelArguments
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.integrations.arguments import parse_settings
+from hf_soo.registry import METHODS
 from hf_soo.reproduce.table import PAPER
 from hf_soo.runs import arguments
+from hf_soo.runs.recipes import optimizer_names, read_recipe
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.vision.data import ImageDataConfig, load_images
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
 ROOT = Path(__file__).resolve().parents[2]
-PRETRAINING = sorted(path for folder in ("smoke", "pretrain") for path in (ROOT / "configs" / folder).glob("*.yaml"))
+PRETRAIN = ROOT / "configs" / "pretrain"
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = json.loads((ROOT / "tests" / "fixtures" / "recipes.json").read_text())
+RECIPES = [(workload, name) for workload, cases in SETTINGS.items() for name in cases if name != "every"]
+WORKLOADS = [PRETRAIN / f"{workload}.yaml" for workload in SETTINGS]
+OPTIMIZERS = [PRETRAIN / f"{name}.yaml" for name in sorted({name for _, name in RECIPES})]
+SHARED = [PRETRAIN / f"bert_phase{phase}.yaml" for phase in (1, 2)]
+SMOKE = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))
 VISION = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
 CLASSES = (ModelArguments, DataArguments, RunArguments, RunTrainingArguments)
 VISION_CLASSES = (ImageModelConfig, ImageDataConfig, RunArguments, RunTrainingArguments)
@@ -31,28 +40,77 @@ OPTIMIZER_KEYS = {
     "optim", "optim_args", "base_optim", "base_optim_args", "learning_rate", "max_grad_norm", "precondition_exclude",
     "weight_decay", "output_dir",
 }  # fmt: skip
+NAMES = ("lamb", "adamw", "muon", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa")
 
 
 def ids(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def test_the_configs_that_the_readme_names_are_there() -> None:
-    wiki = [f"pretrain/bert_mini_wiki_{name}" for name in ("mkor", "mkor_muon", "lamb", "adamw", "eva_f", "muon")]
-    vision = [f"vision/{name}" for name in ("vit_digits_adamw", "vit_digits_kfac_reduce", "resnet_digits_adamw")]
-    assert {*wiki, *vision, "smoke/mkor", "smoke/lamb"} <= {ids(path) for path in (*PRETRAINING, *VISION)}
+def flags_of(workload: str, optimizer: str) -> list[str]:
+    """Both files of a recipe."""
+    return [item for name in (workload, optimizer) for item in ("--config", str(PRETRAIN / f"{name}.yaml"))]
 
 
-@pytest.mark.parametrize("path", PRETRAINING, ids=ids)
-def test_parses_and_builds_its_optimizer(path: Path) -> None:
-    model_flags, data, run, training = arguments.parse(CLASSES, ["--config", str(path), "--use_cpu", "true"])
+def settings_of(*flags: str) -> dict[str, Any]:
+    """Every setting by name, the optimizer's own as mappings."""
+    parsed = arguments.parse(CLASSES, [*flags, "--use_cpu", "true"])
+    found = {field.name: getattr(each, field.name) for each in parsed for field in dataclasses.fields(each)}
+    return found | {key: parse_settings(key, found[key]) for key in ("optim_args", "base_optim_args")}
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict[str, Any]:
+    return settings_of()
+
+
+def test_every_file_belongs_to_a_recipe() -> None:
+    assert sorted([*WORKLOADS, *OPTIMIZERS, *SHARED]) == sorted(PRETRAIN.iterdir()) and len(RECIPES) == 70
+    for workload in WORKLOADS:
+        assert optimizer_names(workload) == sorted(name for name in SETTINGS[workload.stem] if name != "every")
+
+
+@pytest.mark.parametrize(("workload", "optimizer"), RECIPES)
+def test_a_recipe_has_the_settings_that_it_always_had(workload: str, optimizer: str, defaults: dict[str, Any]) -> None:
+    """Those of the file that it was when each workload and optimizer had one: runs made by it can be resumed."""
+    settings = settings_of(*flags_of(workload, optimizer))
+    assert settings == defaults | SETTINGS[workload]["every"] | SETTINGS[workload][optimizer]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=ids)
+def test_the_order_of_the_files_does_not_matter(workload: Path, optimizer: Path) -> None:
+    """For no key stands in both; a combination that is no recipe is refused in both orders."""
+    if optimizer.stem in optimizer_names(workload):
+        assert read_recipe([workload, optimizer]) == read_recipe([optimizer, workload])
+        return
+    for files in ([workload, optimizer], [optimizer, workload], [workload]):
+        with pytest.raises(ValueError, match="no learning_rate and no output_dir without an optimizer's file"):
+            read_recipe(files)
+
+
+@pytest.mark.parametrize(("workload", "optimizer"), RECIPES)
+def test_builds_its_optimizer(workload: str, optimizer: str) -> None:
+    check_pretraining(flags_of(workload, optimizer))
+
+
+@pytest.mark.parametrize("path", SMOKE, ids=ids)
+def test_a_smoke_run_parses_and_builds_its_optimizer(path: Path) -> None:
+    flags = ["--config", str(path)]
+    check_values(path, *arguments.parse(CLASSES, [*flags, "--use_cpu", "true"]))
+    check_pretraining(flags)
+
+
+def check_pretraining(flags: list[str]) -> None:
+    _, data, _, training = arguments.parse(CLASSES, [*flags, "--use_cpu", "true"])
     assert (data.data_dir is None) != (data.corpus is None)
-    check_values(path, model_flags, data, run, training)
     torch.manual_seed(0)
     model = GatheredBertForPreTraining(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
     check_optimizer(training, model)
+    lamb = "lamb" in (training.optim, training.base_optim or METHODS[training.optim].base)
+    assert (training.max_grad_norm == 0.0) == lamb  # it clips by itself
 
 
 @pytest.mark.parametrize("path", VISION, ids=ids)
@@ -65,7 +123,7 @@ def test_parses_and_builds_its_optimizer_for_images(path: Path) -> None:
 
 def check_values(path: Path, *parsed: Any) -> None:
     """Every scalar of the YAML is the value of the field of that name, which one of the parsed has."""
-    for key, value in yaml.safe_load(path.read_text()).items():
+    for key, value in read_recipe([path]).items():
         (owner,) = (each for each in parsed if hasattr(each, key))
         if isinstance(value, int | float | bool) and key != "save_strategy":
             assert getattr(owner, key) == value, key
@@ -93,60 +151,72 @@ def _rates(training: RunTrainingArguments) -> list[tuple[str, Any]]:
     return [item for settings in both for item in settings.items()]
 
 
-@pytest.mark.parametrize("path", PRETRAINING, ids=ids)
-def test_lamb_clips_by_itself(path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
-    lamb = "lamb" in (config["optim"], config.get("base_optim", "lamb" if config["optim"] == "mkor" else ""))
-    assert (config["max_grad_norm"] == 0.0) == lamb
+def test_siblings_differ_in_optimizer_keys_alone() -> None:
+    for siblings in (SMOKE, [path for path in VISION if path.stem.startswith("vit_digits")]):
+        first, *others = (read_recipe([path]) for path in siblings)
+        assert others
+        for other in others:
+            assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= OPTIMIZER_KEYS
 
 
-PHASES = [f"pretrain/bert_{size}_phase{phase}" for size in ("large", "base", "small", "mini") for phase in (1, 2)]
-NAMES = ("lamb", "adamw", "muon", "mkor", "mkor_muon", "mkor_h", "eva", "kaisa")
-
-
-@pytest.mark.parametrize(
-    "family", ["smoke/", "pretrain/bert_mini_wiki_", "vision/vit_digits_", *(f"{p}_" for p in PHASES)]
-)
-def test_siblings_differ_in_optimizer_keys_alone(family: str) -> None:
-    paths = sorted((ROOT / "configs").glob(f"{family}*.yaml"))
-    first, *others = (yaml.safe_load(path.read_text()) for path in paths)
-    assert others
+@pytest.mark.parametrize("workload", SETTINGS)
+def test_optimizers_of_a_workload_differ_in_optimizer_keys_alone(workload: str) -> None:
     # the paper's phase 2 is shorter for the second-order methods: the number of steps is what its table compares
-    free = OPTIMIZER_KEYS | ({"max_steps"} if "large_phase2" in family else set())
-    for other in others:
-        assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= free
+    free = OPTIMIZER_KEYS | ({"max_steps"} if workload == "bert_large_phase2" else set())
+    for optimizer in optimizer_names(PRETRAIN / f"{workload}.yaml"):
+        assert SETTINGS[workload][optimizer].keys() <= free
+        assert read_recipe([PRETRAIN / f"{optimizer}.yaml"]).keys() <= OPTIMIZER_KEYS
 
 
-@pytest.mark.parametrize("family", PHASES)
-def test_every_phase_has_every_optimizer(family: str) -> None:
+@pytest.mark.parametrize("size", ["large", "base", "small", "mini"])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_every_phase_has_every_optimizer(size: str, phase: int) -> None:
+    workload = f"bert_{size}_phase{phase}"
+    assert optimizer_names(PRETRAIN / f"{workload}.yaml") == sorted(NAMES)
     for name in NAMES:
-        config = yaml.safe_load((ROOT / "configs" / f"{family}_{name}.yaml").read_text())
-        optim, base = ("mkor", "muon") if name == "mkor_muon" else (name, config.get("base_optim"))
-        assert (config["optim"], config.get("base_optim")) == (optim, base)
-        assert ("previous_phase" in config) == ("phase2" in family) != ("preset" in config)
+        config = recipe(workload, name)
+        assert config["optim"] == ("mkor" if name == "mkor_muon" else name)
+        assert ("previous_phase" in config) == (phase == 2) != ("preset" in config)
+
+
+def recipe(workload: str, optimizer: str) -> dict[str, Any]:
+    return read_recipe([PRETRAIN / f"{workload}.yaml", PRETRAIN / f"{optimizer}.yaml"])
 
 
 def test_the_published_recipe_of_bert_large() -> None:
     """bert_recipes.md 1: NVIDIA's two phases, and the steps of the MKOR paper's table."""
-    recipe = {1: (7038, 65536, 0.006, 0.2843, 20, "data/phase1"), 2: (1563, 32768, 0.004, 0.128, 80, "data/phase2")}
-    for phase, (steps, batch, rate, warmup, predictions, data) in recipe.items():
-        config = yaml.safe_load((ROOT / "configs" / "pretrain" / f"bert_large_phase{phase}_lamb.yaml").read_text())
+    published = {1: (7038, 65536, 0.006, 0.2843, 20, "data/phase1"), 2: (1563, 32768, 0.004, 0.128, 80, "data/phase2")}
+    for phase, (steps, batch, rate, warmup, predictions, data) in published.items():
+        config = recipe(f"bert_large_phase{phase}", "lamb")
         assert (config["max_steps"], config["global_batch_size"], config["learning_rate"]) == (steps, batch, rate)
         assert (config["warmup_steps"], config["max_predictions"], config["data_dir"]) == (warmup, predictions, data)
         assert (config["lr_scheduler_type"], config["weight_decay"]) == ("poly_warmup", 0.01)
     table = {"lamb": 1563, "kaisa": 1000, "mkor": 1000, "mkor_h": 600, "eva": 1000}
+    text = (PRETRAIN / "bert_large_phase2.yaml").read_text()
     for name, steps in table.items():
-        config = yaml.safe_load((ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text())
-        assert (config["max_steps"], config["learning_rate"]) == (steps, 0.004)
-        header = (ROOT / "configs" / "pretrain" / f"bert_large_phase2_{name}.yaml").read_text().split("# optimizer")[0]
-        f1 = f"{PAPER[name][1]:.2f}"
-        assert PAPER[name][0] == steps and f"{steps:,} steps, SQuAD v1.1 F1 {f1}." in header
-        assert f"{f1} (published)" in header
+        config = recipe("bert_large_phase2", name)
+        assert (config["max_steps"], config["learning_rate"]) == (steps, 0.004) and PAPER[name][0] == steps
+        said = rf"  {name}: .*# {steps:,} steps, SQuAD v1\.1 F1 {PAPER[name][1]:.2f} \(published\)"
+        assert re.search(said, text) is not None
 
 
-@pytest.mark.parametrize("path", [*PRETRAINING, *VISION], ids=ids)
+@pytest.mark.parametrize("path", [*SMOKE, *VISION], ids=ids)
 def test_header_says_paper_hardware_batch_command_and_expectation(path: Path) -> None:
     check_header(path)
+
+
+@pytest.mark.parametrize("path", WORKLOADS, ids=ids)
+def test_header_of_a_workload(path: Path) -> None:
+    check_header(path)
+    text = path.read_text()
+    assert f"--config configs/pretrain/{path.stem}.yaml --config configs/pretrain/OPTIMIZER.yaml\n" in text
+    shared = next((file for file in SHARED if f"extends: {file.name}\n" in text), path)
+    assert "#   python scripts/prepare_pretraining.py" in shared.read_text()
+
+
+@pytest.mark.parametrize("path", OPTIMIZERS, ids=ids)
+def test_header_of_an_optimizer(path: Path) -> None:
+    assert re.match(rf"# [A-Z].* --config configs/pretrain/{path.stem}\.yaml\.\n(?!#)", path.read_text())
 
 
 def check_header(path: Path, reproduced: str = "") -> None:

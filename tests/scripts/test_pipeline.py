@@ -77,9 +77,9 @@ def test_an_edited_config_of_a_stage_that_is_done(tmp_path: Path) -> None:
     config = tmp_path / "recipe.yaml"
     config.write_text("learning_rate: 0.1\n")
     edit = f"open({str(config)!r}, 'a').write('# a comment\\nseed: 1\\n')"
-    done = dataclasses.replace(stage(tmp_path, "a", code=edit), config=config)
+    done = dataclasses.replace(stage(tmp_path, "a", code=edit), configs=(config,))
     assert Pipeline([done], tmp_path).run() == {}
-    with pytest.raises(ValueError, match=r"stage a was done with other values of seed than .*recipe.yaml has now"):
+    with pytest.raises(ValueError, match=r"stage a was done with other values of seed than .*recipe.yaml give now"):
         Pipeline([done], tmp_path)
     config.write_text("# a comment\nlearning_rate: 0.1\n")
     assert Pipeline([done], tmp_path).done == {"a"}

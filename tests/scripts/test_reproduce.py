@@ -62,7 +62,7 @@ def test_the_stages_follow_from_each_other(local: dict[str, str]) -> None:
     assert found["phase2_mkor"].needs == ("phase1",) and found["phase1"].alone
     assert found["squad_mkor"].needs == found["glue_mkor"].needs == ("phase2_mkor",)
     phase_2 = shlex.join(found["phase2_mkor"].command)
-    assert "--previous_phase out/reproduce_mini/phase1" in phase_2 and "bert_mini_phase2_mkor.yaml" in phase_2
+    assert "--previous_phase out/reproduce_mini/phase1" in phase_2 and "pretrain/mkor.yaml" in phase_2
     assert "--model_name_or_path out/reproduce_mini/phase2_mkor" in shlex.join(found["squad_mkor"].command)
     assert found["prepare_phase1"].product == Path("out/reproduce_mini/data/phase1/manifest.json")
 
@@ -168,7 +168,7 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(["--scale", "base", "--optimizers", "eva", "--num_proc", "3", "--dry_run"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6 and "configs/pretrain/bert_base_phase2_eva.yaml" in printed[3]
+    assert len(printed) == 6 and "configs/pretrain/bert_base_phase2.yaml" in printed[3]
     assert printed[0].endswith("--num_proc 3") and not list(tmp_path.iterdir())
 
 
