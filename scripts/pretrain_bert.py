@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.bert.arguments import DataArguments, ModelArguments
+from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.bert.task import PretrainingTask
 from hf_soo.runs.script import run_script
 

@@ -25,7 +25,7 @@ def main(flags: list[str] | None = None) -> int:
     # Imported here: scoring needs none of it.
     from hf_soo.runs.pretrained import PretrainedArguments
     from hf_soo.runs.script import run_script
-    from hf_soo.squad.arguments import QaDataArguments
+    from hf_soo.squad.inputs import QaDataArguments
     from hf_soo.squad.task import SquadTask
 
     return run_script(SquadTask, (PretrainedArguments, QaDataArguments), __doc__ or "", flags)

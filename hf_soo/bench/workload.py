@@ -11,22 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from hf_soo.bert.model import GatheredBertForPreTraining
+from hf_soo.bert.model import SIZES, GatheredBertForPreTraining
 
-SIZES = {
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
-    "large2": {"hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16, "intermediate_size": 4096},
-    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-}
-VOCABULARY = {"tiny": 200}  # the others have BERT's 30,522
+PRESETS = {"toy": SIZES["toy"], "mini": SIZES["mini"], "large2": SIZES["large2"], "bert-large": SIZES["large"]}
+VOCABULARY = {"toy": 200}  # the others have BERT's 30,522
 
 
 @dataclass
 class BenchConfig:
     """What to measure."""
 
-    preset: str = field(default="large2", metadata={"help": f"Model: {', '.join(SIZES)}."})
+    preset: str = field(default="large2", metadata={"help": f"Model: {', '.join(PRESETS)}."})
     optim: str = field(
         default="mkor,lamb",
         metadata={"help": "Methods, comma-separated: NAME, NAME+BASE, NAME:key=value:key=value+BASE."},
@@ -44,8 +39,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check the values before a model is built."""
-        if self.preset not in SIZES:
-            raise ValueError(f"preset={self.preset!r} is unknown; use one of {', '.join(SIZES)}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
         for name in ("threads", "rounds", "steps", "batch_size", "seq_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
@@ -80,7 +75,7 @@ class Workload:
         torch.manual_seed(0)
         self.device = torch.device(config.device)
         self.autocast = config.autocast
-        size = BertConfig(vocab_size=VOCABULARY.get(config.preset, 30522), **SIZES[config.preset])  # type: ignore[arg-type]
+        size = BertConfig(vocab_size=VOCABULARY.get(config.preset, 30522), **PRESETS[config.preset])  # type: ignore[arg-type]
         self.model: nn.Module = GatheredBertForPreTraining(size).train()
         self.model.to(self.device)
         self.twin = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})

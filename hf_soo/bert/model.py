@@ -29,6 +29,24 @@ from transformers.utils.generic import can_return_tuple
 IGNORE = -100
 
 
+def _sizes(hidden: int, layers: int) -> dict[str, int]:
+    """Heads of 64 and an MLP of four times the width, as in every published BERT."""
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
+
+
+SIZES = {  # of a `BertConfig`, by name
+    "toy": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},  # for tests
+    "tiny": _sizes(128, 2),  # Turc et al., 2019
+    "mini": _sizes(256, 4),
+    "small": _sizes(512, 4),
+    "medium": _sizes(512, 8),
+    "base": _sizes(768, 12),  # Devlin et al., 2019
+    "large": _sizes(1024, 24),
+    "large2": _sizes(1024, 2),  # two layers of it: what a step costs, without the wait
+}
+
+
 class GatheredBertForPreTraining(BertForPreTraining):  # type: ignore[no-untyped-call]
     """`BertForPreTraining` with the same parameters and state_dict, whose MLM head runs on masked positions only."""
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soo.bert.arguments import DataArguments, ModelArguments
-from hf_soo.bert.inputs import PretrainingData, load_data, make_model
+from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, load_data, make_model
 from hf_soo.bert.length_sampler import LengthGroupedSampler, example_lengths
 from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.metrics import METRICS, prediction_sums, pretraining_metrics

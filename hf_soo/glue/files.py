@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.bert.data.wordpiece import is_broken, read_lines
+from hf_soo.files import is_broken, read_lines
 from hf_soo.glue.tasks import SCORE_RANGE, GlueTask
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,8 @@ from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallbac
 
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.files import Examples, digest
-from hf_soo.glue.metrics import score
+from hf_soo.glue.metrics import file_names, score, write_predictions
 from hf_soo.glue.model import check_head, make_classifier
-from hf_soo.glue.predictions import file_names, write_predictions
 from hf_soo.glue.tasks import GlueTask
 from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
 from hf_soo.runs.pretrained import Pretrained

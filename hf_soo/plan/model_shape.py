@@ -18,21 +18,12 @@ from transformers import (
     BertForPreTraining,
 )
 
+from hf_soo.bert.model import SIZES
 from hf_soo.registry import hidden_weights
 
-
-def _bert(hidden: int, layers: int) -> dict[str, int]:
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers}
-    return {**sizes, "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
-
-
-BERTS = {  # Devlin et al., 2019; Turc et al., 2019
-    "bert-tiny": _bert(128, 2),
-    "bert-mini": _bert(256, 4),
-    "bert-small": _bert(512, 4),
-    "bert-medium": _bert(512, 8),
-    "bert-base-uncased": _bert(768, 12),
-    "bert-large-uncased": _bert(1024, 24),
+BERTS = {  # the hub's names
+    **{f"bert-{name}": SIZES[name] for name in ("tiny", "mini", "small", "medium")},
+    **{f"bert-{name}-uncased": SIZES[name] for name in ("base", "large")},
 }
 LONGEST = 512  # BERT's positions
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.bert.data.wordpiece import is_broken
+from hf_soo.files import is_broken
 
 Answer = tuple[int, str]  # where it starts in the context, in characters, and its text
 

@@ -14,8 +14,7 @@ from hf_soo.runs.pretrained import PretrainedArguments
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
 from hf_soo.squad.answers import AnswerConfig, Predictions, answer
-from hf_soo.squad.arguments import QaDataArguments
-from hf_soo.squad.inputs import Part, find_reader, load_data
+from hf_soo.squad.inputs import Part, QaDataArguments, find_reader, load_data
 from hf_soo.squad.metrics import score_v1, score_v2
 from hf_soo.squad.windows import WindowCollator
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from hf_soo.bert.arguments import DataArguments, ModelArguments
+from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.runs import arguments
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from tests.scripts.script_runs import ROOT

@@ -44,7 +44,7 @@ ROW_KEYS = {
 
 def tiny(**values: Any) -> BenchConfig:
     return BenchConfig(
-        **{"preset": "tiny", "batch_size": 2, "seq_length": 16, "rounds": 2, "steps": 3, "memory": False, **values}
+        **{"preset": "toy", "batch_size": 2, "seq_length": 16, "rounds": 2, "steps": 3, "memory": False, **values}
     )
 
 
@@ -191,7 +191,7 @@ def test_a_bad_setting_shows_before_anything_is_timed() -> None:
 
 
 def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
-    size = shlex.split("--preset tiny --batch_size 2 --seq_length 16 --rounds 2 --steps 2 --memory false")
+    size = shlex.split("--preset toy --batch_size 2 --seq_length 16 --rounds 2 --steps 2 --memory false")
     optimizers = shlex.split("--optim mkor,sgd,mkor:representation=dense --base adamw --autocast true")
     done = run_script("scripts/bench_step.py", *size, *optimizers, "--json", str(tmp_path / "new" / "b.json"))
     results = json.loads((tmp_path / "new" / "b.json").read_text())
@@ -223,4 +223,4 @@ def test_the_script_fails_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
         runpy.run_path(str(ROOT / "scripts" / "bench_step.py"), run_name="__main__")
     assert stop.value.code == 1
     (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: preset='huge' is unknown; use one of tiny, mini")
+    assert error.startswith("error: preset='huge' is unknown; use one of toy, mini")

@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig
 
 import hf_soo
-from hf_soo.bert.arguments import DataArguments, ModelArguments
+from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.registry import METHODS

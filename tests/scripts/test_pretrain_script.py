@@ -14,8 +14,7 @@ import torch
 from transformers import BertTokenizer
 
 from hf_soo.bert import inputs as pretraining_inputs
-from hf_soo.bert.arguments import DataArguments, ModelArguments
-from hf_soo.bert.inputs import load_data, make_model
+from hf_soo.bert.inputs import DataArguments, ModelArguments, load_data, make_model
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.bert.task import PretrainingTrainer
 from hf_soo.runs import arguments

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_soo.bert.arguments import DataArguments, ModelArguments
 from hf_soo.bert.data.prepare import PrepareConfig
+from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.glue import sweep as glue_runs
 from hf_soo.reports import report_of
 from hf_soo.reproduce import reproduce
@@ -21,7 +21,7 @@ from hf_soo.runs import arguments
 from hf_soo.runs.pretrained import PretrainedArguments
 from hf_soo.runs.record import RunRecord
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.squad.arguments import QaDataArguments
+from hf_soo.squad.inputs import QaDataArguments
 from tests.scripts.script_runs import ROOT, check_error
 
 FLAGS = {

@@ -19,7 +19,7 @@ from hf_soo.runs.pretrained import PretrainedArguments
 from hf_soo.runs.record import read_run
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, train
-from hf_soo.squad.arguments import QaDataArguments
+from hf_soo.squad.inputs import QaDataArguments
 from hf_soo.squad.task import SquadTask
 from tests.data.squad_data import PIECES, colour_questions, nested, paragraph, qa, save_model, tokenizer, write
 from tests.ranks.distributed import run_ranks

@@ -24,8 +24,7 @@ from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
 from hf_soo.bert.data.pairs import PairConfig
 from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, special_ids, train_wordpiece
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
-from hf_soo.files import write_atomically
-from hf_soo.staging import built_beside, clear_leftovers
+from hf_soo.files import built_beside, clear_leftovers, write_atomically
 
 __all__ = ["PrepareConfig", "Prepared", "load_prepared", "prepare"]
 

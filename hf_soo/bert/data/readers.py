@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.bert.data.cleaning import RawDocument
-from hf_soo.bert.data.wordpiece import is_broken, read_lines
+from hf_soo.files import is_broken, read_lines
 
 logger = logging.getLogger(__name__)
 

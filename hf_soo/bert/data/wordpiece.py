@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.files import write_atomically
+from hf_soo.files import read_lines, write_atomically
 
 Document = list[str]
-_SURROGATE = re.compile("[\ud800-\udfff]")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -143,24 +141,3 @@ def _uncased(tokenizer: Any) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
-
-
-def is_broken(text: str) -> bool:
-    """Whether it holds half of a surrogate pair, as JSON's escapes can; UTF-8, and so a tokenizer, cannot."""
-    return _SURROGATE.search(text) is not None
-
-
-def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends; a wrong byte is named by file, line and offset."""
-    offset = 0
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"file {str(file)!r}, line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
-                    f"{offset + error.start}; convert it first, for example with iconv"
-                ) from error
-            yield line.rstrip("\r\n").removeprefix("\ufeff" if offset == 0 else "")
-            offset += len(raw)

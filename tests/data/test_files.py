@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_soo.bert.data.folder import load_prepared
-from hf_soo.staging import built_beside, clear_leftovers
+from hf_soo.files import built_beside, clear_leftovers
 
 HERE = socket.gethostname()
 
