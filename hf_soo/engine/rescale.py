@@ -63,7 +63,7 @@ class KLClip:
         return [nu.expand_as(m.inner) for m in moved]
 
 
-class GlobalNorm:
+class _GlobalNorm:
     """√(Σ|G|² / Σ|P|²) over all layers: the step is as long as the base's own would be (Eva's code, κ = 0)."""
 
     joint = True
@@ -89,7 +89,7 @@ def make_rescale(rescale: RescaleName, kl_clip: float | None) -> Rescale:
     """The rule that a method's two settings name, checked.
 
     Args:
-        rescale: "kl_clip", "global" (``GlobalNorm``), "norm" (``MatchNorm``) or "none".
+        rescale: "kl_clip", "global" (norms over all layers), "norm" (``MatchNorm``) or "none".
         kl_clip: κ of the KL clip; None: no clip.
 
     Returns:
@@ -105,5 +105,5 @@ def make_rescale(rescale: RescaleName, kl_clip: float | None) -> Rescale:
         raise ValueError(f"kl_clip={kl_clip} has no effect with rescale={rescale!r}; leave one of the two out.")
     if rescale == "kl_clip":
         return NoRescale() if kl_clip is None else KLClip(kl_clip)
-    rules: dict[str, type[Rescale]] = {"global": GlobalNorm, "norm": MatchNorm, "none": NoRescale}
+    rules: dict[str, type[Rescale]] = {"global": _GlobalNorm, "norm": MatchNorm, "none": NoRescale}
     return rules[rescale]()

@@ -83,7 +83,7 @@ class SumRecorder:
         """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
         if token_mask is None:
             inputs, rows = layer.input_sums(x, self.groups)
-            counts = group_sizes(rows, self.groups, buffers[0])
+            counts = _group_sizes(rows, self.groups, buffers[0])
         else:
             inputs, _ = layer.input_sums(x * token_mask[..., None].to(x.dtype), self.groups)
             counts = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
@@ -166,7 +166,7 @@ def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
         noise.add_(torch.stack([total, NOISE_LEVEL[grad.dtype] ** 2 * energy]))
 
 
-def group_sizes(rows: int, groups: int, like: Tensor) -> Tensor:
+def _group_sizes(rows: int, groups: int, like: Tensor) -> Tensor:
     """How many of ``rows`` rows each of ``groups`` parts holds, as ``torch.tensor_split`` does it: [groups]."""
     part = torch.arange(groups, device=like.device)
     return rows // groups + (part < rows % groups).to(like.dtype)

@@ -77,7 +77,7 @@ def put_back(tensor: Tensor, view: Tensor) -> None:
         tensor.copy_(view.reshape(tensor.shape))
 
 
-def times(X: Tensor, factor: Tensor, axis: int) -> Tensor:
+def _times(X: Tensor, factor: Tensor, axis: int) -> Tensor:
     """X ×ₙ M, or the product with a diagonal.
 
     Args:
@@ -86,7 +86,7 @@ def times(X: Tensor, factor: Tensor, axis: int) -> Tensor:
         axis: n, not counting [L].
     """
     if factor.ndim == 2:
-        return X * along(factor.to(X.dtype), X, axis)
+        return X * _along(factor.to(X.dtype), X, axis)
     if axis > 0 and axis == X.ndim - 2:
         return (X.reshape(len(X), -1, X.shape[-1]) @ factor.mT).reshape(X.shape)
     moved = X.movedim(axis + 1, 1)
@@ -98,7 +98,7 @@ def applied(G: Tensor, matrices: Sequence[Tensor | None], transpose: bool = Fals
     X = G.to(next((M.dtype for M in matrices if M is not None and M.ndim == 3), G.dtype))
     for axis, M in enumerate(matrices):
         if M is not None:
-            X = times(X, M.mT if transpose and M.ndim == 3 else M, axis)
+            X = _times(X, M.mT if transpose and M.ndim == 3 else M, axis)
     return X
 
 
@@ -110,7 +110,7 @@ def unfolded(X: Tensor, axis: int) -> Tensor:
     return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))  # not -1: a shard may have no rows
 
 
-def along(vector: Tensor, X: Tensor, axis: int) -> Tensor:
+def _along(vector: Tensor, X: Tensor, axis: int) -> Tensor:
     """A vector for each layer, [L, d], so that it multiplies X along an axis."""
     shape = [1] * X.ndim
     shape[0], shape[axis + 1] = vector.shape

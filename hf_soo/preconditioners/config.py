@@ -79,22 +79,18 @@ def prototype_updates_at(step: int, period: int) -> bool:
     return step >= start and (step - start) % stride == 0
 
 
-def check_batch_size(batch_size: int | None) -> None:
-    """Check B: the averaged loss terms of a step, over all processes; None until somebody fills it in.
+def check_batch(batch_size: int | None, state_dtype: StateDtype) -> None:
+    """Check the settings of methods that scale the gradient with the batch size.
+
+    Args:
+        batch_size: B, the averaged loss terms of a step, over all processes; None until somebody fills it in.
+        state_dtype: the name of a dtype.
 
     Raises:
-        ValueError: it is neither None nor a whole number >= 1.
+        ValueError: B is neither None nor a whole number >= 1, or the dtype neither "float32" nor "bfloat16".
     """
     if batch_size is not None:
         require_count("batch_size", batch_size, 1)
-
-
-def check_state_dtype(state_dtype: StateDtype) -> None:
-    """Check the name of a dtype.
-
-    Raises:
-        ValueError: it is neither "float32" nor "bfloat16".
-    """
     require_in("state_dtype", state_dtype, ("float32", "bfloat16"))
 
 

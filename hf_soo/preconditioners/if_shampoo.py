@@ -58,13 +58,7 @@ from hf_soo.preconditioners.axes import (
     total,
     unfolded,
 )
-from hf_soo.preconditioners.config import (
-    StateDtype,
-    check_batch_size,
-    check_state_dtype,
-    prototype_updates_at,
-    stored_dtype,
-)
+from hf_soo.preconditioners.config import StateDtype, check_batch, prototype_updates_at, stored_dtype
 
 Kind = Literal["dense", "diagonal", "identity"]
 
@@ -106,7 +100,7 @@ class IFShampooConfig:
         Raises:
             ValueError: a field is out of range.
         """
-        check_batch_size(self.batch_size)
+        check_batch(self.batch_size, self.state_dtype)
         require_range("factor_lr", self.factor_lr, 0, 1)
         require_range("riemannian_momentum", self.riemannian_momentum, 0, 1)
         require_range("damping", self.damping, 0, float("inf"))
@@ -116,7 +110,6 @@ class IFShampooConfig:
         require_in("large_axes", self.large_axes, ("block", "diagonal", "identity"))
         require_in("vector_axes", self.vector_axes, ("diagonal", "dense"))
         require_in("merge_kernels", self.merge_kernels, (True, False))
-        check_state_dtype(self.state_dtype)
 
 
 class IFShampoo(Preconditioner):
@@ -292,6 +285,7 @@ def _curvature(Y: Tensor, K: Tensor, axis: int, damping: Tensor, weight: float) 
     Z = unfolded(Y, axis)
     if K.ndim == 2:
         return damping[:, None] * K.square() + weight * Z.to(K.dtype).square().sum(-1) - 1
+    # H - I = weight Y₍ₙ₎Y₍ₙ₎ᵀ + damping KᵀK - I
     H = (K.mT @ K).mul_(layerwise(damping, K)).baddbmm_(Z, Z.mT, alpha=weight)
     H.diagonal(dim1=-2, dim2=-1).sub_(1)
     return H
@@ -313,6 +307,7 @@ def _move(factor: Factor, m: Tensor, scale: Tensor, valid: Tensor, factor_lr: fl
     if K.ndim == 2:
         K.addcmul_(K, step, value=-factor_lr)
         return
+    # K ← K - β K m/max(1, |m|)
     K.copy_(torch.baddbmm(K, K, step, alpha=-factor_lr, out=m))
     torch.bmm(K, K.mT, out=factor["product"])
 

@@ -141,6 +141,7 @@ class KFAC(RowWise):
             outcomes[:, side].masked_fill_(statistics.samples == 0, Outcome.NO_ROWS.value)
             norms[:, side] = F.diagonal(dim1=-2, dim2=-1).sum(-1)
             valid, own = outcomes[:, side] == Outcome.UPDATED.value, state[side_key(side)]
+            # S ← ρS + (1-ρ)F
             own["factor"].lerp_(keep_where(valid, F, own["factor"]), 1 - self.config.factor_decay)
             own["updates"].add_(valid)
         return state, Updated(outcomes, norms)

@@ -131,7 +131,7 @@ class Eigen(Inverse):
     def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Four products."""
         right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
-        return eigen_product(
+        return _eigen_product(
             grad,
             None if left is None else (left["vectors"], left["values"]),
             (right["vectors"], right["values"]),
@@ -145,7 +145,7 @@ class Eigen(Inverse):
         return distance
 
 
-def eigen_product(
+def _eigen_product(
     grad: Joint, left: tuple[Tensor, Tensor] | None, right: tuple[Tensor, Tensor], damping: Tensor
 ) -> RowSums[TransformNorms]:
     """In place: Ĝ ← Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; not finite: as ``dense_product``.

@@ -177,7 +177,7 @@ class MKORConfig(Periodic):
             require_range("stabilizer_blend", self.stabilizer_blend, 0, 1)
 
 
-class Representation(Protocol):
+class _Representation(Protocol):
     """How an inverse factor F is held: its tensors, its update with vectors V [L, r, d], and P = F_b Ĝ F_a."""
 
     def init(self, d: int, like: Tensor) -> Factor:
@@ -251,7 +251,7 @@ class MKOR(RowWise):
         """
         self.config = config
         self.stacks = self.row_wise = config.representation == "lowrank"
-        self.form: Representation = LowRank(config.history, config.factor_decay)
+        self.form: _Representation = LowRank(config.history, config.factor_decay)
         if config.representation == "dense":
             self.form = Dense(
                 config.update_rule, config.factor_decay, config.stabilizer_threshold, config.stabilizer_blend

@@ -39,7 +39,7 @@ from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, RowWise, Updated
 from hf_soo.engine.selection import select_all_parameters
 from hf_soo.preconditioners.axes import inner, layerwise, total
-from hf_soo.preconditioners.config import StateDtype, check_batch_size, check_state_dtype, stored_dtype
+from hf_soo.preconditioners.config import StateDtype, check_batch, stored_dtype
 
 BF16_LOWEST_RATE = 2.0**-9
 """Below it (1-β)ŝ rounds back to ŝ in bfloat16."""
@@ -67,10 +67,9 @@ class RMSPropConfig:
         Raises:
             ValueError: a field is out of range, or the state could not move.
         """
-        check_batch_size(self.batch_size)
+        check_batch(self.batch_size, self.state_dtype)
         require_range("factor_lr", self.factor_lr, 0, 1)
         require_range("eps", self.eps, 0, float("inf"))
-        check_state_dtype(self.state_dtype)
         if self.state_dtype == "bfloat16" and self.factor_lr < BF16_LOWEST_RATE:
             raise ValueError(
                 f"state_dtype='bfloat16' with factor_lr={self.factor_lr} would never change: (1-β)ŝ rounds to ŝ below "
@@ -116,6 +115,7 @@ class RMSProp(RowWise):
         used = valid.to(grad.dtype)
         keep, root = 1 - rate * used, (rate * self.batch_size) ** 0.5 * used
         for g, s, scratch in _chunks(grad, state["gradient"]["second_moment"]):
+            # ŝ ← (1-β)ŝ + (√(βB) g)²
             torch.mul(g, layerwise(root, g), out=scratch).nan_to_num_(0.0, 0.0, 0.0)  # 0 x inf is nan
             wide = s.to(g.dtype).mul_(layerwise(keep, g)).addcmul_(scratch, scratch)
             if wide.dtype != s.dtype:

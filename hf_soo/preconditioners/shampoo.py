@@ -163,11 +163,13 @@ class Shampoo(Preconditioner):
             for axis, factor in enumerate(cut.factors(state, block)):
                 assert factor is not None
                 Z, L = unfolded(part, axis), factor["factor"]
+                # L ← βL + (1-β) G₍ₙ₎G₍ₙ₎ᵀ
                 new = torch.baddbmm(L, Z, Z.mT, beta=beta, alpha=weight)
                 torch.where(layerwise(valid, L), new, L, out=L)
                 factor["updates"].add_(valid)
         if config.grafting == "adam":
             v = state[GRAFT]["second_moment"]
+            # v ← β₂v + (1-β₂)G²
             torch.where(layerwise(valid, v), v.lerp(G.square(), 1 - config.graft_decay), v, out=v)
             state[GRAFT]["updates"].add_(valid)
         return state, Updated.of_gradient(size, valid)
