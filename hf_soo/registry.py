@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,8 +18,8 @@ from hf_soo.engine.checks import require_range, unknown_key
 from hf_soo.engine.layers import full_shape
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Method
-from hf_soo.engine.selection import Selection, select_layers
-from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, decay_groups
+from hf_soo.engine.selection import Selection, compile_patterns, select_layers
+from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, check_base, decay_groups
 from hf_soo.preconditioners.config import make_config
 
 FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo")
@@ -44,6 +45,111 @@ METHODS: dict[str, Method] = _methods()
 def available() -> dict[str, str]:
     """Name of each optimizer -> its title."""
     return {name: method.title for name, method in METHODS.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an optimizer is built from, with everything checked that can be checked without a model.
+
+    Args:
+        name: one of ``available()``.
+        base: the optimizer that steps.
+        base_args: its arguments.
+        config: the method's own settings, an object of its Config; None for a base alone.
+        include: regular expressions on module names.
+        exclude: regular expressions on module names.
+    """
+
+    name: str
+    base: str | type[Optimizer]
+    base_args: Mapping[str, Any]
+    config: Any | None
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        base: str | type[Optimizer] | None = None,
+        base_args: Mapping[str, Any] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> Settings:
+        """Check what ``build_optimizer`` is given.
+
+        Args:
+            name: see ``build_optimizer``.
+            settings: its ``config``.
+            base: see ``build_optimizer``.
+            base_args: see ``build_optimizer``.
+            include: see ``build_optimizer``.
+            exclude: see ``build_optimizer``.
+
+        Raises:
+            ValueError: an unknown name, key or base, a value out of range, or no regular expression.
+        """
+        if name not in METHODS:
+            raise ValueError(unknown_key("optimizer", name, list(METHODS)))
+        method, args, config = METHODS[name], dict(base_args or {}), None
+        if method.config is None:
+            _refuse(name, base=base, include=include, exclude=exclude)
+            args |= settings
+        else:
+            config = make_config(name, method.config, settings)
+        for what, patterns in (("include", include), ("exclude", exclude)):
+            compile_patterns(what, patterns)
+        check_base(base or method.base, args)
+        return cls(name, base or method.base, args, config, include, exclude)
+
+    @property
+    def lacks_batch_size(self) -> bool:
+        """Whether the method needs the batch size, and it is not given."""
+        return takes_batch_size(self.name) and self.config is not None and self.config.batch_size is None
+
+    def with_batch_size(self, batch_size: int) -> Settings:
+        """The same for a global batch.
+
+        Args:
+            batch_size: loss terms averaged in a step, over all processes and micro-batches.
+        """
+        assert self.config is not None
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, batch_size=batch_size))
+
+    def build(self, model: nn.Module, groups: Groups, lr: float) -> PreconditionedOptimizer:
+        """The optimizer of a model.
+
+        Args:
+            model: the bare model.
+            groups: parameter groups over its parameters.
+            lr: learning rate.
+
+        Raises:
+            ValueError: the learning rate is out of range, there is no batch size, no layer is selected, or the base
+                refuses the parameters.
+        """
+        require_range("lr", lr, 0, float("inf"))
+        if not any(group["params"] for group in groups):
+            raise ValueError("the model has no trainable parameter; unfreeze some, or check requires_grad.")
+        if self.lacks_batch_size:
+            raise ValueError(
+                f"batch_size=None: {self.name!r} needs the number of loss terms averaged in a step; give "
+                "batch_size=..., the global batch over all processes and accumulated micro-batches, never the local "
+                "one (SecondOrderTrainer fills it in)."
+            )
+        method = METHODS[self.name]
+        preconditioner = method.make(self.config)
+        selection, config = Selection([], {}), {}
+        if self.config is not None:
+            config = dataclasses.asdict(self.config)
+            selection = method.select(model, self.include, self.exclude, preconditioner.skip_reason)
+        inner = build_base(self.base, groups, lr, self.base_args, hidden_weights(model))
+        names = dict(model.named_parameters())
+        return PreconditionedOptimizer(
+            inner, preconditioner, selection, name=self.name, config=config, parameter_names=names
+        )
 
 
 def build_optimizer(
@@ -82,63 +188,8 @@ def build_optimizer(
         NotImplementedError: the model is wrapped in a way that cannot work.
     """
     model = bare_model(model)
-    groups = decay_groups(model, weight_decay)
-    return assemble(
-        name, model, groups, lr=lr, base=base, base_args=base_args, include=include, exclude=exclude, settings=config
-    )
-
-
-def assemble(
-    name: str,
-    model: nn.Module,
-    groups: Groups,
-    *,
-    lr: float,
-    base: str | type[Optimizer] | None,
-    base_args: Mapping[str, Any] | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    settings: Mapping[str, Any],
-) -> PreconditionedOptimizer:
-    """``build_optimizer`` over parameter groups that somebody else made (Trainer).
-
-    Args:
-        name: one of ``available()``.
-        model: the bare model.
-        groups: parameter groups over its parameters.
-        lr: see ``build_optimizer``.
-        base: see ``build_optimizer``.
-        base_args: see ``build_optimizer``.
-        include: see ``build_optimizer``.
-        exclude: see ``build_optimizer``.
-        settings: the method's own settings.
-
-    Returns:
-        A torch.optim.Optimizer.
-
-    Raises:
-        ValueError: an unknown name or setting, a value out of range, or no layer selected.
-    """
-    if name not in METHODS:
-        raise ValueError(unknown_key("optimizer", name, list(METHODS)))
-    method = METHODS[name]
-    require_range("lr", lr, 0, float("inf"))
-    if not any(group["params"] for group in groups):
-        raise ValueError("the model has no trainable parameter; unfreeze some, or check requires_grad.")
-    args = dict(base_args or {})
-    if method.config is None:
-        _refuse(name, base=base, include=include, exclude=exclude)
-        args, settings = {**args, **settings}, {}
-        selection, preconditioner, config = Selection([], {}), method.make(None), {}
-    else:
-        made = make_config(name, method.config, settings)
-        _require_batch_size(name, made)
-        preconditioner, config = method.make(made), dataclasses.asdict(made)
-        selection = method.select(model, include, exclude, preconditioner.skip_reason)
-    inner = build_base(base or method.base, groups, lr, args, hidden_weights(model))
-    return PreconditionedOptimizer(
-        inner, preconditioner, selection, name=name, config=config, parameter_names=dict(model.named_parameters())
-    )
+    settings = Settings.of(name, config, base=base, base_args=base_args, include=include, exclude=exclude)
+    return settings.build(model, decay_groups(model, weight_decay), lr)
 
 
 def takes_batch_size(name: str) -> bool:
@@ -149,15 +200,6 @@ def takes_batch_size(name: str) -> bool:
     """
     config = METHODS[name].config
     return config is not None and any(field.name == "batch_size" for field in dataclasses.fields(config))
-
-
-def _require_batch_size(name: str, config: Any) -> None:
-    if takes_batch_size(name) and config.batch_size is None:
-        raise ValueError(
-            f"batch_size=None: {name!r} needs the number of loss terms averaged in a step; give batch_size=..., the "
-            "global batch over all processes and accumulated micro-batches, never the local one (SecondOrderTrainer "
-            "fills it in)."
-        )
 
 
 def _refuse(name: str, **options: object) -> None:

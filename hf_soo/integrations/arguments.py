@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,32 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_soo.engine.checks import unknown_key
-from hf_soo.preconditioners.config import make_config
-from hf_soo.registry import METHODS
+from hf_soo.engine.checks import require_range, unknown_key
+from hf_soo.registry import METHODS, Settings
 
 POLY_WARMUP = "poly_warmup"
+# The fields that are read once; whoever sets one later (a search over hyperparameters) has all of them read again.
+_READ = (
+    "optim", "optim_args", "base_optim", "base_optim_args", "precondition_include", "precondition_exclude",
+    "lr_scheduler_type", "lr_scheduler_kwargs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedSettings:
+    """What the arguments say of optimizer and schedule, read and checked.
+
+    Args:
+        optim_args: key -> value.
+        base_optim_args: key -> value.
+        lr_scheduler_kwargs: of "poly_warmup"; transformers reads those of its own schedules.
+        optimizer: what ours is built from; None: it is one of transformers' own.
+    """
+
+    optim_args: dict[str, Any]
+    base_optim_args: dict[str, Any]
+    lr_scheduler_kwargs: dict[str, Any]
+    optimizer: Settings | None
 
 
 @dataclass
@@ -75,21 +97,48 @@ class SecondOrderTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, value in ours.items():
             setattr(self, name, value)
-        self._check_settings()
+        require_range("learning_rate", self.learning_rate, 0, float("inf"))
+        self.parsed  # noqa: B018 (a wrong setting shows here, not after an hour of preparing data)
 
-    def _check_settings(self) -> None:
-        parse_settings("base_optim_args", self.base_optim_args)
+    @property
+    def parsed(self) -> ParsedSettings:
+        """The optimizer's and the schedule's settings; read once, and again when one of them was set to another value.
+
+        Raises:
+            ValueError: a setting that cannot be read, is unknown, out of range or without effect.
+        """
+        given = {name: getattr(self, name) for name in _READ}
+        if self.__dict__.get("_parsed_of") != given:
+            self._parsed, self._parsed_of = self._parse(), copy.deepcopy(given)
+        return self._parsed
+
+    def _parse(self) -> ParsedSettings:
+        optim_args = parse_settings("optim_args", self.optim_args)
+        base_args = parse_settings("base_optim_args", self.base_optim_args)
+        schedule: dict[str, Any] = {}
+        if self.lr_scheduler_type == POLY_WARMUP:
+            schedule = parse_settings("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+            for key, value in schedule.items():
+                if key != "degree":
+                    raise ValueError(unknown_key(f"argument of {POLY_WARMUP}", key, ["degree"]))
+                require_range(key, value, 0, float("inf"), open_low=True)
         if self.optim in METHODS:
-            settings, config = parse_settings("optim_args", self.optim_args), METHODS[self.optim].config
-            if config is not None:  # a wrong setting shows here, not after an hour of preparing data
-                make_config(self.optim, config, settings)
-            return
+            optimizer = Settings.of(
+                self.optim,
+                optim_args,
+                base=self.base_optim,
+                base_args=base_args,
+                include=self.precondition_include,
+                exclude=self.precondition_exclude,
+            )
+            return ParsedSettings(optim_args, base_args, schedule, optimizer)
         for name in ("base_optim", "base_optim_args", "precondition_include", "precondition_exclude"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with optim={str(self.optim)!r}, which is "
                     f"transformers' own; leave it out, or use one of {', '.join(METHODS)}."
                 )
+        return ParsedSettings(optim_args, base_args, schedule, None)
 
 
 def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, Any]:

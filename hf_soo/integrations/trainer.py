@@ -20,12 +20,12 @@ from transformers import Trainer, TrainerCallback
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind
-from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments, parse_settings
+from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments
 from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
 from hf_soo.integrations.mc_fisher import sampled_loss
 from hf_soo.integrations.resuming import ResumingMixin
 from hf_soo.optimizers.schedules import poly_warmup
-from hf_soo.registry import METHODS, assemble, bare_model, build_optimizer, takes_batch_size
+from hf_soo.registry import METHODS, Settings, bare_model, build_optimizer, takes_batch_size
 
 __all__ = [
     "SecondOrderTrainer",
@@ -110,17 +110,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
             {"params": [p for name, p in named if name in decayed], "weight_decay": args.weight_decay},
             {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
         ]
-        optimizer = assemble(
-            args.optim,
-            model,
-            [group for group in groups if group["params"]],
-            lr=args.learning_rate,
-            base=args.base_optim,
-            base_args=parse_settings("base_optim_args", args.base_optim_args),
-            include=args.precondition_include,
-            exclude=args.precondition_exclude,
-            settings=self._settings(),
-        )
+        optimizer = self._settings().build(model, [group for group in groups if group["params"]], args.learning_rate)
         optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
         return optimizer
 
@@ -180,26 +170,24 @@ class SecondOrderTrainerMixin(ResumingMixin):
         encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         return mask.to(self.args.device) if isinstance(mask, torch.Tensor) and not encoder_decoder else None
 
-    def _settings(self) -> dict[str, Any]:
-        """The method's settings; the batch size is filled in for methods that need one."""
-        args = self.args
-        settings = parse_settings("optim_args", args.optim_args)
-        if not takes_batch_size(args.optim):
-            return settings
-        if args.max_grad_norm is not None and args.max_grad_norm > 0:
+    def _settings(self) -> Settings:
+        """The optimizer's settings; the batch size is filled in for methods that need one."""
+        args, settings = self.args, self.args.parsed.optimizer
+        assert settings is not None
+        if takes_batch_size(settings.name) and args.max_grad_norm is not None and args.max_grad_norm > 0:
             logger.warning(
                 "%s with max_grad_norm=%s: there is no square root in its curvature, so a gradient that is clipped to "
                 "1/c of its length makes a step c times longer; set max_grad_norm=0.",
                 args.optim, args.max_grad_norm,
             )  # fmt: skip
-        if settings.get("batch_size") is None:
-            if args.auto_find_batch_size:
-                raise ValueError(
-                    f"auto_find_batch_size=True changes the global batch, which {args.optim!r} is scaled with, after "
-                    "it was built; set it to False, or give optim_args batch_size=... yourself."
-                )
-            settings["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return settings
+        if not settings.lacks_batch_size:
+            return settings
+        if args.auto_find_batch_size:
+            raise ValueError(
+                f"auto_find_batch_size=True changes the global batch, which {args.optim!r} is scaled with, after "
+                "it was built; set it to False, or give optim_args batch_size=... yourself."
+            )
+        return settings.with_batch_size(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Add "poly_warmup" to Trainer's schedules.
@@ -216,7 +204,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
                 optimizer or self.optimizer,  # type: ignore[arg-type]
                 self.args.get_warmup_steps(num_training_steps),
                 num_training_steps,
-                **parse_settings("lr_scheduler_kwargs", self.args.lr_scheduler_kwargs),
+                **self.args.parsed.lr_scheduler_kwargs,
             )
             self._created_lr_scheduler = True
         scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)

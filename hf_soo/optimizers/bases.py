@@ -147,6 +147,24 @@ def build_base(
     return optimizer
 
 
+def check_base(base: str | type[Optimizer], args: Mapping[str, Any]) -> None:
+    """Build a base over a tiny model on the meta device, so that a wrong argument shows before there is a model.
+
+    Args:
+        base: as ``build_base``'s.
+        args: as ``build_base``'s; ``fused`` is left out, as it depends on where the parameters lie.
+
+    Raises:
+        ValueError: the base or one of its arguments is unknown, or it refuses a value.
+    """
+    matrix, vector = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((2, 2), (2,)))
+    rest = {key: value for key, value in args.items() if key != "fused"}
+    try:
+        build_base(base, [{"params": [matrix, vector]}], 1e-3, rest, [matrix])
+    except RuntimeError as error:  # somebody's class that looks at values: it will say so itself
+        logger.debug("%s cannot be tried on the meta device: %s", base, error)
+
+
 def _unfuse_sharded(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Leave torch's fused SGD where parameters have become DTensors (FSDP2): it has no rule for them (torch 2.13)."""
     for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ import torch
 from hf_soo.runs import arguments, report
 from hf_soo.runs.record import RunRecord, status_of
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.runs.training import Job, Task, train
+from hf_soo.runs.training import Job, Task, compared, train
 
 
 def run_script(
@@ -87,8 +87,12 @@ def check(job: Job) -> None:
             f"target_eval_loss={job.run.target_eval_loss} and nothing is evaluated while the run trains; set "
             "eval_strategy to steps or epoch."
         )
-    if job.run.compare_with is not None and find_spec("matplotlib") is None:
-        raise ValueError("compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'.")
+    if job.run.compare_with is not None:
+        if find_spec("matplotlib") is None:
+            raise ValueError(
+                "compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'."
+            )
+        compared(job)  # refuses settings of the second optimizer
     check_processes(job)
 
 

@@ -20,7 +20,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from hf_soo.integrations.arguments import parse_settings
 from hf_soo.registry import METHODS
 from hf_soo.runs import machine
 from hf_soo.runs.callbacks import RecordCallback
@@ -135,7 +134,7 @@ def train(job: Job, task: Task) -> list[RunRecord]:
     """
     if job.run.compare_with is None:
         return [train_one(job, task)]
-    first, second = _compared(job)
+    first, second = compared(job)
     task.describe_start(second.training)  # refuses what it must before the first run has taken its hours
     records = [train_one(first, task), train_one(second, task)]
     hashes = [record.config["initial_weights"] for record in records]
@@ -151,8 +150,15 @@ def train(job: Job, task: Task) -> list[RunRecord]:
     return records
 
 
-def _compared(job: Job) -> tuple[Job, Job]:
-    """The two jobs of a comparison; their checkpoints lie apart, their JSONs together."""
+def compared(job: Job) -> tuple[Job, Job]:
+    """The two jobs of a comparison; their checkpoints lie apart, their JSONs together.
+
+    Args:
+        job: names the second optimizer.
+
+    Raises:
+        ValueError: settings of the second optimizer that cannot be, or both runs are the same.
+    """
     output, run = job.training.folder, dataclasses.replace(job.run, results_dir=str(job.results_dir))
     first = dataclasses.replace(job.training, output_dir=str(output / f"1-{optimizer_name(job.training)}"))
     second = job.training.compared(job.run, str(output / f"2-{job.run.compare_with}"))
@@ -240,7 +246,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         **order,
         "processes": args.world_size,
         **{key: _plain(getattr(args, key)) for key in SETTINGS},
-        **{key: parse_settings(key, getattr(args, key)) for key in METHOD_SETTINGS},
+        **{key: getattr(args.parsed, key) for key in METHOD_SETTINGS},
     }
     record = RunRecord(run_name(job), optimizer_name(args), base_name(args), config, args.seed)
     record.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -290,7 +296,7 @@ def run_name(job: Job) -> str:
         return job.run.name
     args = job.training
     names = dict.fromkeys((optimizer_name(args), base_name(args)))
-    settings = [item for key in METHOD_SETTINGS for item in parse_settings(key, getattr(args, key)).items()]
+    settings = [item for key in METHOD_SETTINGS for item in getattr(args.parsed, key).items()]
     parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
     parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
