@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 import hf_soo
 from hf_soo import PreconditionedOptimizer
 from hf_soo.engine.fisher import sampled_cross_entropy
+from hf_soo.engine.selection import select_layers
+from hf_soo.registry import METHODS
 
 VOCABULARY, WIDTH = 16, 8
 Batch = tuple[Tensor, Tensor]
@@ -160,3 +163,19 @@ def build(case: str, model: nn.Module, **overrides: object) -> PreconditionedOpt
     name, settings = CASES[case]
     lr = LEARNING_RATE.get(case, 2e-2)
     return hf_soo.build_optimizer(name, model, **{"lr": lr, "weight_decay": 0.01, **settings, **overrides})  # type: ignore[arg-type]
+
+
+every_case = pytest.mark.parametrize("case", CASES)
+# But for one that has handed over to its base, and then has nothing to show of itself.
+second_order = pytest.mark.parametrize(
+    "case", [c for c, (name, _) in CASES.items() if METHODS[name].config and c != "mkor_h-switching"]
+)
+
+
+def reported_loss(optimizer: hf_soo.PreconditionedOptimizer, loss: torch.Tensor) -> torch.Tensor:
+    optimizer.report_loss(loss)
+    return loss
+
+
+def learns_from_gradients(case: str) -> bool:
+    return METHODS[CASES[case][0]].select is not select_layers
