@@ -105,6 +105,20 @@ class Joint:
         if self.bias is not None:
             self.bias.sub_(u * a[..., m, None]).div_(divisor)
 
+    def multiply_(self, left: Tensor | None, right: Tensor | None) -> RowSums[TransformNorms]:
+        """Ĝ ← B Ĝ A in place, for B [L, n, n], which needs all rows, and A [L, m (+ 1), m (+ 1)]; see ``replace_``.
+
+        Args:
+            left: B, or None for the identity.
+            right: A, or None for the identity.
+
+        Returns:
+            Squared norms and inner product of Ĝ and P.
+        """
+        G = self.matrix()
+        P = G if left is None else left @ G
+        return self.replace_(G, P if right is None else P @ right)
+
     def replace_(self, G: Tensor, P: Tensor) -> RowSums[TransformNorms]:
         """Ĝ ← P in place, for the layers of which P is finite in all rows.
 

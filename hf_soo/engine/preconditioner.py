@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
+from hf_soo.engine.checks import require_count
 from hf_soo.engine.flops import MinimalWork
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
 from hf_soo.engine.layers import Layer
@@ -87,6 +88,7 @@ class Preconditioner(ABC):
     leading dimension L over layers of one shape; state that they change in place is kept.
 
     Attributes:
+        config: its settings; ``Periodic`` ones, unless it overrides ``updates_at``.
         recorder: what it learns from.
         rescale: how long P may be.
         side_names: what diagnostics tell apart.
@@ -97,6 +99,7 @@ class Preconditioner(ABC):
         watches_loss: whether it wants ``observe`` to be called.
     """
 
+    config: Any
     recorder: Recorder = GradientRecorder()
     rescale: Rescale = NoRescale()
     side_names: tuple[str, ...] = BOTH_SIDES
@@ -106,9 +109,17 @@ class Preconditioner(ABC):
     row_state: frozenset[str] = frozenset()
     watches_loss: bool = False
 
-    @abstractmethod
+    def __init__(self, config: Any) -> None:
+        """Take the settings.
+
+        Args:
+            config: they, checked.
+        """
+        self.config = config
+
     def updates_at(self, step: int) -> bool:
-        """Whether the factors are updated in optimizer step ``step``, counted from 0."""
+        """Whether the factors are updated in optimizer step ``step``, counted from 0; as the settings say."""
+        return bool(self.config.updates_at(step))
 
     def refreshes_at(self, step: int) -> bool:
         """Whether the inverses are computed anew in step ``step``, after the update."""
@@ -229,6 +240,32 @@ class Identity(Preconditioner):
 
 
 @dataclass(frozen=True)
+class Periodic:
+    """When factors are updated: in step t, from 0, if ``t < warmup_updates or t % update_period == 0``.
+
+    Args:
+        update_period: optimizer steps between updates.
+        warmup_updates: so many first steps each update.
+    """
+
+    update_period: int = 10
+    warmup_updates: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: a field is out of range.
+        """
+        require_count("update_period", self.update_period, 1)
+        require_count("warmup_updates", self.warmup_updates, 0)
+
+    def updates_at(self, step: int) -> bool:
+        """Whether step ``step`` updates the factors."""
+        return step < self.warmup_updates or step % self.update_period == 0
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table of optimizers; a method's file ends with its own.
 
@@ -245,7 +282,7 @@ class Method:
     title: str
     base: str
     config: type[Any] | None = None
-    make: Callable[[Any], Preconditioner] = lambda config: Identity()
+    make: Callable[[Any], Preconditioner] = Identity
     select: Callable[..., Selection] = select_layers
 
 

@@ -1,4 +1,4 @@
-"""What the methods' settings share: how they are made from keywords, when factors are updated, batch size, dtypes."""
+"""What the methods' settings share: how they are made from keywords, a schedule, batch size, dtypes."""
 
 from __future__ import annotations
 
@@ -35,32 +35,6 @@ def make_config(method: str, cls: type[C], settings: Mapping[str, Any]) -> C:
         if key not in valid:
             raise ValueError(unknown_key(f"setting of {method!r}", key, valid))
     return cls(**settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Periodic:
-    """When factors are updated: in step t, from 0, if ``t < warmup_updates or t % update_period == 0``.
-
-    Args:
-        update_period: optimizer steps between updates.
-        warmup_updates: so many first steps each update.
-    """
-
-    update_period: int = 10
-    warmup_updates: int = 10
-
-    def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: a field is out of range.
-        """
-        require_count("update_period", self.update_period, 1)
-        require_count("warmup_updates", self.warmup_updates, 0)
-
-    def updates_at(self, step: int) -> bool:
-        """Whether step ``step`` updates the factors."""
-        return step < self.warmup_updates or step % self.update_period == 0
 
 
 def prototype_updates_at(step: int, period: int) -> bool:

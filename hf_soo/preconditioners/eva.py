@@ -33,10 +33,9 @@ from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import LayerState, Method, Outcome, RowWise, Side, Updated
+from hf_soo.engine.preconditioner import LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import SumRecorder
-from hf_soo.preconditioners.config import Periodic
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
 
 
@@ -129,6 +128,7 @@ class Eva(RowWise):
     """Eva as a gradient transform; state: the running vectors "input" [d_in + bias] and "output" [d_out]."""
 
     sides: tuple[Side, ...] = (Side.INPUT, Side.OUTPUT)
+    config: EvaConfig
 
     def __init__(self, config: EvaConfig) -> None:
         """Make the transform.
@@ -136,14 +136,10 @@ class Eva(RowWise):
         Args:
             config: its settings.
         """
-        self.config = config
+        super().__init__(config)
         outputs = Side.OUTPUT in self.sides
         self.recorder = SumRecorder(inputs=True, outputs=outputs, noise=outputs and config.kv_scale == "unit")
         self.rescale = make_rescale(config.rescale, config.kl_clip)
-
-    def updates_at(self, step: int) -> bool:
-        """By the period."""
-        return self.config.updates_at(step)
 
     def init(self, layer: Layer) -> LayerState:
         """Zero vectors: P = G/γ until the first statistics."""

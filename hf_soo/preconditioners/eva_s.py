@@ -37,12 +37,11 @@ from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, Outcome, RowWise, Updated
+from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, Outcome, Periodic, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.selection import select_parameters
 from hf_soo.engine.sums import NOISE_LEVEL
 from hf_soo.preconditioners.axes import inner, put_back, squeezed, unfolded
-from hf_soo.preconditioners.config import Periodic
 from hf_soo.preconditioners.eva import eva_product
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale
 
@@ -199,6 +198,7 @@ class EvaS(RowWise):
     """Eva-s as a gradient transform of single tensors; state "axis{i}": an axis's running vector."""
 
     side_names = ONE_SIDE
+    config: EvaSConfig
 
     def __init__(self, config: EvaSConfig) -> None:
         """Make the transform.
@@ -206,12 +206,8 @@ class EvaS(RowWise):
         Args:
             config: its settings.
         """
-        self.config = config
+        super().__init__(config)
         self.rescale = make_rescale(config.rescale, config.kl_clip)
-
-    def updates_at(self, step: int) -> bool:
-        """By the period."""
-        return self.config.updates_at(step)
 
     def skip_reason(self, layer: Layer) -> str | None:
         """A vector has no second axis."""

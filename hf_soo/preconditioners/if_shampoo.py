@@ -121,6 +121,7 @@ class IFShampoo(Preconditioner):
 
     side_names = ONE_SIDE
     stacks = False
+    config: IFShampooConfig
 
     def __init__(self, config: IFShampooConfig) -> None:
         """Make the transform.
@@ -128,7 +129,7 @@ class IFShampoo(Preconditioner):
         Args:
             config: its settings, with a batch size.
         """
-        self.config = config
+        super().__init__(config)
         self.batch_size = config.batch_size or 1
 
     def updates_at(self, step: int) -> bool:

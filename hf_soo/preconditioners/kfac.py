@@ -59,6 +59,7 @@ class KFAC(RowWise):
     """K-FAC, "expand"; state "input" and "output": "factor" S, "updates" u, and the tensors of the inverse."""
 
     sides: tuple[Side, ...] = (Side.INPUT, Side.OUTPUT)
+    config: FactorConfig
     reduce = False
     stacks = False
 
@@ -68,16 +69,12 @@ class KFAC(RowWise):
         Args:
             config: its settings.
         """
-        self.config = config
+        super().__init__(config)
         self.row_wise = self.sides == (Side.INPUT,)  # the output side's inverse needs all rows
         self.form: Inverse = Cholesky(config) if config.inverse == "cholesky" else Eigen(config)
         self.shared = self.form.names
         self.rescale = make_rescale(config.rescale, config.kl_clip)
         self.recorder = config.recorder(outputs=Side.OUTPUT in self.sides, reduce=self.reduce)
-
-    def updates_at(self, step: int) -> bool:
-        """By the period."""
-        return self.config.updates_at(step)
 
     def refreshes_at(self, step: int) -> bool:
         """In the warm-up, then by the inverse period."""

@@ -8,8 +8,8 @@ from typing import Literal
 from hf_soo.engine.capture import FisherPass
 from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.factors import FactorRecorder
+from hf_soo.engine.preconditioner import Periodic
 from hf_soo.engine.rescale import RescaleName, make_rescale
-from hf_soo.preconditioners.config import Periodic
 
 
 @dataclass(frozen=True)

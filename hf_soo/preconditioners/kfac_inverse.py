@@ -13,7 +13,7 @@ from hf_soo.engine.layers import accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
 from hf_soo.preconditioners import spd
 from hf_soo.preconditioners.kfac_config import FactorConfig
-from hf_soo.preconditioners.kronecker import dense_product, identity
+from hf_soo.preconditioners.kronecker import identity
 
 LEAST_DAMPING, LEAST_SIDE = 1e-12, 1e-20  # of λ, and of one side's part of it
 LEAST_SHARE = 1e-8  # of a factor's mean eigenvalue, under which absolute damping may not fall
@@ -87,7 +87,7 @@ class Cholesky(Inverse):
     def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Two products."""
         left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
-        return dense_product(grad, left, state[side_key(Side.INPUT)]["inverse"])
+        return grad.multiply_(left, state[side_key(Side.INPUT)]["inverse"])
 
     def distance(self, factor: Factor) -> Tensor:
         """See ``Inverse``."""
@@ -148,7 +148,7 @@ class Eigen(Inverse):
 def _eigen_product(
     grad: Joint, left: tuple[Tensor, Tensor] | None, right: tuple[Tensor, Tensor], damping: Tensor
 ) -> RowSums[TransformNorms]:
-    """In place: Ĝ ← Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; not finite: as ``dense_product``.
+    """In place: Ĝ ← Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; see ``Joint.replace_``.
 
     Args:
         grad: Ĝ, n x m (the bias's column included).

@@ -1,7 +1,6 @@
-"""What methods with a factor for each side of a gradient matrix share.
+"""What methods with a factor for each side of a gradient matrix share: its sides, and Kronecker vectors.
 
-Kronecker vectors, the means of a layer's inputs and output gradients in the scale a method wants them; and
-P = F_b Ĝ F_a with factors that are held as matrices.
+Those are the means of a layer's inputs and output gradients, in the scale a method wants them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Outcome, Side
 
@@ -81,20 +79,3 @@ def by_side(values: Mapping[Side, Tensor]) -> Tensor:
     """A number for each layer and side, [L, 2], in the order of ``Side``; 0 for a side that is not there."""
     zero = torch.zeros_like(next(iter(values.values()), torch.zeros(1)))
     return torch.stack([values.get(side, zero) for side in Side], dim=-1)
-
-
-def dense_product(grad: Joint, left: Tensor | None, right: Tensor | None) -> RowSums[TransformNorms]:
-    """In place: Ĝ ← F_b Ĝ F_a; a result that is not finite leaves that gradient as it was.
-
-    Args:
-        grad: Ĝ, n x m (the bias's column included).
-        left: F_b [L, n, n], or None for the identity; it needs all rows.
-        right: F_a [L, m, m], or None for the identity.
-
-    Returns:
-        Squared norms and inner product of Ĝ and P; ``after`` is not finite where Ĝ was kept.
-    """
-    G = grad.matrix()
-    P = G if left is None else left @ G
-    P = P if right is None else P @ right
-    return grad.replace_(G, P)

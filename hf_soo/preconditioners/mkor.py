@@ -6,7 +6,7 @@ Algorithm 1 of the paper, for each layer with gradient Ĝ = [G | bias], lines 1 
     1, 2  a = mean input row, b = Σ dL/dy, over all ranks          `SumRecorder`, `kronecker_vectors`
     3     F ← ζF + (1-ζ)I where max|F| > ε                         `mkor_dense.stabilize`
     4     F ← its update with v; v = b for L⁻¹, v = a for R⁻¹      `lowrank_update`, or a rule of `mkor_dense`
-    5     P = L⁻¹ Ĝ R⁻¹                                            `lowrank_product`, or `kronecker.dense_product`
+    5     P = L⁻¹ Ĝ R⁻¹                                            `lowrank_product`; dense: `Joint.multiply_`
     6     P ← P·|Ĝ|/|P|                                            `MatchNorm`
     7     the base steps on P, or on G of a layer left to it       the base; `MKOR.skip_reason`
 
@@ -41,10 +41,9 @@ from hf_soo.engine.checks import require_count, require_in, require_range
 from hf_soo.engine.flops import MinimalWork, Product
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated
+from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import MatchNorm
 from hf_soo.engine.sums import SumRecorder
-from hf_soo.preconditioners.config import Periodic
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
 from hf_soo.preconditioners.mkor_dense import Dense
 
@@ -242,6 +241,7 @@ class MKOR(RowWise):
     """MKOR as a gradient transform; state "left" [d_out] and "right" [d_in + bias] for each layer."""
 
     rescale = MatchNorm()
+    config: MKORConfig
 
     def __init__(self, config: MKORConfig) -> None:
         """Make the transform.
@@ -249,7 +249,7 @@ class MKOR(RowWise):
         Args:
             config: its settings.
         """
-        self.config = config
+        super().__init__(config)
         self.stacks = self.row_wise = config.representation == "lowrank"
         self.form: _Representation = LowRank(config.history, config.factor_decay)
         if config.representation == "dense":
@@ -268,7 +268,7 @@ class MKOR(RowWise):
 
     def updates_at(self, step: int) -> bool:
         """By the period, and never without a side."""
-        return bool(self.sides) and self.config.updates_at(step)
+        return bool(self.sides) and super().updates_at(step)
 
     def skip_reason(self, layer: Layer) -> str | None:
         """A single output or input: one factor is then a number, and the other only damps the mean row."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.preconditioner import Factor
-from hf_soo.preconditioners.kronecker import dense_product, identity
+from hf_soo.preconditioners.kronecker import identity
 
 STABILIZER_THRESHOLD, STABILIZER_BLEND = 100.0, 0.9
 
@@ -62,7 +62,7 @@ class Dense:
 
     def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
         """Two full products, on all rows."""
-        return dense_product(grad, *(None if factor is None else factor["inverse"] for factor in (left, right)))
+        return grad.multiply_(*(None if factor is None else factor["inverse"] for factor in (left, right)))
 
     def distance(self, factor: Factor) -> Tensor:
         """|F - I|_F, [L]."""

@@ -67,6 +67,7 @@ class MKORH(MKOR):
     """MKOR with an eye on the loss; ``watch`` holds what the rule remembers."""
 
     watches_loss = True
+    config: MKORHConfig
 
     def __init__(self, config: MKORHConfig) -> None:
         """Make the transform.
@@ -75,7 +76,6 @@ class MKORH(MKOR):
             config: its settings.
         """
         super().__init__(config)
-        self.rule = config
         # the sums of both averages, losses seen, t₀, S at t₀, checks in a row
         self.watch = torch.zeros(6, dtype=torch.float64)
 
@@ -92,9 +92,9 @@ class MKORH(MKOR):
         checks = self.updates_at(step)
         if self.watch.device != loss.device:
             self.watch = self.watch.to(loss.device)
-        seen = _watched(self.watch, loss, step, self.rule.rate_decay, self.rule.rate_fraction, checks)
+        seen = _watched(self.watch, loss, step, self.config.rate_decay, self.config.rate_fraction, checks)
         self.watch.copy_(torch.where(loss.isfinite(), seen, self.watch))
-        return checks and step >= self.rule.min_steps and self.watch[5].item() >= self.rule.patience
+        return checks and step >= self.config.min_steps and self.watch[5].item() >= self.config.patience
 
     def global_state(self) -> dict[str, Tensor]:
         """The averages and the count of checks."""

@@ -82,6 +82,7 @@ class RMSProp(RowWise):
 
     side_names = ONE_SIDE
     row_state = frozenset({"second_moment"})
+    config: RMSPropConfig
 
     def __init__(self, config: RMSPropConfig) -> None:
         """Make the transform.
@@ -89,7 +90,7 @@ class RMSProp(RowWise):
         Args:
             config: its settings, with a batch size.
         """
-        self.config = config
+        super().__init__(config)
         self.batch_size = config.batch_size or 1
 
     def updates_at(self, step: int) -> bool:

@@ -106,14 +106,7 @@ class Shampoo(Preconditioner):
 
     side_names = ONE_SIDE
     stacks = False
-
-    def __init__(self, config: ShampooConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings.
-        """
-        self.config = config
+    config: ShampooConfig
 
     def updates_at(self, step: int) -> bool:
         """By the period."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import hf_soo
 from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.preconditioners.kronecker import dense_product
 from hf_soo.preconditioners.mkor import LowRank
 from tests.methods.twin_runs import assert_same_run, batches, dense, half_squares, run_library, tensor, twins
 from tests.oracles import core as oracles
@@ -83,7 +82,7 @@ def test_dense_product_is_the_kronecker_product(rng: np.random.Generator, bias: 
     W, X = rng.normal(size=(L, n, n)), rng.normal(size=(L, m + bias, m + bias))
     F_left, F_right = W @ W.swapaxes(1, 2), X @ X.swapaxes(1, 2)
     before = joint(G, b)
-    run_whole(dense_product(Joint(G, b), tensor(F_left) if left else None, tensor(F_right) if right else None))
+    run_whole(Joint(G, b).multiply_(tensor(F_left) if left else None, tensor(F_right) if right else None))
     for i in range(L):
         P = oracles.kronecker_product(
             F_left[i] if left else np.eye(n), before[i], F_right[i] if right else np.eye(m + bias)
