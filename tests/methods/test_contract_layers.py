@@ -41,11 +41,12 @@ def test_unused_frozen_tied_layers(case: str) -> None:
     rows, side = optimizer.diagnostics(), f"{optimizer.preconditioner.side_names[0]}_side"
     suffix = "" if select is select_layers else ".weight"  # a layer is known by its module, a parameter by itself
     # a layer that is never called has a hook that saw no rows; a parameter only lacks a gradient
-    assert rows["unused" + suffix].get(side) == ("no rows" if select is select_layers else None)
+    assert rows["unused" + suffix].get(side) == ("no rows" if optimizer.preconditioner.recorder.hooks else None)
     assert "cos" not in rows["unused" + suffix]
     for name in ("twice", "no_bias", "hidden"):
         row = rows[name + suffix]
-        assert row[side] == "updated" and 0 < float(row["cos"]) < 0.99999, row
+        assert row.get(side) == ("updated" if optimizer.preconditioner.updates_at(0) else None)
+        assert 0 < float(row["cos"]) < 0.99999, row
     unused = [layer.name for layer in optimizer.layers if layer.name.startswith("unused")]
     assert optimizer.health()["fallback_layers"] == len(unused) > 0
 

@@ -141,6 +141,105 @@ LEARNING_RATE = {
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
 }  # fmt: skip
 
+# A value unlike the default for every field of every config; what else must be set for it to act.
+OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
+    "mkor": {
+        "update_period": (3, {}),
+        "warmup_updates": (2, {}),
+        "factor_decay": (0.8, {}),
+        "representation": ("dense", {"history": 3}),
+        "history": (4, {}),
+        "update_rule": ("exact", {"representation": "dense"}),
+        "clip_value": (0.01, {"kv_scale": "sum"}),
+        "kv_scale": ("sum", {}),
+        "kv_target": (0.1, {}),
+        "rank": (2, {}),
+        "sides": ("input", {}),
+        "stabilizer_threshold": (1.5, {"representation": "dense", "update_rule": "exact"}),
+        "stabilizer_blend": (0.2, {"representation": "dense", "update_rule": "exact", "stabilizer_threshold": 1.5}),
+    },
+    "eva": {
+        "damping": (3.0, {}),
+        "kv_new_weight": (0.3, {}),
+        "kl_clip": (1e-6, {}),
+        "update_period": (4, {}),
+        "warmup_updates": (6, {"update_period": 4}),
+        "kv_scale": ("sum", {}),
+    },
+}
+FACTORS: dict[str, tuple[object, dict[str, object]]] = {
+    "damping": (3.0, {}),
+    "damping_mode": ("absolute", {}),
+    "inverse": ("eigen", {}),
+    "factor_decay": (0.5, {}),
+    "update_period": (5, {"inverse_period": 10}),
+    "inverse_period": (20, {}),
+    "warmup_updates": (2, {}),
+    "rescale": ("global", {"kl_clip": 1e-3}),
+    "kl_clip": (1e-6, {"rescale": "kl_clip"}),
+    "row_filter": ("all", {}),
+    "max_dim": (9, {}),
+    "factor_start": ("identity", {}),
+}
+OTHER_VALUES["foof"] = FACTORS
+OTHER_VALUES["kfac_expand"] = OTHER_VALUES["kfac_reduce"] = FACTORS | {
+    "fisher": ("mc", {}),
+    "loss_terms": (7, {"damping_mode": "absolute"}),
+    "factor_scale": ("published", {"damping_mode": "absolute"}),
+}
+OTHER_VALUES["kaisa"] = OTHER_VALUES["kfac_expand"] | {
+    "damping_mode": ("relative", {}),
+    "inverse": ("cholesky", {}),
+    "update_period": (2, {"inverse_period": 10}),
+    "warmup_updates": (7, {}),
+}
+EARLY = {"patience": 2, "min_steps": 4, "rate_fraction": 100.0, "rate_decay": 0.9}
+OTHER_VALUES["mkor_h"] = OTHER_VALUES["mkor"] | {
+    "rate_decay": (0.1, EARLY | {"rate_fraction": 1.0}),
+    "rate_fraction": (1e-9, EARLY),
+    "patience": (6, EARLY),
+    "min_steps": (12, EARLY),
+}
+OTHER_VALUES["eva"]["kv_scale"] = ("mean", {})
+OTHER_VALUES["eva_f"] = OTHER_VALUES["eva"] | {"kv_scale": ("unit", {"damping": 3.0})}
+OTHER_VALUES["eva"]["rescale"] = OTHER_VALUES["eva_f"]["rescale"] = ("norm", {})
+OTHER_VALUES["eva_s"] = OTHER_VALUES["eva"] | {
+    "form": ("separable", {}),
+    "rescale": ("global", {}),
+    "kv_scale": ("sum", {}),
+    "exponent": (0.5, {"form": "separable"}),
+}
+OTHER_VALUES["rf_rmsprop"] = {
+    "batch_size": (60, {}),
+    "factor_lr": (0.1, {}),
+    "eps": (0.1, {}),
+    "state_dtype": ("bfloat16", {}),
+}
+OTHER_VALUES["if_shampoo"] = {
+    "batch_size": (60, {}),
+    "factor_lr": (0.3, {}),
+    "riemannian_momentum": (0.1, {}),
+    "damping": (0.1, {}),
+    "update_period": (5, {}),
+    "schedule": ("prototype", {}),
+    "max_dim": (5, {}),
+    "large_axes": ("identity", {"max_dim": 8}),
+    "vector_axes": ("dense", {}),
+    "merge_kernels": (False, {}),
+    "state_dtype": ("bfloat16", {}),
+}
+OTHER_VALUES["shampoo"] = {
+    "factor_decay": (1.0, {}),
+    "update_period": (5, {}),
+    "inverse_period": (4, {}),
+    "exponent": (0.5, {}),
+    "grafting": ("muon", {}),
+    "graft_decay": (0.9, {"grafting": "adam"}),
+    "epsilon": (1e-2, {}),
+    "trace_scaling": (True, {}),
+    "max_dim": (5, {}),
+}
+
 
 ROUNDING = {
     "mkor+muon": 2e-3,  # torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9)
