@@ -1,21 +1,34 @@
-"""The command ``hf-soo``: what there is (``list``), what a run would cost (``plan``), tables of runs (``report``)."""
+"""The command ``hf-soo``: what there is, what a run would cost, the runs themselves, and tables of them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.preconditioner import Method
 from hf_soo.optimizers.bases import BASES
-from hf_soo.plan.request import PlanConfig
 from hf_soo.registry import METHODS
+
+# Command -> the module whose main() it is, which a script calls as well, and a line about it. None is imported before
+# its command is given: they need transformers, which takes seconds.
+RUNS = {
+    "prepare": ("hf_soo.bert.data.command", "text -> sequences for BERT pretraining"),
+    "pretrain": ("hf_soo.bert.command", "pretrain BERT"),
+    "glue": ("hf_soo.glue.command", "fine-tune on GLUE"),
+    "squad": ("hf_soo.squad.command", "fine-tune on SQuAD, or score a file of predictions"),
+    "vision": ("hf_soo.vision.command", "classify images"),
+    "bench": ("hf_soo.bench.command", "time optimizers against AdamW"),
+    "reproduce": ("hf_soo.reproduce.reproduce", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line without the program's name; None: that of the process.
     """
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in RUNS:
+        command, *flags = given
+        if arguments is None:  # --help and the launchers' children are told the whole name
+            sys.argv = [f"{sys.argv[0]} {command}", *flags]
+        code: int = importlib.import_module(RUNS[command][0]).main(flags)
+        return code
+    parser = _parser(given[:1])
+    if given and not given[0].startswith("-") and given[0] not in (known := ("list", "plan", "report", *RUNS)):
+        parser.error(unknown_key("command", given[0], known))
+    options = parser.parse_args(given)
     try:
         text = options.run(options)
     except (ValueError, OSError, NotImplementedError) as error:
@@ -34,11 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-soo", description="Second-order optimizers for Hugging Face Transformers."
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, and no page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}; --help says more.\n")
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the commands that are no runs; what a plan is asked is read only where it is given."""
+    parser = _Parser(
+        prog="hf-soo",
+        description="Second-order optimizers for Hugging Face Transformers.",
+        epilog="hf-soo COMMAND --help lists a command's flags.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     listing = commands.add_parser("list", help="the optimizers, each with its base, its statistics and its memory")
     listing.set_defaults(run=_list)
@@ -59,17 +92,23 @@ def _parser() -> argparse.ArgumentParser:
         help="put the table between <!-- results:NAME --> and <!-- /results -->; NAME is the folder's name",
     )
     report.set_defaults(run=_report)
-    _add_plan(commands.add_parser(
+    plan = commands.add_parser(
         "plan",
         help="memory, communication, FLOPs and predicted step time of a run on other hardware",
         description="Say what each rank of a data-parallel run would hold, send and compute, for a method and those "
         "beside it; the step time is a prediction from a hardware profile. With --dry-run count the bytes.",
-    ))  # fmt: skip
+    )
+    if "plan" in given:
+        _add_plan(plan)
+    for name, (_, text) in RUNS.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     """A flag for each field; --dry-run and --dry_run are the same."""
+    from hf_soo.plan.request import PlanConfig
+
     hints = get_type_hints(PlanConfig)
     for field in dataclasses.fields(PlanConfig):
         names = [f"--{field.name}", *({f"--{field.name.replace('_', '-')}"} - {f"--{field.name}"})]
@@ -112,10 +151,11 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
 
 
 def _plan(options: argparse.Namespace) -> str:
-    config = PlanConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PlanConfig)})
     from hf_soo.plan import plan
     from hf_soo.plan import table as plan_table
+    from hf_soo.plan.request import PlanConfig
 
+    config = PlanConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PlanConfig)})
     return plan_table.text(plan.run(config))
 
 

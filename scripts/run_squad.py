@@ -1,35 +1,8 @@
-"""Fine-tune on SQuAD v1.1 or v2.0 with any optimizer of hf_soo, from a YAML file and flags over it; or score a file.
-
-    accelerate launch scripts/run_squad.py --config configs/squad/bert_base_mkor.yaml
-    accelerate launch scripts/run_squad.py --config configs/squad/bert_base_adamw.yaml --model_name_or_path out/phase2
-    python scripts/run_squad.py --score out/predictions.json --validation_file dev-v1.1.json
-
-Flags are those of transformers' run_qa.py, and every field of TrainingArguments; all are YAML keys too. The run goes on
-from the last checkpoint in --output_dir unless --restart is given. It leaves predictions.json, nbest_predictions.json
-and, for v2.0, null_odds.json in OUTPUT_DIR, and one JSON in OUTPUT_DIR/runs with exact match and F1 in percent. --score
-needs no model and prints one line of JSON: {"exact_match": ..., "f1": ...}; --score --help lists its flags.
-"""
-
-from __future__ import annotations
+"""Fine-tune on SQuAD with any optimizer of hf_soo, or score a file of predictions (--help has all)."""
 
 import sys
 
-from hf_soo.squad.score import is_asked_for, score_main
-
-
-def main(flags: list[str] | None = None) -> int:
-    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
-    given = sys.argv[1:] if flags is None else flags
-    if is_asked_for(given):
-        return score_main(given)
-    # Imported here: scoring needs none of it.
-    from hf_soo.runs.pretrained import PretrainedArguments
-    from hf_soo.runs.script import run_script
-    from hf_soo.squad.inputs import QaDataArguments
-    from hf_soo.squad.task import SquadTask
-
-    return run_script(SquadTask, (PretrainedArguments, QaDataArguments), __doc__ or "", flags)
-
+from hf_soo.squad.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

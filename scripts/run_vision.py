@@ -1,29 +1,8 @@
-"""Classify images with a ViT or a ResNet and any optimizer of hf_soo, from a YAML file and flags over it.
-
-    accelerate launch scripts/run_vision.py --config configs/vision/vit_digits_kfac_reduce.yaml
-    accelerate launch scripts/run_vision.py --config configs/vision/vit_digits_adamw.yaml --learning_rate 0.001
-    accelerate launch scripts/run_vision.py --config configs/vision/resnet_digits_adamw.yaml --dataset my_photos
-
-The images are scikit-learn's digits, a folder of one folder a class, or a data set of the hub; images of other sizes
-are resized (bilinear). The model has random weights. Every field of TrainingArguments is a flag and a YAML key. The
-run goes on from the last checkpoint in --output_dir unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs,
-with evaluation loss and accuracy; with --compare_with, two and a picture of both curves.
-"""
-
-from __future__ import annotations
+"""Classify images with any optimizer of hf_soo (--help has all)."""
 
 import sys
 
-from hf_soo.runs.script import run_script
-from hf_soo.vision.data import ImageDataConfig
-from hf_soo.vision.models import ImageModelConfig
-from hf_soo.vision.task import VisionTask
-
-
-def main(flags: list[str] | None = None) -> int:
-    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
-    return run_script(VisionTask, (ImageModelConfig, ImageDataConfig), __doc__ or "", flags)
-
+from hf_soo.vision.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

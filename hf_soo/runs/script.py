@@ -15,6 +15,8 @@ from hf_soo.runs.record import RunRecord, status_of
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, Task, compared, train
 
+GOES_ON = "stopped; the same command goes on from the last checkpoint"
+
 
 def run_script(
     make_task: Callable[..., Task], classes: Sequence[type], description: str, flags: list[str] | None = None
@@ -40,12 +42,13 @@ def run_script(
     return guarded(body, flags)
 
 
-def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None) -> int:
+def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None, stopped: str = GOES_ON) -> int:
     """Run a script's body: its exit code, with one line on stderr for an error.
 
     Args:
         body: called with the flags.
         flags: None: those of the process.
+        stopped: what is said after Ctrl-C.
 
     Raises:
         ValueError: with --traceback, settings that cannot be.
@@ -58,7 +61,7 @@ def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None) -
     try:
         body(given)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
         expected = not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError)

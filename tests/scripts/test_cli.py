@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hf_soo.bench.bench import state_bytes
 from hf_soo.engine.capture import GradientRecorder
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.sums import SumRecorder
+from tests.scripts.script_runs import load_script
 from tests.scripts.test_report import runs
 
 
@@ -89,16 +91,72 @@ def test_bad_input_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.Capture
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["plant"], []])
-def test_unknown_or_no_command_is_exit_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plant"], "hf-soo: error: 'plant' is no command. Did you mean 'plan'? Valid: list, plan, report, prepare, "),
+        ([], "hf-soo: error: the following arguments are required: COMMAND; --help says more."),
+        (["list", "--x"], "hf-soo: error: unrecognized arguments: --x; --help says more."),
+        (["report"], "hf-soo report: error: the following arguments are required: FOLDER; --help says more."),
+        (["plan", "--gpus", "many"], "hf-soo plan: error: argument --gpus: invalid int value: 'many'; --help says"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+SCRIPTS = {
+    "prepare": "prepare_pretraining",
+    "pretrain": "pretrain_bert",
+    "glue": "run_glue",
+    "squad": "run_squad",
+    "vision": "run_vision",
+    "bench": "bench_step",
+}
+# Of each command a flag that --help lists, a wrong use, and what is said of it.
+USES = {
+    "prepare": ("--short_seq_prob", ["--source", "x", "--output", "y", "--nm_proc", "2"], "did you mean '--num_proc'?"),
+    "pretrain": ("--previous_phase", ["--optmi", "mkor"], "unknown flag '--optmi'; did you mean '--optim'?"),
+    "glue": ("--task_name", ["--taks_name", "rte"], "unknown flag '--taks_name'; did you mean '--task_name'?"),
+    "squad": ("--doc_stride", ["--score", "x"], "the following arguments are required: --validation_file"),
+    "vision": ("--image_size", ["--optim_args", "update_perod=1", "--optim", "mkor"], "Did you mean 'update_period'?"),
+    "bench": ("--rounds", ["--rounds", "0"], "rounds=0 must be 1 or more"),
+    "reproduce": ("--glue_tasks", ["--scale", "huge"], "argument --scale: invalid choice: 'huge'"),
+}
+
+
+def test_every_run_has_its_script_and_its_test() -> None:
+    assert set(USES) == set(cli.RUNS) == {*SCRIPTS, "reproduce"}
+    for command, script in SCRIPTS.items():
+        assert load_script(script).main is importlib.import_module(cli.RUNS[command][0]).main
+
+
+@pytest.mark.parametrize("command", USES)
+def test_runs_have_help_and_refuse_in_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag, wrong, message = USES[command]
+    monkeypatch.setattr("sys.argv", ["/bin/hf-soo", command, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: hf-soo {command} [--config FILE.yaml] [--flag value ...]\n") and flag in shown
+    assert cli.main([command, *wrong]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["plan", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0
-    assert "report" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert {"plan": "--micro_batch", "report": "--picture"}.get(arguments[0], "reproduce") in shown

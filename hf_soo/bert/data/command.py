@@ -1,0 +1,94 @@
+"""Prepare text for BERT pretraining: sentences, word pieces, next-sentence pairs, as an Arrow data set.
+
+    python scripts/prepare_pretraining.py --source embedded --output data/embedded --vocab_size 4000
+    python scripts/prepare_pretraining.py --source text/AA --output data/wiki128 --vocab vocab.txt --num_proc 2
+    python scripts/prepare_pretraining.py --source wikimedia/wikipedia:20231101.en --output data/wiki512 \
+        --max_seq_length 512 --short_seq_prob 0 --eval_documents 0.001 --num_proc 16
+    python scripts/prepare_pretraining.py --source hdf5_shards --output data/shards --vocab vocab.txt
+
+`hf-soo prepare` is the same. Look at a finished folder, and check its files (--inspect --help lists these flags):
+
+    python scripts/prepare_pretraining.py --inspect 3 --masked --output data/wiki128
+    python scripts/prepare_pretraining.py --verify --output data/wiki128
+
+Masks are not made here: the collator draws new ones each epoch (hf_soo/bert/masking.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import dataclass, field
+
+LOOKING = ("--inspect", "--masked", "--verify")
+
+
+@dataclass
+class _LookArguments:
+    """What is looked at in a finished folder."""
+
+    output: str = field(metadata={"help": "The folder."})
+    inspect: int | None = field(default=None, metadata={"help": "Print counts and this many examples."})
+    masked: bool = field(default=False, metadata={"help": "With --inspect: show the examples masked as well."})
+    verify: bool = field(default=False, metadata={"help": "Compare the files with the manifest."})
+
+    def __post_init__(self) -> None:
+        """Check that they go together.
+
+        Raises:
+            ValueError: they do not, or the number is below 0.
+        """
+        if self.masked and self.inspect is None:
+            raise ValueError("--masked shows examples: give --inspect N as well.")
+        if self.inspect is not None and self.inspect < 0:
+            raise ValueError(f"--inspect is {self.inspect}; it must be a number of examples, 0 or more.")
+
+
+def main(flags: list[str] | None = None) -> int:
+    """Prepare, or look at what was prepared; 1 with one line on stderr for an error, 130 after Ctrl-C.
+
+    Args:
+        flags: None: those of the process.
+    """
+    from hf_soo.runs.script import guarded  # here: worker processes import this file too, and do not need it
+
+    return guarded(_run, flags, stopped="error: interrupted; nothing was kept")
+
+
+def _run(flags: list[str]) -> None:
+    if any(flag.split("=")[0] in LOOKING for flag in flags):
+        _look(flags)
+        return
+    try:
+        _prepare(flags)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{error}; nothing was kept: free some space") from error
+
+
+def _prepare(flags: list[str]) -> None:
+    """Prepare what the flags say, and report what came out."""
+    from hf_soo.bert.data.inspect import describe
+    from hf_soo.bert.data.prepare import PrepareConfig, prepare
+    from hf_soo.runs.arguments import parse
+
+    start = time.perf_counter()
+    (config,) = parse((PrepareConfig,), flags, __doc__ or "")
+    manifest = prepare(config)
+    print(*describe(manifest), sep="\n")
+    print(f"wrote {config.output} ({manifest['vocab_size']:,} word pieces) in {time.perf_counter() - start:.0f} s")
+
+
+def _look(flags: list[str]) -> None:
+    """Print what is in a finished folder."""
+    from hf_soo.bert.data.folder import load_prepared
+    from hf_soo.bert.data.inspect import describe, show_examples
+    from hf_soo.runs.arguments import parse
+
+    (asked,) = parse((_LookArguments,), flags, "Look at a prepared folder.")
+    prepared = load_prepared(asked.output, verify=asked.verify)
+    if asked.inspect is not None:
+        print(*describe(prepared["manifest"]), *show_examples(prepared, asked.inspect, masked=asked.masked), sep="\n")
+    if asked.verify:
+        print(f"{asked.output}: {len(prepared['manifest']['files'])} files are as they were written")
