@@ -42,7 +42,7 @@ NOT_YET_DOWN = {("runs.pretrained", "bert.model")}
 NOT_YET_CIRCLES = 1
 NOT_YET_FILES = {"hf_soo/engine": 29}
 NOT_YET_PUBLIC_NAMES = 568
-NOT_YET_LINES = 21_850
+NOT_YET_LINES = 22_350
 
 # Names that nothing is called any more; generic words only where they were misleading.
 GONE = {
