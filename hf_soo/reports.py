@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_soo.bench import report as bench_report
 from hf_soo.glue import table as glue_table
 from hf_soo.reproduce import table as reproduce_table
 from hf_soo.runs import report
-from hf_soo.runs.record import RunRecord, read_runs
+from hf_soo.runs.record import RunRecord, kind_of, read_documents, read_runs
+
+# By the kind of the JSONs; of a folder of several kinds, the first. All other runs have a table and a picture.
+REPORTS: dict[str, Callable[[Path], str]] = {"bench": bench_report.text_of, "glue": glue_table.text_of}
 
 
 def report_of(folder: str | Path) -> tuple[list[RunRecord], str]:
@@ -21,11 +25,12 @@ def report_of(folder: str | Path) -> tuple[list[RunRecord], str]:
     Raises:
         ValueError: nothing of these is there, or runs of different workloads.
     """
-    if (Path(folder) / reproduce_table.PHASE_2_FOLDER).is_dir():
-        return [], reproduce_table.text_of(Path(folder))
-    if benchmarks := bench_report.read_benchmarks(folder):
-        return [], "\n".join(map(bench_report.table, benchmarks))
+    folder = Path(folder)
+    if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
+        return [], reproduce_table.text_of(folder)
+    kinds = {kind_of(document) for document in read_documents(folder).values()}
+    for kind, text_of in REPORTS.items():
+        if kind in kinds:
+            return [], text_of(folder)
     records = read_runs(folder)
-    if any(map(glue_table.is_glue, records)):
-        return [], glue_table.table(records)
     return records, report.table(records)

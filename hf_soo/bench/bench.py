@@ -91,13 +91,16 @@ def run(config: BenchConfig, report: Callable[[dict[str, Any]], None]) -> dict[s
     work = Workload(config)
     for pair in pairs:  # a wrong setting shows now, not after half an hour
         pair.build(work.model).remove_hooks()
+    settings = {name: getattr(config, name) for name in RECORDED}
     results: dict[str, Any] = {
+        "kind": "bench",
+        "workload": {"preset": config.preset, **settings},
         "device": machine.device_name(work.device),
         "versions": machine.versions(),
         "commit": machine.commit(),
         "preset": config.preset,
         "parameters": sum(p.numel() for p in work.parameters),
-        "settings": {name: getattr(config, name) for name in RECORDED},
+        "settings": settings,
         "reference": measure_reference(work, config),
         "rows": [],
     }

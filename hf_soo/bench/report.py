@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from hf_soo.runs.record import kind_of, read_documents
 
 COLUMNS = {
     "step": "step_ratio",
@@ -59,11 +60,10 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([heading(results), *map(line, results["rows"])]) + "\n"
 
 
-def read_benchmarks(folder: str | Path) -> list[dict[str, Any]]:
-    """The benchmarks among a folder's JSONs, by file name.
+def text_of(folder: Path) -> str:
+    """The tables of the benchmarks among a folder's JSONs, by file name.
 
     Args:
-        folder: any folder.
+        folder: has JSONs of ``scripts/bench_step.py``.
     """
-    documents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*.json"))]
-    return [document for document in documents if isinstance(document, dict) and "rows" in document]
+    return "\n".join(table(found) for found in read_documents(folder).values() if kind_of(found) == "bench")

@@ -27,6 +27,7 @@ EVAL_SEED = 0  # of the masks of every evaluation, whatever the run's seed: loss
 class PretrainingTask(Task):
     """Masked words and next sentence on prepared text."""
 
+    kind = "pretraining"
     title = "BERT pretraining"
     metrics = METRICS
 

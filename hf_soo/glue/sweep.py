@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from hf_soo.glue.task import GlueFineTuning
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
 from hf_soo.runs import arguments, script
-from hf_soo.runs.record import RunRecord, jsonable, read_run, read_runs
+from hf_soo.runs.record import RunRecord, check_same, read_run, read_runs
 from hf_soo.runs.resume import is_finished
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, describe, run_name, train
@@ -182,14 +181,8 @@ def ended_record(planned: Planned) -> RunRecord | None:
     if found.status not in ENDED:
         return None
     new = describe(job, planned.task, planned.task.make_model(job.training.seed))
-    ours = {"seed": new.seed, **json.loads(json.dumps(jsonable(new.config)))}  # as it is read back
-    theirs = {"seed": found.seed, **found.config}
-    for key in sorted(set(ours) | set(theirs)):
-        if ours.get(key) != theirs.get(key):
-            raise ValueError(
-                f"{planned.file} is of a run with {key}={theirs.get(key)!r}, now {ours.get(key)!r}; give another "
-                "--results_dir or --name, or --restart to replace it."
-            )
+    way_out = "give another --results_dir or --name, or --restart to replace it"
+    check_same(found.settings, new.settings, f"{planned.file} is", way_out)
     logger.info("%s is finished already; --restart runs it again", found.name)
     if job.training.do_predict:
         logger.warning("It predicts nothing now; --model_name_or_path %s --do_predict does", job.training.output_dir)

@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from hf_soo.glue.tasks import TASKS, GlueTask
-from hf_soo.runs.record import RunRecord
+from hf_soo.runs import report
+from hf_soo.runs.record import RunRecord, differing, read_runs
 
-COMBINED = "combined_score"  # the mean of the two before it, for choosing a model; not shown
-# What a record's config says besides a method's settings and what is one task's alone.
-IDENTITY = ("learning_rate", "optim_args", "base_optim_args", "precondition_include", "precondition_exclude")
-PER_RUN = ("initial_weights", "task")
-SUBSET, PARTIAL = "\\*", "†"
+_COMBINED = "combined_score"  # the mean of the two before it, for choosing a model; not shown
+_PER_TASK = ("weight_decay", "max_grad_norm")  # settings of a method that, like the epochs, may be a task's own
+_PER_RUN = ("seed", "initial_weights", "task")
+_SUBSET, _PARTIAL = "\\*", "†"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class _Row:
     """The runs of one model, optimizer and setting: by task, and of each task by seed."""
 
     model: str
@@ -38,18 +39,15 @@ class Row:
         """Those that were measured, in the order of the columns."""
         return [name for name in TASKS if name in self.cells and medians(self.cells[name])]
 
+    @property
     def average(self) -> float | None:
         """Over its tasks, of the mean of each one's metrics; None where there is none."""
         means = [mean(medians(self.cells[name]).values()) for name in self.tasks]
         return mean(means) if means else None
 
 
-def is_glue(record: RunRecord) -> bool:
-    """Whether a record is of a fine-tuning run on GLUE (evaluations alone are not).
-
-    Args:
-        record: of any run.
-    """
+def _is_fine_tuning(record: RunRecord) -> bool:
+    """Whether a record is of a fine-tuning run on GLUE; evaluations alone are not."""
     return record.config.get("task") in TASKS and (record.steps > 0 or record.status != "completed")
 
 
@@ -69,7 +67,7 @@ def shown(task: GlueTask) -> list[str]:
     Args:
         task: of GLUE.
     """
-    return [metric for metric in task.metrics if metric != COMBINED]
+    return [metric for metric in task.metrics if metric != _COMBINED]
 
 
 def _values(runs: Sequence[RunRecord], metric: str) -> list[float]:
@@ -77,15 +75,11 @@ def _values(runs: Sequence[RunRecord], metric: str) -> list[float]:
     return [value for value in completed if value is not None]
 
 
-def rows(records: Sequence[RunRecord]) -> list[Row]:
-    """Put runs together; where a task was run in several ways, each further one has a row that says what differs.
-
-    Args:
-        records: of runs on GLUE.
-    """
+def _rows(records: Sequence[RunRecord]) -> list[_Row]:
+    """Put runs together; where a task was run in several ways, each further one has a row that says what differs."""
     groups: dict[str, dict[str, list[RunRecord]]] = {}
     for record in records:
-        tasks = groups.setdefault(json.dumps(_identity(record)), {})
+        tasks = groups.setdefault(json.dumps(_identity(record), sort_keys=True), {})
         tasks.setdefault(record.config["task"], []).append(record)
     found = []
     for tasks in groups.values():
@@ -94,19 +88,20 @@ def rows(records: Sequence[RunRecord]) -> list[Row]:
             part = [run for each in ways.values() for run in (each[number] if number < len(each) else ())]
             differences = (_difference(name, each, number) for name, each in ways.items())
             found.append(_row(part, "; ".join(filter(None, differences))))
-    return sorted(found, key=lambda row: -(row.average() or 0.0))
+    return sorted(found, key=lambda row: -(row.average or 0.0))
 
 
-def _identity(record: RunRecord) -> list[Any]:
-    model = (record.config.get("model") or {}).get("name")
-    return [model, record.optimizer, record.base, *(record.config.get(key) for key in IDENTITY)]
+def _identity(record: RunRecord) -> dict[str, Any]:
+    """Model and method, as far as all tasks share it."""
+    method = {key: value for key, value in record.method.items() if value is not None and key not in _PER_TASK}
+    return {"model": (record.workload.get("model") or {}).get("name"), **method}
 
 
 def _way(record: RunRecord) -> dict[str, Any]:
     """Everything else that a record says of its settings, data flattened."""
-    data: dict[str, Any] = record.config.get("data") or {}
-    config = {key: value for key, value in record.config.items() if key not in (*IDENTITY, *PER_RUN, "model", "data")}
-    return config | data
+    of_task = {key: record.method[key] for key in _PER_TASK if key in record.method}
+    workload = {key: value for key, value in record.workload.items() if key not in (*_PER_RUN, "model", "data")}
+    return of_task | workload | (record.workload.get("data") or {})
 
 
 def _ways(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
@@ -124,23 +119,21 @@ def _difference(name: str, ways: Sequence[Sequence[RunRecord]], number: int) -> 
     if len(ways) == 1 or number >= len(ways):
         return ""
     settings = [_way(runs[0]) for runs in ways]
-    keys = {key for way in settings for key in way if any(way[key] != other.get(key) for other in settings)}
-    plain = keys - {"source", "digest", "train_subset", "dev_subset"}  # these only repeat what the others say
-    told = ", ".join(f"{key}={settings[number].get(key)}" for key in sorted(plain or keys))
+    repeat = ("source", "digest", "train_subset", "dev_subset")  # what the others say
+    keys = differing(*settings, free=repeat) or differing(*settings)
+    told = ", ".join(f"{key}={settings[number].get(key)}" for key in keys)
     return f"{TASKS[name].title}: {told}"
 
 
-def _row(runs: Sequence[RunRecord], difference: str) -> Row:
+def _row(runs: Sequence[RunRecord], difference: str) -> _Row:
     first, cells = runs[0], {}
     for name in TASKS:
         by_seed = {run.seed: run for run in runs if run.config["task"] == name}
         if by_seed:
             cells[name] = [by_seed[seed] for seed in sorted(by_seed)]
     config = first.config
-    given = {**(config.get("optim_args") or {}), **(config.get("base_optim_args") or {})}
-    notes = [f"{key}={value}" for key, value in given.items()]
-    notes += [f"{key}={' '.join(config[key])}" for key in IDENTITY[3:] if config.get(key)]
-    return Row(
+    notes = [f"{key}={value}" for key, value in report.chosen(first).items()]
+    return _Row(
         str((config.get("model") or {}).get("name", "")),
         first.optimizer,
         "" if first.base == first.optimizer else first.base,
@@ -150,13 +143,23 @@ def _row(runs: Sequence[RunRecord], difference: str) -> Row:
     )
 
 
+def text_of(folder: Path) -> str:
+    """The table of a folder of run JSONs; of evaluations alone, which are no fine-tuning, that of any runs.
+
+    Args:
+        folder: has JSONs of ``scripts/run_glue.py``.
+    """
+    records = read_runs(folder)
+    return table(records) if any(map(_is_fine_tuning, records)) else report.table(records)
+
+
 def table(records: Sequence[RunRecord]) -> str:
     """The markdown table of a folder of run JSONs, and below it the seeds that its medians are of.
 
     Args:
         records: of any runs; those that are not of GLUE are passed over.
     """
-    found = rows([record for record in records if is_glue(record)])
+    found = _rows([record for record in records if _is_fine_tuning(record)])
     if not found:
         return "No runs on GLUE.\n"
     names = [name for name in TASKS if any(name in row.cells for row in found)]
@@ -185,15 +188,15 @@ def _cell(runs: Sequence[RunRecord]) -> str:
     if failed:
         text = f"{text} ({', '.join(sorted(set(failed)))}: {len(failed)} of {len(runs)})".strip()
     data = runs[0].config.get("data") or {}
-    return text + (SUBSET if data.get("dev_subset") else "") + (PARTIAL if data.get("train_subset") else "")
+    return text + (_SUBSET if data.get("dev_subset") else "") + (_PARTIAL if data.get("train_subset") else "")
 
 
-def _average(row: Row) -> str:
-    value = row.average()
-    return "" if value is None else f"{100 * value:.1f} ({len(row.tasks)} task{'s' * (len(row.tasks) != 1)})"
+def _average(row: _Row) -> str:
+    tasks = f"{len(row.tasks)} task{'s' * (len(row.tasks) != 1)}"
+    return "" if row.average is None else f"{100 * row.average:.1f} ({tasks})"
 
 
-def _notes(found: Sequence[Row], lines: Sequence[str]) -> list[str]:
+def _notes(found: Sequence[_Row], lines: Sequence[str]) -> list[str]:
     """What the average is over, and what the marks mean where they occur."""
     covered = list(dict.fromkeys(tuple(row.tasks) for row in found if row.tasks))
     sets = "; ".join(f"{len(names)}: {', '.join(TASKS[name].title for name in names)}" for names in covered)
@@ -202,14 +205,14 @@ def _notes(found: Sequence[Row], lines: Sequence[str]) -> list[str]:
         text.append(f"Average: the mean over tasks of the mean of a task's metrics, over {sets}.")
     if len(covered) > 1:
         text.append("Averages over different tasks cannot be compared.")
-    if any(SUBSET in line for line in lines):
-        text.append(f"{SUBSET} not the whole official dev set: no official score.")
-    if any(PARTIAL in line for line in lines):
-        text.append(f"{PARTIAL} not trained on the official training set as a whole.")
+    if any(_SUBSET in line for line in lines):
+        text.append(f"{_SUBSET} not the whole official dev set: no official score.")
+    if any(_PARTIAL in line for line in lines):
+        text.append(f"{_PARTIAL} not trained on the official training set as a whole.")
     return [" ".join(text)]
 
 
-def _seeds(found: Sequence[Row]) -> list[str]:
+def _seeds(found: Sequence[_Row]) -> list[str]:
     """Median, lowest and highest of each cell with several seeds."""
     lines = []
     for row in found:

@@ -30,6 +30,8 @@ MISMATCHED = "mm"
 class GlueFineTuning(Task):
     """A pretrained model with a new head, on one task, measured by its official metrics."""
 
+    kind = "glue"
+
     def __init__(
         self, task: GlueTask, pretrained: Pretrained, data: GlueDataArguments, args: RunTrainingArguments
     ) -> None:

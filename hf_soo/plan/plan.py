@@ -51,6 +51,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         model = build_model(config.model, config.seq)
     facts, methods = ModelFacts.of(model), subjects(config, model)
     plan: dict[str, Any] = {
+        "kind": "plan",
         "config": dataclasses.asdict(config),
         "versions": versions(),
         "commit": commit(),

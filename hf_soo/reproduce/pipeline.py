@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from hf_soo.files import write_atomically
 from hf_soo.runs.recipes import read_recipe
+from hf_soo.runs.record import differing
 
 POLL_SECONDS = 0.2
 
@@ -102,7 +103,7 @@ class Pipeline:
             return stage.product is not None and stage.product.is_file()
         kept = json.loads(mark.read_text(encoding="utf-8"))
         before, then, now = kept["command"], kept["settings"], stage.settings()
-        changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+        changed = differing(then, now)
         if before[: len(before) - len(stage.how)] != list(stage.command):
             change = f"with {shlex.join(before)!r}, now it is {shlex.join(stage.whole)!r}"
         elif changed:

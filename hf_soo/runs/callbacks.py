@@ -78,14 +78,17 @@ class RecordCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Take losses and metrics into the curve; stop when a loss is not finite, or at the target."""
+        """Take losses, metrics and the layers' health into the curve; stop at the target, or at a loss not finite."""
         for key, entry in (("loss", "train_loss"), ("eval_loss", "eval_loss")):
             if logs is None or key not in logs:
                 continue
             loss = float(logs[key])
             self._point(state.global_step)[entry] = self.record.final[entry] = loss
+            if entry == "train_loss" and (health := _health(optimizer)):
+                self._point(state.global_step)["health"] = health
             if not math.isfinite(loss):
                 self.record.status = "diverged"
                 control.should_training_stop = True
@@ -113,9 +116,7 @@ class RecordCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Ask the optimizer how it fared."""
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        health = getattr(inner, "health", None)  # an optimizer that is not ours has none
-        self.record.health = dict(health()) if callable(health) else {}
+        self.record.health = _health(optimizer)
 
     def _point(self, step: int) -> CurvePoint:
         """The curve's entry for this step, a new one unless the last is of the same step."""
@@ -123,6 +124,13 @@ class RecordCallback(TrainerCallback):
             point: CurvePoint = {"step": step, "seconds": self.record.seconds, "train_loss": None, "eval_loss": None}
             self.record.curve.append(point)
         return self.record.curve[-1]
+
+
+def _health(optimizer: Any) -> dict[str, float | None]:
+    """A few numbers over all layers; an optimizer that is not ours has none."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    health = getattr(inner, "health", None)
+    return dict(health()) if callable(health) else {}
 
 
 def kept_curve(state: TrainerState) -> list[CurvePoint]:

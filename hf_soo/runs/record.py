@@ -3,12 +3,15 @@
 A run that diverged, ran out of memory or was stopped leaves its JSON too: results are data, the bad ones included.
 The keys are fixed (more may be added)::
 
-    {"name", "status", "optimizer", "base", "config", "seed", "device", "versions", "commit", "parameters",
-     "steps", "seconds", "curve": [{"step", "seconds", "train_loss", "eval_loss"}], "final": {metric: value},
+    {"name", "kind", "workload": {...}, "method": {...}, "status", "optimizer", "base", "config", "seed", "device",
+     "versions", "commit", "parameters", "steps", "seconds",
+     "curve": [{"step", "seconds", "train_loss", "eval_loss", "health": {...}}], "final": {metric: value},
      "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}}
 
-``target.stopped`` says, where the run had a loss to stop at, whether it stopped there before its last step.
-Numbers that are not finite are written as ``null``, and a path of the machine as its last part.
+``kind`` says which report reads it. Runs can be compared when their ``workload`` is equal; what is compared is their
+``method``. Both together are ``seed``, ``optimizer``, ``base`` and ``config``. ``target.stopped`` says, where the run
+had a loss to stop at, whether it stopped there before its last step. Numbers that are not finite are written as
+``null``, and a path of the machine as its last part.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +34,37 @@ from hf_soo.runs import machine
 logger = logging.getLogger(__name__)
 
 Status = Literal["completed", "diverged", "oom", "stopped", "failed"]
-STATUSES: tuple[str, ...] = ("completed", "diverged", "oom", "stopped", "failed")
-CurvePoint = dict[str, "float | int | None"]
+_STATUSES: tuple[str, ...] = ("completed", "diverged", "oom", "stopped", "failed")
+CurvePoint = dict[str, Any]
+# Settings of the method itself; all others of a run are its workload.
+_METHOD = frozenset(
+    {
+        "learning_rate",
+        "optim_args",
+        "base_optim_args",
+        "max_grad_norm",
+        "weight_decay",
+        "precondition_include",
+        "precondition_exclude",
+        "moments",  # whether its base could take those of the phase before
+    }
+)
+# The key, in itself or in its settings, by which a JSON is known that was written before each said its kind.
+_OLD_KINDS = {
+    "bench": "preset",
+    "plan": "layout",
+    "prepare": "vocab_sha256",
+    "equality": "tolerance",
+    "glue": "task",
+    "squad": "version_2",
+    "vision": "dataset",
+    "pretraining": "seq_length",
+}
 
 
 @dataclasses.dataclass(slots=True)
 class RunRecord:
-    """What a run's JSON holds; `seconds` is training alone, `curve` has an entry a logged or evaluated step."""
+    """What a run's JSON holds; ``seconds`` is training alone, ``curve`` has an entry a logged or evaluated step."""
 
     name: str
     optimizer: str
@@ -47,6 +74,7 @@ class RunRecord:
     status: str = (
         "failed"  # until something better is known: a record written in the middle of a crash is not a success
     )
+    kind: str = "run"
     device: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     commit: str | None = None
@@ -59,28 +87,77 @@ class RunRecord:
     peak_memory_bytes: int = 0
     health: dict[str, float | None] = dataclasses.field(default_factory=dict)
 
+    @property
+    def workload(self) -> dict[str, Any]:
+        """What must be equal for two runs to be compared: model, data, batch, schedule, seed."""
+        return {"seed": self.seed, **{key: value for key, value in self.config.items() if key not in _METHOD}}
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What is compared: optimizer and base with their settings."""
+        settings = {key: value for key, value in self.config.items() if key in _METHOD}
+        return {"optimizer": self.optimizer, "base": self.base, **settings}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Workload and method in one mapping, as they are read back from a file."""
+        settings: dict[str, Any] = jsonable(self.method | self.workload)
+        return settings
+
     def describe_machine(self, device: torch.device) -> None:
-        """Fill `device`, `versions` and `commit` from where this process runs."""
+        """Fill ``device``, ``versions`` and ``commit`` from where this process runs."""
         self.device = machine.device_name(device)
         self.versions = machine.versions()
         self.commit = machine.commit()
 
     def write(self, folder: str | Path) -> Path:
-        """Write `folder/NAME.json` atomically (a reader sees the old file or the whole new one) and return its path.
+        """Write ``folder/NAME.json`` atomically (a reader sees the old file or the whole new one) and return its path.
 
         Args:
             folder: where to; made when absent.
 
         Raises:
-            ValueError: the status is not one of `STATUSES`.
+            ValueError: the status is unknown.
         """
-        if self.status not in STATUSES:
-            raise ValueError(f"Run status {self.status!r} is unknown; use one of {', '.join(STATUSES)}.")
-        text = json.dumps(jsonable(dataclasses.asdict(self)), indent=1, allow_nan=False, ensure_ascii=False)
+        if self.status not in _STATUSES:
+            raise ValueError(f"Run status {self.status!r} is unknown; use one of {', '.join(_STATUSES)}.")
+        what = {"name": self.name, "kind": self.kind, "workload": self.workload, "method": self.method}
+        text = json.dumps(jsonable(what | dataclasses.asdict(self)), indent=1, allow_nan=False, ensure_ascii=False)
         path = Path(folder) / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text + "\n")
         return path
+
+
+def differing(*settings: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """The keys in which mappings differ, in alphabetical order; None and a key that is not there are the same.
+
+    Args:
+        settings: workloads, methods, or any others.
+        free: keys that may differ.
+    """
+    keys = sorted(set().union(*settings).difference(free))
+    return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings[1:])]
+
+
+def check_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], whose: str, way_out: str, free: Collection[str] = ()
+) -> None:
+    """Refuse to go on from, or to take for one's own, what a run with other settings wrote.
+
+    Args:
+        before: that run's settings.
+        now: those of the run to come.
+        whose: what is found: "FILE is".
+        way_out: what the user can do.
+        free: settings that may differ.
+
+    Raises:
+        ValueError: they differ; names the first that does.
+    """
+    if changed := differing(before, now, free=free):
+        was, wanted = before.get(changed[0]), now.get(changed[0])
+        raise ValueError(f"{whose} of a run with {changed[0]}={was!r}, now {wanted!r}; {way_out}.")
 
 
 def jsonable(value: Any) -> Any:
@@ -102,22 +179,34 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def read_runs(folder: str | Path) -> list[RunRecord]:
-    """Every run JSON of a folder (not of folders inside it), by file name.
+def read_documents(folder: str | Path) -> dict[Path, Any]:
+    """Every JSON of a folder (not of folders inside it), by file name.
 
     Args:
-        folder: where `RunRecord.write` wrote.
+        folder: of run JSONs, or of others.
 
     Raises:
-        ValueError: no such folder, no JSON in it, or a JSON that is not a run.
+        ValueError: no such folder, no ``*.json`` in it, or one that is no JSON.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"No folder {str(folder)!r}; give the folder that holds the run JSONs.")
-    records = [read_run(path) for path in sorted(folder.glob("*.json"))]
-    if not records:
+    found = {path: _read(path) for path in sorted(folder.glob("*.json"))}
+    if not found:
         raise ValueError(f"Folder {str(folder)!r} holds no *.json; give the folder that holds the run JSONs.")
-    return records
+    return found
+
+
+def read_runs(folder: str | Path) -> list[RunRecord]:
+    """Every run JSON of a folder, by file name.
+
+    Args:
+        folder: where ``RunRecord.write`` wrote.
+
+    Raises:
+        ValueError: no such folder, no JSON in it, or a JSON that is not a run.
+    """
+    return [_upgraded(path, data) for path, data in read_documents(folder).items()]
 
 
 def read_run(path: Path) -> RunRecord:
@@ -129,20 +218,43 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ValueError: it is not the JSON of a run.
     """
+    return _upgraded(path, _read(path))
+
+
+def _read(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); delete it or write it again.") from error
-    fields = {field.name for field in dataclasses.fields(RunRecord)}
-    missing = sorted(fields - set(data)) if isinstance(data, dict) else sorted(fields)
+
+
+def _upgraded(path: Path, data: Any) -> RunRecord:
+    """A run of this version or an older one, which says less, or a newer one, whose further keys are passed over."""
+    fields = dataclasses.fields(RunRecord)
+    needed = {"name", "optimizer", "base", "config", "seed", "status"}
+    missing = sorted(needed.difference(data if isinstance(data, dict) else ()))
     if missing:
         raise ValueError(f"{path}: not a run, it lacks {', '.join(missing)}; keep other JSONs in another folder.")
-    return RunRecord(**{key: value for key, value in data.items() if key in fields})
+    known = {field.name: data[field.name] for field in fields if field.name in data}
+    return RunRecord(**known | {"kind": kind_of(data)})
+
+
+def kind_of(document: Any) -> str:
+    """What a JSON is of: "pretraining", "glue", "bench", "plan"; "run" where it does not say.
+
+    Args:
+        document: as it was read.
+    """
+    if not isinstance(document, dict):
+        return "run"
+    config = document.get("config") or {}
+    keys = {*document, *config, *(config.get("data") or {})}
+    return str(document.get("kind") or next((kind for kind, key in _OLD_KINDS.items() if key in keys), "run"))
 
 
 @contextmanager
 def recording(record: RunRecord, folder: str | Path | None) -> Iterator[RunRecord]:
-    """Give `record` the status the block ends with, write it, and pass every exception on.
+    """Give ``record`` the status the block ends with, write it, and pass every exception on.
 
     A block that ends by itself is ``completed``, unless a callback said ``diverged`` meanwhile. Settings that are
     refused before the first step are no run: nothing is written.
@@ -165,7 +277,7 @@ def recording(record: RunRecord, folder: str | Path | None) -> Iterator[RunRecor
 
 
 def status_of(error: BaseException) -> Status:
-    """The status of a run that ended with `error`: out of memory, stopped by the user, or failed.
+    """The status of a run that ended with ``error``: out of memory, stopped by the user, or failed.
 
     Args:
         error: what the run raised.
@@ -189,7 +301,7 @@ def reach(curve: Sequence[CurvePoint], eval_loss: float) -> dict[str, float | No
         eval_loss: the loss to come down to.
 
     Returns:
-        The `target` entry of a run: the loss asked for, and the steps and seconds it took (None: not reached).
+        The ``target`` entry of a run: the loss asked for, and the steps and seconds it took (None: not reached).
     """
     before: CurvePoint | None = None
     for point in curve:
@@ -208,6 +320,6 @@ def reach(curve: Sequence[CurvePoint], eval_loss: float) -> dict[str, float | No
 
 
 def _between(before: CurvePoint, after: CurvePoint, key: str, eval_loss: float) -> float:
-    """The value of `key` where the straight line between two evaluations passes `eval_loss`."""
+    """The value of ``key`` where the straight line between two evaluations passes ``eval_loss``."""
     x0, x1, y0, y1 = (float(point[k] or 0.0) for k in (key, "eval_loss") for point in (before, after))
     return x1 if y0 == y1 else x0 + (x1 - x0) * (y0 - eval_loss) / (y0 - y1)

@@ -14,23 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.files import write_atomically
-from hf_soo.runs.record import RunRecord, reach
+from hf_soo.runs.record import RunRecord, differing, reach
 
 # The method the others' steps are counted against: the first of these that is there.
 BASELINES = ("lamb", "adamw", "sgd", "muon", "rmsprop")
-# Settings of the method itself; all other settings of a run are its workload, and must agree in one table.
-METHOD_KEYS = frozenset(
-    {
-        "learning_rate",
-        "optim_args",
-        "base_optim_args",
-        "max_grad_norm",
-        "weight_decay",
-        "precondition_include",
-        "precondition_exclude",
-        "moments",  # whether its base could take those of the phase before
-    }
-)
 HEADER = ("optimizer", "base", "learning rate", "final eval loss")
 HEADER_END = ("steps to {}", "s/step", "status")  # between them the other metrics of an evaluation, where there are any
 LOSSES = ("train_loss", "eval_loss")
@@ -65,7 +52,7 @@ def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[Me
     Raises:
         ValueError: the runs are of different workloads.
     """
-    _check_one_workload(records, METHOD_KEYS.union(free))
+    _check_one_workload(records, free)
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         groups.setdefault(_configuration(record), []).append(record)
@@ -138,21 +125,26 @@ def _tried(runs: Sequence[RunRecord]) -> str:
 
 def _rates(run: RunRecord) -> str:
     """All a run's learning rates: "0.02, rest_lr 0.001"."""
-    rest = _arguments(run).get("rest_lr")
+    rest = chosen(run).get("rest_lr")
     rate = run.config.get("learning_rate")
     return ("" if rate is None else f"{rate:g}") + ("" if rest is None else f", rest_lr {rest:g}")
 
 
 def _settings(run: RunRecord) -> str:
     """What is set besides learning rates, or nothing: " (update_period=5)"."""
-    said = [f"{key}={value}" for key, value in _arguments(run).items() if key != "rest_lr"]
-    for key in ("precondition_include", "precondition_exclude"):
-        said += [f"{key}={' '.join(run.config[key])}"] if run.config.get(key) else []
+    said = [f"{key}={value}" for key, value in chosen(run).items() if key != "rest_lr"]
     return f" ({', '.join(said)})" if said else ""
 
 
-def _arguments(run: RunRecord) -> dict[str, Any]:
-    return {**(run.config.get("optim_args") or {}), **(run.config.get("base_optim_args") or {})}
+def chosen(run: RunRecord) -> dict[str, Any]:
+    """What is set of a method and its base besides learning rate, weight decay and clip.
+
+    Args:
+        run: any.
+    """
+    layers = {key: " ".join(run.method.get(key) or ()) for key in ("precondition_include", "precondition_exclude")}
+    given = {**(run.method.get("optim_args") or {}), **(run.method.get("base_optim_args") or {})}
+    return given | {key: patterns for key, patterns in layers.items() if patterns}
 
 
 def _baseline(found: Sequence[Method]) -> Method | None:
@@ -164,16 +156,15 @@ def _baseline(found: Sequence[Method]) -> Method | None:
     return None
 
 
-def _check_one_workload(records: Sequence[RunRecord], free: frozenset[str]) -> None:
+def _check_one_workload(records: Sequence[RunRecord], free: Collection[str]) -> None:
     first = records[0]
     for other in records[1:]:
-        ours, theirs = ({"seed": run.seed, **run.config} for run in (first, other))
-        for key in sorted((set(ours) | set(theirs)) - free):
-            if ours.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"Runs {first.name} and {other.name} differ in {key} ({ours.get(key)!r}, {theirs.get(key)!r}); "
-                    "one table compares runs of one workload, so keep each workload's runs in a folder of its own."
-                )
+        if changed := differing(first.workload, other.workload, free=free):
+            ours, theirs = (run.workload.get(changed[0]) for run in (first, other))
+            raise ValueError(
+                f"Runs {first.name} and {other.name} differ in {changed[0]} ({ours!r}, {theirs!r}); "
+                "one table compares runs of one workload, so keep each workload's runs in a folder of its own."
+            )
 
 
 def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, free: Collection[str] = ()) -> None:

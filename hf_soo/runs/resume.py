@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_soo.files import write_atomically
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
 from hf_soo.runs.callbacks import RecordCallback, kept_curve
-from hf_soo.runs.record import RunRecord, jsonable, reach, read_run
+from hf_soo.runs.record import RunRecord, check_same, reach, read_run
 from hf_soo.runs.run_arguments import RunTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,7 @@ class OutputFolder(TrainerCallback):
         """
         self.folder = args.folder
         self.restart = restart
-        settings = {"optimizer": record.optimizer, "base": record.base, "seed": record.seed, **record.config}
-        self.settings: dict[str, Any] = json.loads(json.dumps(jsonable(settings)))  # as it will be read back
+        self.settings = record.settings
         self._asked = args.resume_from_checkpoint
         # but batches of like lengths are drawn in rounds of all processes' micro-batches
         deals_alike = args.global_batch_size is not None and args.train_sampling_strategy != "group_by_length"
@@ -66,12 +65,8 @@ class OutputFolder(TrainerCallback):
         if not file.is_file():  # checkpoints of another script: the Trainer's own checks must do
             return
         before = json.loads(file.read_text(encoding="utf-8"))
-        for key in sorted((set(before) | set(self.settings)) - self._free):
-            if before.get(key) != self.settings.get(key):
-                raise ValueError(
-                    f"{self.folder} holds checkpoints of a run with {key}={before.get(key)!r}, now "
-                    f"{self.settings.get(key)!r}; give --restart to delete them, or another --output_dir."
-                )
+        way_out = "give --restart to delete them, or another --output_dir"
+        check_same(before, self.settings, f"{self.folder} holds checkpoints", way_out, self._free)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -53,6 +53,7 @@ METHOD_SETTINGS = ("optim_args", "base_optim_args")
 class Task(ABC):
     """What is trained, on what: all that runs of one kind do not share with runs of another."""
 
+    kind: str = "run"  # of a record: which report reads it
     title: str  # over a picture
     metrics: tuple[str, ...] = ()  # what an evaluation measures besides its loss
 
@@ -248,7 +249,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         **{key: _plain(getattr(args, key)) for key in SETTINGS},
         **{key: getattr(args.parsed, key) for key in METHOD_SETTINGS},
     }
-    record = RunRecord(run_name(job), optimizer_name(args), base_name(args), config, args.seed)
+    record = RunRecord(run_name(job), optimizer_name(args), base_name(args), config, args.seed, kind=task.kind)
     record.parameters = sum(parameter.numel() for parameter in model.parameters())
     record.describe_machine(args.device)
     return record

@@ -27,6 +27,7 @@ DATA_SETTINGS = ("max_seq_length", "doc_stride", "max_query_length", "pad_to_max
 class SquadTask(Task):
     """Spans of a context that answer questions; measured by exact match and F1."""
 
+    kind = "squad"
     title = "SQuAD"
     metrics = ("exact_match", "f1")
 

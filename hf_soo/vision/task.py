@@ -18,6 +18,7 @@ from hf_soo.vision.models import ImageModelConfig, make_image_model
 class VisionTask(Task):
     """Images and their classes; measured by cross entropy and accuracy on held-out images."""
 
+    kind = "vision"
     metrics = ("accuracy",)
 
     def __init__(self, model: ImageModelConfig, data: ImageDataConfig, args: RunTrainingArguments) -> None:

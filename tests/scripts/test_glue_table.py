@@ -22,7 +22,7 @@ def record(task: str, final: dict[str, Any], optimizer: str = "adamw", seed: int
         "num_train_epochs": 3.0, "per_device_train_batch_size": 32, **changes,
     }  # fmt: skip
     name = f"{task}-{optimizer}-seed{seed}-{changes}"
-    made = RunRecord(name, optimizer, "adamw", config, seed, status="completed", steps=10)
+    made = RunRecord(name, optimizer, "adamw", config, seed, status="completed", kind="glue", steps=10)
     made.final = {"train_loss": 0.1, "eval_loss": 0.2, **final}
     return made
 

@@ -51,6 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], **flags: str) -> str:
 def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, plan = planned(capsys, tmp_path, optim="mkor", base="lamb", optim_args="update_period=5")
     assert list(plan) == [
+        "kind",
         "config",
         "versions",
         "commit",

@@ -10,12 +10,24 @@ import pytest
 import torch
 
 from hf_soo.runs import machine
-from hf_soo.runs.record import RunRecord, jsonable, reach, read_run, read_runs, recording, status_of
+from hf_soo.runs.record import (
+    RunRecord,
+    check_same,
+    differing,
+    jsonable,
+    kind_of,
+    reach,
+    read_documents,
+    read_run,
+    read_runs,
+    recording,
+    status_of,
+)
 
 # DESIGN's result files: more keys may be added, none may go.
 KEYS = {
-    "name", "status", "optimizer", "base", "config", "seed", "device", "versions", "commit", "parameters", "steps",
-    "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
+    "name", "kind", "workload", "method", "status", "optimizer", "base", "config", "seed", "device", "versions",
+    "commit", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
 }  # fmt: skip
 
 
@@ -31,6 +43,56 @@ def test_json_has_the_fixed_keys_and_reads_back(tmp_path: Path) -> None:
     assert path == tmp_path / "r.json"
     assert set(json.loads(path.read_text())) == KEYS
     assert read_run(path) == record
+
+
+def test_a_record_says_what_it_is(tmp_path: Path) -> None:
+    config = {"model": {"hidden_size": 8}, "max_steps": 4, "learning_rate": 0.1, "optim_args": {"rank": 2}}
+    record = RunRecord("r", "mkor", "lamb", config, seed=3, status="completed", kind="pretraining")
+    written = json.loads(record.write(tmp_path).read_text())
+    assert written["kind"] == "pretraining"
+    assert written["workload"] == {"model": {"hidden_size": 8}, "max_steps": 4, "seed": 3}
+    assert written["method"] == {"optimizer": "mkor", "base": "lamb", "learning_rate": 0.1, "optim_args": {"rank": 2}}
+    assert record.settings == written["workload"] | written["method"]
+
+
+def test_older_and_newer_records_read(tmp_path: Path) -> None:
+    """Fewer keys are derived or empty, further ones are passed over."""
+    made = RunRecord("r", "sgd", "sgd", {"data": {"dataset": "digits"}}, 0, status="completed", kind="vision")
+    written = json.loads(made.write(tmp_path).read_text())
+    for key in ("kind", "workload", "method", "health", "curve", "target"):
+        del written[key]
+    (tmp_path / "r.json").write_text(json.dumps({**written, "weather": "fair"}))
+    assert read_run(tmp_path / "r.json") == made
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("smoke", "pretraining"),
+        ("bert_mini_wiki", "pretraining"),
+        ("reproduce_mini/phase2", "pretraining"),
+        ("reproduce_mini/glue/mkor", "glue"),
+        ("glue_minilm", "glue"),
+        ("squad_minilm", "squad"),
+        ("vit_digits", "vision"),
+        ("bench", "bench"),
+        ("plan", "plan"),
+        ("prepare", "prepare"),
+        ("equality", "equality"),
+    ],
+)
+def test_the_kind_of_jsons_that_do_not_say_it(folder: str, kind: str) -> None:
+    documents = read_documents(Path(__file__).resolve().parents[2] / "results" / folder).values()
+    said = ("kind", "workload", "method")
+    assert {kind_of({key: value for key, value in each.items() if key not in said}) for each in documents} == {kind}
+
+
+def test_what_differs() -> None:
+    assert differing({"b": 1, "a": [2], "c": None}, {"b": 2, "a": [3]}) == ["a", "b"]  # not c: None is not there
+    assert differing({"a": 1}, {"a": 1, "b": 0}, {"a": 1, "c": 1}, free={"c"}) == ["b"]
+    check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, "", "", free={"b"})
+    with pytest.raises(ValueError, match=r"^x.json is of a run with b=2, now None; go away\.$"):
+        check_same({"b": 2, "c": 3}, {}, "x.json is", "go away")
 
 
 def test_not_finite_is_null_and_an_absolute_path_its_last_part(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import check_error, load_script, only_run
 
 KEYS = [
-    "name", "optimizer", "base", "config", "seed", "status", "device", "versions", "commit", "parameters", "steps",
-    "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
+    "name", "kind", "workload", "method", "optimizer", "base", "config", "seed", "status", "device", "versions",
+    "commit", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
 ]  # fmt: skip
 CONFIG = """
 optim: mkor
@@ -68,7 +68,10 @@ def test_a_run_from_the_shell(flags: list[str], tmp_path: Path) -> None:
     assert (run["name"], run["status"], run["optimizer"], run["base"]) == (
         "mkor-adamw-lr0.004", "completed", "mkor", "adamw",
     )  # fmt: skip
+    assert run["kind"] == "vision" and run["method"]["base"] == "adamw" and run["workload"]["seed"] == run["seed"]
     assert [step for step, *_ in points(run)] == [2, 4, 6] and run["steps"] == 6
+    health = [point["health"] for point in run["curve"]]
+    assert health[-1] == run["health"] and len({row["cos_median"] for row in health}) == 3
     assert run["final"].keys() == {"train_loss", "eval_loss", "accuracy"}
     assert (run["final"]["eval_loss"], run["final"]["accuracy"]) == points(run)[-1][2:]
     assert 2.0 < run["final"]["eval_loss"] < 2.6 and run["final"]["accuracy"] * 50 == pytest.approx(

@@ -247,6 +247,7 @@ def _manifest(config: PrepareConfig, ids: SpecialIds, vocab_file: Path, written:
     """What the folder holds and how it came about."""
     packages = {name: version(name) for name in ("datasets", "numpy", "pyarrow", "tokenizers")}
     return {
+        "kind": "prepare",
         "format": FORMAT,
         "config": asdict(config),
         **written,
