@@ -11,9 +11,9 @@ from transformers import BertConfig, BertTokenizer, set_seed
 
 from hf_soo.bert.data.prepare import PrepareConfig, load_prepared, prepare
 from hf_soo.bert.data.wordpiece import SpecialIds, special_ids
-from hf_soo.bert.model import SIZES, GatheredBertForPreTraining, check_vocabulary, name_bias_once
-from hf_soo.runs.flags import option
-from hf_soo.runs.pretrained import load_weights
+from hf_soo.bert.model import SIZES, GatheredBertForPreTraining, name_bias_once
+from hf_soo.runs.arguments import option
+from hf_soo.runs.pretrained import check_vocabulary, load_weights
 from hf_soo.runs.run_arguments import RunTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertForPreTraining
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -166,25 +166,3 @@ def name_bias_once(model: BertForPreTraining) -> None:
         model: with an untouched head; changed in place.
     """
     del model.cls.predictions._parameters["bias"]
-
-
-def check_vocabulary(config: BertConfig, vocab_size: int) -> None:
-    """Refuse a vocabulary that the model was not built for, before training reads wrong rows of the embedding.
-
-    A model vocabulary rounded up to a multiple of 8 (30,522 -> 30,528), for the sake of tensor cores, is accepted.
-
-    Args:
-        config: The model's configuration.
-        vocab_size: Number of entries of the vocabulary that made the data.
-
-    Raises:
-        ValueError: The two sizes do not belong together.
-    """
-    extra = config.vocab_size - vocab_size
-    if extra == 0 or (0 < extra < 128 and config.vocab_size % 8 == 0):
-        return
-    raise ValueError(
-        f"the vocabulary has {vocab_size} entries but the model's config.vocab_size is {config.vocab_size}; they "
-        "must be equal (or the model's larger by less than 128 and a multiple of 8): build the model with "
-        f"vocab_size={vocab_size}, or prepare the data with the model's vocabulary"
-    )

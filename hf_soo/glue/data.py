@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_soo.glue.files import SUFFIXES, Examples, Row, collect, read_examples
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 
 logger = logging.getLogger(__name__)
 

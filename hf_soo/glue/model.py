@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, PretrainedConfig
 
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from hf_soo.engine.checks import require_count, require_in
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 
 Strategy = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")

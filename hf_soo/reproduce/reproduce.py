@@ -30,7 +30,7 @@ from hf_soo.glue.tasks import find_tasks
 from hf_soo.reproduce import table as reproduce_table
 from hf_soo.reproduce.pipeline import Pipeline, Stage
 from hf_soo.runs import arguments
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 from hf_soo.runs.recipes import optimizer_names
 from hf_soo.runs.script import guarded
 from hf_soo.squad.files import read_questions

@@ -17,6 +17,16 @@ from transformers import HfArgumentParser
 from hf_soo.runs.recipes import read_recipe, unknown_name
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field that is a flag with a line of help.
+
+    Args:
+        default: value when the flag is not given.
+        text: the help.
+    """
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and a description with the line breaks it has."""
 

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig, PretrainedConfig, set_seed
 
-from hf_soo.bert.model import check_vocabulary
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 
 
 @dataclass
@@ -127,6 +126,28 @@ def check_tokenizer(config: PretrainedConfig, size: int, name: str) -> None:
             raise ValueError(f"the vocabulary has {size} entries but config.vocab_size is {config.vocab_size}")
     except ValueError as error:
         raise ValueError(f"The tokenizer of {name!r} does not fit the model: {error}.") from error
+
+
+def check_vocabulary(config: BertConfig, vocab_size: int) -> None:
+    """Refuse a vocabulary that the model was not built for, before training reads wrong rows of the embedding.
+
+    A model vocabulary rounded up to a multiple of 8 (30,522 -> 30,528), for the sake of tensor cores, is accepted.
+
+    Args:
+        config: The model's configuration.
+        vocab_size: Number of entries of the vocabulary that made the data.
+
+    Raises:
+        ValueError: The two sizes do not belong together.
+    """
+    extra = config.vocab_size - vocab_size
+    if extra == 0 or (0 < extra < 128 and config.vocab_size % 8 == 0):
+        return
+    raise ValueError(
+        f"the vocabulary has {vocab_size} entries but the model's config.vocab_size is {config.vocab_size}; they "
+        "must be equal (or the model's larger by less than 128 and a multiple of 8): build the model with "
+        f"vocab_size={vocab_size}, or prepare the data with the model's vocabulary"
+    )
 
 
 def load_weights(loader: Any, name: str, **settings: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.registry import METHODS
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 
 
 @dataclass

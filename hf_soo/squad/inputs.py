@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.squad.files import QuestionSet, read_hub, read_questions

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 from hf_soo.vision.images import Shape, decode, fit, shape_of
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_soo.runs.flags import option
+from hf_soo.runs.arguments import option
 from hf_soo.vision.data import ImageData
 
 # What each takes, with its default; None follows from other settings.

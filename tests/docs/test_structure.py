@@ -38,7 +38,7 @@ MOST_PUBLIC_NAMES = 400
 MOST_LINES = 20_800
 
 # What does not hold yet: today's number, or today's imports. Nothing here may grow.
-NOT_YET_DOWN = {("runs.pretrained", "bert.model")}
+NOT_YET_DOWN: set[tuple[str, str]] = set()
 NOT_YET_CIRCLES = 1
 NOT_YET_FILES = {"hf_soo/engine": 29}
 NOT_YET_PUBLIC_NAMES = 568

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
-from hf_soo.bert.model import GatheredBertForPreTraining, check_vocabulary, gather_masked
+from hf_soo.bert.model import GatheredBertForPreTraining, gather_masked
+from hf_soo.runs.pretrained import check_vocabulary
 
 CONFIG = BertConfig(
     vocab_size=97,
