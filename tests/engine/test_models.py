@@ -119,7 +119,7 @@ IMAGE_RATES = {"lamb": 3e-3, "sgd": 0.03, "rmsprop": 1e-3, "muon": 0.02, "rf_rms
 
 def settings_for(name: str, kind: str) -> dict[str, Any]:
     """For a ViT over AdamW where the method takes a base: over SGD it hardly moves in 30 steps, as SGD itself."""
-    settings = dict(SETTINGS[name])
+    settings = dict(SETTINGS.get(name, {"lr": 1e-2}))
     if kind == "lora":
         settings["lr"] *= LORA_RATE
     if kind == "vit":
