@@ -169,8 +169,10 @@ def measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
 
 def state_bytes(optimizer: PreconditionedOptimizer) -> int:
     """Bytes of the base's state, the preconditioner's factors and the capture's buffers."""
-    buffers = [tensor for each in optimizer.capture.buffers.values() for tensor in each]
-    return sum(t.numel() * t.element_size() for t in [*tensors_in([optimizer.state, optimizer.states]), *buffers])
+    buffers = [tensor for each in optimizer.stages.capture.buffers.values() for tensor in each]
+    return sum(
+        t.numel() * t.element_size() for t in [*tensors_in([optimizer.state, optimizer.stages.states]), *buffers]
+    )
 
 
 def tensors_in(nest: Any) -> Iterator[Tensor]:

@@ -96,7 +96,7 @@ class Stepper:
 
     def _passes(self, kinds: list[Kind]) -> tuple[float, float | None, float | None]:
         """Forward and backward: without hooks, with idle ones, with collecting ones; the last is remembered."""
-        hooked = bool(self.optimizer.capture.buffers)
+        hooked = bool(self.optimizer.stages.capture.buffers)
         bare = self._pass(self.work.twin)
         plain = next((kind for kind in kinds if not kind.updates), None)
         update = next((kind for kind in kinds if kind.updates), None)
@@ -131,7 +131,7 @@ class Stepper:
         self.optimizer._schedule()
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer for buffers in self.optimizer.capture.buffers.values() for buffer in buffers]
+        return [buffer for buffers in self.optimizer.stages.capture.buffers.values() for buffer in buffers]
 
 
 def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:

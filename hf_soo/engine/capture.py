@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_soo.engine.gradients import Groups, Joint
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.placement import Placement
-from hf_soo.engine.strategy import Gradients
+from hf_soo.engine.strategy import Strategy
 
 Buffers = list[Tensor]
 """What a recorder sums for one layer in the current window; the recorder knows the order."""
@@ -50,14 +50,14 @@ class Window:
     Args:
         layers: all layers, in the same order on every rank.
         buffers: layer name -> what was summed on this rank.
-        gradients: where gradients are read: averaged over ranks, and without the loss scale.
+        strategy: where gradients are read: averaged over ranks, and without the loss scale.
         placement: sums over ranks, at each layer's owner.
         unit: what turns dL/dy of this rank's scaled loss into that of the global mean loss.
     """
 
     layers: Sequence[Layer]
     buffers: dict[str, Buffers]
-    gradients: Gradients
+    strategy: Strategy
     placement: Placement
     unit: float
 
@@ -103,7 +103,7 @@ class Recorder(Protocol):
         ``token_mask`` is true for the rows of x that are no padding, x's shape without its last dimension; None: all.
         """
 
-    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """The layers that can be updated in this step."""
 
     def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
@@ -126,15 +126,15 @@ class GradientRecorder:
         """Not called: there are no hooks."""
         return output
 
-    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """Those with a gradient."""
-        return [layer for layer in layers if gradients.has(layer)]
+        return [layer for layer in layers if strategy.has(layer)]
 
     def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
         """The gradients themselves; they are averaged over ranks already."""
         return lambda groups: [
             Statistics(samples=grad.weight.new_ones(len(grad.weight)), grad=grad)
-            for grad in window.gradients.read(groups)
+            for grad in window.strategy.read(groups)
         ]
 
 
@@ -156,11 +156,12 @@ class Capture:
             recorder: what to keep; nothing is hooked if it needs no hooks.
         """
         self.recorder = recorder
+        self.hooks = recorder.hooks
         self.collecting = False
         self.mask: Tensor | None = None
         self.sampled: list[Tensor] | None = None if recorder.fisher_pass is None else []  # outputs; see fisher.py
         self._sampled_layers: set[str] = set()
-        self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if recorder.hooks else []
+        self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if self.hooks else []
         self.buffers: dict[str, Buffers] = {
             layer.name: [] if recorder.transient else recorder.allocate(layer) for layer in self.layers
         }

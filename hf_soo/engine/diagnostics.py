@@ -53,10 +53,6 @@ class Diagnostics:
         """Forget the last refresh."""
         self._refreshed = []
 
-    def begin_transform(self) -> None:
-        """Forget the last step."""
-        self._moved, self._fresh = [], True
-
     def record_update(self, names: list[str], updated: Updated) -> None:
         """Keep what an update of the named layers saw."""
         self._updated.append((names, updated))
@@ -65,9 +61,9 @@ class Diagnostics:
         """Keep what became of the inverses of the named layers, [L, sides]."""
         self._refreshed.append((names, outcomes))
 
-    def record_transform(self, names: list[str], moved: TransformNorms) -> None:
-        """Keep what a transform of the named layers did."""
-        self._moved.append((names, moved))
+    def record_transform(self, moved: list[tuple[list[str], TransformNorms]]) -> None:
+        """Keep what this step's transforms of the named layers did; the last step's are forgotten."""
+        self._moved, self._fresh = moved, True
 
     def check(self, step: int, method: str) -> None:
         """After step 1 and each CHECK_PERIOD: warn, once, of an inert run and of layers without statistics.

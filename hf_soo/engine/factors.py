@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Buffers, FisherPass, Statistics, Window
 from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
-from hf_soo.engine.strategy import Gradients
+from hf_soo.engine.strategy import Strategy
 from hf_soo.engine.sums import NOISE_LEVEL
 
 
@@ -75,7 +75,7 @@ class FactorRecorder:
         x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
         return cast(Tensor, _CommitFactors.apply(output, x, layer, self, *buffers))  # type: ignore[no-untyped-call]
 
-    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
         return list(layers)
 

@@ -8,9 +8,10 @@ layers advance together, so that their sums are one message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ class Joint:
     weight: Tensor
     bias: Tensor | None
     rows: slice = field(default_factory=lambda: ALL_ROWS)  # slices cannot be hashed before Python 3.12
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: slice = ALL_ROWS) -> Joint:
+        """Layers of one shape together; views where there is just one.
+
+        Args:
+            weights: their weight gradients, [d_out, d_in] each.
+            biases: their bias gradients [d_out], or Nones.
+            rows: which rows these are.
+        """
+        given = [bias for bias in biases if bias is not None]
+        return cls(stack(weights), stack(given) if given else None, rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -230,12 +243,26 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def grad_of(parameter: Tensor | None) -> Tensor:
-    """The gradient of a parameter that has one."""
-    assert parameter is not None and parameter.grad is not None
-    return parameter.grad
-
-
 def computed(tensor: Tensor) -> Tensor:
     """A tensor in its accumulation dtype."""
     return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[Layer]]:
+    """Layers to work on together.
+
+    Args:
+        layers: any layers.
+        batched: all layers of one shape, or one by one, in place and in cache; None: the latter on a CPU.
+
+    Yields:
+        Lists of layers that share a shape, a dtype and a device.
+    """
+    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
+    if batched is False or (batched is None and on_cpu):
+        yield from ([layer] for layer in layers)
+        return
+    by_shape: dict[Any, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        by_shape[(layer.shape, layer.bias is None, layer.weight.dtype, layer.weight.device)].append(layer)
+    yield from by_shape.values()

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+
+from hf_soo.engine.dtensors import local
 
 
 @dataclass(eq=False)
@@ -48,13 +49,32 @@ class Layer(ABC):
     @property
     def prototype(self) -> Tensor:
         """A plain tensor with the weight's dtype and device, to make others from; its shape says nothing."""
-        weight = self.weight.detach()
-        return weight.to_local() if isinstance(weight, DTensor) else weight
+        return local(self.weight.detach())
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias if it was trained at construction, else None: a frozen bias is no column of the gradient."""
         return self.module.bias if self.trains_bias else None  # type: ignore[return-value]
+
+    def gradients(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight's whole gradient as ``shape`` and the bias's, in the accumulation dtype; None if one is missing.
+
+        Views where dtype and strides allow.
+        """
+        weight, bias = self.weight.grad, self.bias
+        if weight is None or (bias is not None and bias.grad is None):
+            return None
+        matrix = self.as_matrix(weight).to(accumulation_dtype(weight.dtype))
+        return matrix, None if bias is None else bias.grad.to(accumulation_dtype(bias.dtype))  # type: ignore[union-attr]
+
+    def set_gradients(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Write whole gradients in the form of ``gradients`` into ``.grad``; what is there already is left alone."""
+        target = self.weight.grad
+        assert target is not None
+        if self.as_matrix(target).data_ptr() != weight.data_ptr():  # else it was changed in place
+            target.copy_(self.from_matrix(weight, target))
+        if bias is not None:
+            self.bias.grad.copy_(bias)  # type: ignore[union-attr]
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A weight-shaped tensor as ``shape``; a view where strides allow."""

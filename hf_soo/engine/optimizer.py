@@ -11,42 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_soo.engine import fisher
-from hf_soo.engine.base_state import Keeper
-from hf_soo.engine.capture import Capture
-from hf_soo.engine.comm import Communicator
-from hf_soo.engine.diagnostics import Diagnostics
-from hf_soo.engine.dtensors import locate
-from hf_soo.engine.grouping import stacked
+from hf_soo.engine import fisher, state
+from hf_soo.engine.layers import Layer
 from hf_soo.engine.loss_watch import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing
 from hf_soo.engine.selection import Selection
-from hf_soo.engine.state import Saving
-from hf_soo.engine.strategy import Gradients, PlainGradients
+from hf_soo.engine.step import Step
+from hf_soo.engine.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
 
-class PreconditionedOptimizer(Saving, Optimizer):
+class PreconditionedOptimizer(Optimizer):
     """A base optimizer that steps on preconditioned gradients.
 
     ``param_groups`` and ``state`` are the base's own objects, so schedulers, GradScaler and Trainer see an ordinary
     optimizer. The factors live apart, keyed by the name of the module (or parameter), and are never cast.
 
     Attributes:
-        base: the optimizer that takes the step.
-        preconditioner: the method.
-        layers: the layers it moves.
-        states: layer name -> its factors, as far as this rank keeps them.
+        base, preconditioner: the optimizer that takes the step, and the method.
+        stages: what it does to its layers before the base steps; it owns layers, factors, hooks and strategy.
         steps: optimizer steps done.
         switched: whether the method has handed over to its base for good (MKOR-H).
         loss_scale: a function to the factor on the loss in the backward pass (fp16 GradScaler); read on update steps.
-        batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU,
-            and for methods whose factors are too large to be stacked.
-        external_step: whether somebody else takes the step (DeepSpeed's engine): ``step`` is then the base's alone, and
-            the other calls ``precondition`` before and ``advance`` after it.
-        keeper: who keeps the base's state if it is not in whole tensors or DTensors by parameter (ZeRO).
+        external_step: whether somebody else (DeepSpeed's engine) goes through ``step_around``; ``step`` is the base's.
         ranks_checked: whether the ranks have compared what they were built with; they do before the first step.
         carries_state: whether ``state_dict`` holds the factors. False where somebody else saves them beside it.
     """
@@ -61,40 +50,32 @@ class PreconditionedOptimizer(Saving, Optimizer):
         config: dict[str, Any],
         parameter_names: dict[str, nn.Parameter],
     ) -> None:
-        """Wrap a base optimizer. ``hf_soo.build_optimizer`` is the way to make one.
+        """Wrap a base over the model's parameters. ``hf_soo.build_optimizer`` is the way to make one.
 
-        Args:
-            base: any torch.optim.Optimizer over the model's parameters.
-            preconditioner: the method.
-            selection: the layers it moves, and the reasons for those it does not.
-            name: the method's name in the registry.
-            config: the method's settings as plain values, kept in checkpoints.
-            parameter_names: the model's named parameters, for ``routing``.
+        Checkpoints keep ``name`` and ``config``; ``selection`` and ``parameter_names`` are for ``routing`` too.
         """
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
-        self.layers, self._skipped = selection.layers, dict(selection.skipped)
-        self.parameter_index = ParameterIndex.of(base.param_groups, parameter_names, self.layers)
-        self.comm = Communicator()
-        self.gradients: Gradients = locate(self.layers, PlainGradients(), self.comm)
-        self.diagnostic = Diagnostics(preconditioner.side_names)
+        self._identity = state.Identity(name, type(base).__name__, config)
+        self._skipped = dict(selection.skipped)
+        self.parameter_index = ParameterIndex.of(base.param_groups, parameter_names, selection.layers)
+        self.stages = Step(preconditioner, selection.layers)
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        self.batched: bool | None = None
         self.external_step = False
-        self.keeper: Keeper | None = None
         self.carries_state = True
         self.switched = False
         self.steps = 0
         self.ranks_checked = False
         self._loss = LossWatch()
-        self._place()
-        self.capture = Capture(self.layers, preconditioner.recorder)
         self._schedule()
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that the method moves."""
+        return self.stages.layers
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,49 +94,50 @@ class PreconditionedOptimizer(Saving, Optimizer):
             if loss is not None:
                 self.report_loss(loss)
         if self.external_step:
-            self._step_base()
+            self._linked_base().step()
         else:
-            self.precondition()
-            self._step_base()
-            self.advance()
+            self.step_around(self.base.step)
         return loss
 
     @torch.no_grad()
-    def precondition(self) -> None:
-        """The part of ``step`` before the base's: update the factors if it is their turn, and G -> P."""
-        self._agree()
+    def step_around(self, base_step: Callable[[], Any], skipped: Callable[[], bool] = lambda: False) -> Any:
+        """The whole step, around a step of the base that somebody else may take.
+
+        Args:
+            base_step: takes it, on the gradients as they are then.
+            skipped: whether it took none after all (an overflow); then this step did not happen.
+
+        Returns:
+            What ``base_step`` returned.
+        """
+        self._check()
+        if self.layers:
+            stages, index = self.stages, self.parameter_index.group if self.preconditioner.rescale.joint else {}
+            with torch.autocast(stages.device.type, enabled=False):
+                if self._updating:
+                    stages.update(self.loss_scale() if stages.capture.buffers else 1.0)  # collect, sync, update
+                if self._refreshing:
+                    stages.refresh()  # inverses, for methods that have them
+                rates = {layer: float(self.param_groups[group]["lr"]) for layer, group in index.items()}
+                stages.transform(rates)  # G -> P, and its length
+        result = base_step()
+        if skipped():
+            self.begin_window()
+        else:
+            self._advance()
+        return result
+
+    def _check(self) -> None:
+        """Before a step: the ranks agree, the loss is known, and the tensors lie where they lay."""
+        if not self.ranks_checked:
+            self._identity.agree(self.stages.comm, self.base.defaults, self.layers, self.steps)
+            self.ranks_checked = True
         if not self.steps and not self.external_step:
             self.parameter_index.check(self.param_groups, self.layers, self.name)
         if self.layers:
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)
-            self._follow_layout()
-            with torch.autocast(self.layers[0].weight.device.type, enabled=False):
-                if self._updating:
-                    self._update_factors(self.loss_scale() if self.capture.buffers else 1.0)
-                if self.preconditioner.refreshes_at(self.steps):
-                    self._refresh_inverses()
-                self._transform_gradients()
-
-    def _agree(self) -> None:
-        """Compare what the ranks were built with, before their first step and after loading."""
-        if self.ranks_checked:
-            return
-        plain = (bool, int, float, str, tuple)
-        settings = {key: value for key, value in self.base.defaults.items() if isinstance(value, plain)}
-        self.comm.agree(
-            {
-                "method": f"{self.name} over {type(self.base).__name__}",
-                "settings": str(self.config),
-                "base settings": str(settings),
-                "layers": str([(layer.name, layer.shape) for layer in self.layers]),
-                "steps done": str(self.steps),
-            }
-        )
-        self.ranks_checked = True
-
-    def _step_base(self) -> None:
-        self._linked_base().step()
+            self.stages.follow_layout(self.name, self.steps)
 
     def _linked_base(self) -> Optimizer:
         """The base over our groups as they are now: ZeRO swaps our list for one of a single group, step by step."""
@@ -163,39 +145,31 @@ class PreconditionedOptimizer(Saving, Optimizer):
             self.base.param_groups = self.param_groups
         return self.base
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """The part of ``step`` after the base's: it is done."""
-        if self.layers and self.preconditioner.watches_loss:
-            self._observe_loss()
+    def _advance(self) -> None:
+        """The step is done; a method that watches the loss of the global batch may be done for good."""
+        watches = self.layers and self.preconditioner.watches_loss
+        if watches and self.preconditioner.observe(self._loss.take(self.stages.comm), self.steps):
+            logger.info("%s hands over to %s after step %d", self.name, type(self.base).__name__, self.steps)
+            self._switch_off()
         self.steps += 1
-        self.diagnostic.check(self.steps, self.name)
+        self.stages.diagnostics.check(self.steps, self.name)
         self._schedule()
 
     def _schedule(self) -> None:
-        """Whether the next step updates factors, and so what the forward passes before it collect."""
-        hooks = self.preconditioner.recorder.hooks
-        self._updating = self.preconditioner.updates_at(self.steps) and (bool(self.capture.buffers) or not hooks)
-        self.capture.collect(self._updating and hooks)
+        """Whether the next step updates factors or inverses, and so what the forward passes before it collect."""
+        capture, method = self.stages.capture, self.preconditioner
+        self._updating = (bool(capture.buffers) or not capture.hooks) and method.updates_at(self.steps)
+        self._refreshing = method.refreshes_at(self.steps)
+        if capture.collecting != (self._updating and capture.hooks):
+            capture.collect(not capture.collecting)
 
-    def _follow_layout(self) -> None:
-        """Place the factors anew if the process group was started, or the model sharded, after construction.
-
-        Raises:
-            RuntimeError: that happened after the first step.
-        """
-        self.gradients = locate(self.layers, self.gradients, self.comm)
-        if self.placed == self._layout():
-            return
-        if self.steps:
-            raise RuntimeError(
-                f"{self.name} was built and has stepped at (workers, gradients) {self.placed}, but it is "
-                f"{self._layout()} now; start the process group before the optimizer is built, and shard the "
-                "model before its first step."
-            )
-        self._place()
-
-    # ---- windows ---------------------------------------------------------------------------------------------------
+    def use(self, strategy: Strategy) -> None:
+        """Let tensors lie as ``strategy`` says, from before the first step on."""
+        self.stages.strategy = strategy
+        self.external_step = strategy.external_step
+        self.loss_scale = lambda: strategy.loss_scale
+        if hasattr(self.base, "partition"):  # it needs the norms of whole parameters
+            self.base.partition = strategy.partition
 
     def mask_rows(self, mask: Tensor | None) -> None:
         """Leave padding out of the means of layer inputs, in the forward and backward passes until the step ends.
@@ -206,7 +180,7 @@ class PreconditionedOptimizer(Saving, Optimizer):
         Args:
             mask: the micro-batch's attention mask [B, T], 1 for tokens and 0 for padding; None: there is no padding.
         """
-        self.capture.mask = None if mask is None else mask != 0
+        self.stages.capture.mask = None if mask is None else mask != 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what the window has collected (a step may have been skipped).
@@ -214,26 +188,23 @@ class PreconditionedOptimizer(Saving, Optimizer):
         It may stand between a forward pass and its backward passes.
         """
         super().zero_grad(set_to_none)
-        self._drop_window(outputs=False)
+        self.begin_window(outputs=False)
 
-    def begin_window(self) -> None:
-        """Drop partial statistics: a step was skipped, or a batch is tried again."""
-        self._drop_window(outputs=True)
-
-    def _drop_window(self, *, outputs: bool) -> None:
+    def begin_window(self, *, outputs: bool = True) -> None:
+        """Drop partial statistics: a step was skipped, or a batch is tried again; ``outputs`` as for ``Capture``."""
         self._loss.forget()
-        if self.capture.collecting:
-            self.capture.clear(outputs=outputs)
+        if self.stages.capture.collecting:
+            self.stages.capture.clear(outputs=outputs)
 
     def remove_hooks(self) -> None:
         """Remove all hooks from the model; the optimizer goes on with the factors it has."""
-        self.capture.remove()
+        self.stages.capture.remove()
         self._schedule()
 
     @property
     def wants_sampled_loss(self) -> bool:
         """Whether this window needs ``backward_sampled`` (``fisher="mc"``, in windows that collect statistics)."""
-        return self.capture.collecting and self.capture.sampled is not None
+        return self.stages.capture.collecting and self.stages.capture.sampled is not None
 
     def backward_sampled(self, loss: Tensor) -> None:
         """Collect the output factors from a loss whose labels were drawn from the model, before the real backward.
@@ -246,40 +217,28 @@ class PreconditionedOptimizer(Saving, Optimizer):
         """
         if not self.wants_sampled_loss:
             raise RuntimeError("this window wants no sampled loss; ask optimizer.wants_sampled_loss first.")
-        fisher.backward_sampled(self.capture, loss * self.loss_scale())
+        fisher.backward_sampled(self.stages.capture, loss * self.loss_scale())
 
     def report_loss(self, loss: Tensor | float) -> None:
         """Tell the training loss, once for each micro-batch, before ``step``: what you call ``backward`` on.
 
-        ``zero_grad`` forgets it, since a step may have been skipped.
-
-        Methods that do not look at the loss (all but MKOR-H) ignore it. SecondOrderTrainer does this itself.
-
-        Args:
-            loss: this rank's, weighted as in the backward pass; the micro-batches of a window are summed.
+        It is this rank's, weighted as in the backward pass; the micro-batches of a window are summed, and ``zero_grad``
+        forgets them, since a step may have been skipped. Methods that do not look at the loss (all but MKOR-H) ignore
+        it. SecondOrderTrainer does this itself.
         """
         if self.layers and self.preconditioner.watches_loss:
             self._loss.report(loss, self.layers[0].weight.device)
 
-    def _observe_loss(self) -> None:
-        """Show the method the loss of the global batch, and switch it off if it says so."""
-        if self.preconditioner.observe(self._loss.take(self.comm), self.steps):
-            logger.info("%s hands over to %s after step %d", self.name, type(self.base).__name__, self.steps)
-            self._switch_off()
-
     def _switch_off(self) -> None:
         """From now on the base alone: hooks and factors go."""
         self._skipped |= {layer.name: f"{self.name} has switched to its base" for layer in self.layers}
-        self.capture.remove()
-        self.layers, self.states, self.switched = [], {}, True
-        self.diagnostic = Diagnostics(self.preconditioner.side_names)  # the last step's numbers are no news any more
-
-    # ---- what it does, in words and numbers --------------------------------------------------------------------------
+        self.stages.switch_off()
+        self.switched = True
 
     def routing(self) -> dict[str, str]:
         """Per parameter of the base: which rule moves it, and why a layer is left to the base."""
         return routing(
-            self.param_groups, self.parameter_index, self._skipped, self.diagnostic.without_rows(),
+            self.param_groups, self.parameter_index, self._skipped, self.stages.diagnostics.without_rows(),
             method=self.name, base=type(self.base).__name__,
         )  # fmt: skip
 
@@ -288,18 +247,72 @@ class PreconditionedOptimizer(Saving, Optimizer):
 
         Where ranks share the work (K-FAC), |F - I| is of the layers that this rank preconditions.
         """
-        table = self.diagnostic.rows()
+        table = self.stages.diagnostics.rows()
         names = [f"{side}_distance" for side in self.preconditioner.side_names]
-        for layer in self.layers:
-            if self.placement.is_gradient_worker(layer.name):
-                state = stacked([self.states[layer.name]], [layer], self.preconditioner.shared)
-                distances = self.preconditioner.distances(state)[0].tolist()
-                table.setdefault(layer.name, {}).update(zip(names, distances, strict=True))
+        for layer, distances in self.stages.distances():
+            table.setdefault(layer, {}).update(zip(names, distances, strict=True))
         return table
 
     def health(self) -> dict[str, float]:
         """A few numbers for a log line; see ``Diagnostics.health``."""
-        return self.diagnostic.health([layer.name for layer in self.layers])
+        return self.stages.diagnostics.health([layer.name for layer in self.layers])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, and the factors under "second_order" unless somebody else saves them."""
+        saved = dict(self._linked_base().state_dict())
+        return saved | {"second_order": self.second_order_state()} if self.carries_state else saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict()`` of the same optimizer over the same model, which is left as it is.
+
+        Raises ``ValueError``, before anything changes, if it is another optimizer's or the layers differ.
+        """
+        rest = {key: value for key, value in state_dict.items() if key != "second_order"}
+        saved = self.check_second_order_state(state_dict.get("second_order")) if self.carries_state else None
+        self._linked_base().load_state_dict(rest)
+        self._share_with_base()
+        if saved is not None:
+            self._restore(saved)
+
+    def second_order_state(self) -> dict[str, Any]:
+        """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
+
+        Where ranks share the work or the state (K-FAC under several processes, root-free RMSProp under FSDP2) every
+        rank must call it: they exchange factors.
+        """
+        layers = {layer.name: self.stages.whole_state(layer) for layer in self.layers}
+        return self._identity.saved(self.steps, self.switched, self.preconditioner.global_state(), layers)
+
+    def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
+        """Continue from ``second_order_state()``; errors as ``check_second_order_state``."""
+        self._restore(self.check_second_order_state(saved))
+
+    def check_second_order_state(self, saved: dict[str, Any] | None) -> dict[str, Any]:
+        """What ``second_order_state`` returned, or a ``ValueError`` if ``load_second_order_state`` would refuse it."""
+        fresh = ((layer.name, self.preconditioner.init(layer)) for layer in self.layers)
+        return self._identity.check(saved, fresh, self.switched)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        if saved.get("switched", False):
+            self._switch_off()
+        self.stages.follow_layout(self.name, self.steps)
+        self.stages.restore_states(saved["layers"])
+        self.preconditioner.load_global_state(saved.get("own", {}))
+        self.steps = int(saved["steps"])
+        self.ranks_checked = False
+        self._schedule()
+        self.stages.capture.clear()
+
+    def base_state(self, keep: bool = True) -> dict[str, Any]:
+        """The base's state in whole tensors, the same for every strategy, if this rank wants to ``keep`` it.
+
+        Every rank must call it.
+        """
+        return state.whole_base_state(self._linked_base(), self.parameter_index.parameters, self.stages.strategy, keep)
+
+    def load_base_state(self, saved: dict[str, Any]) -> None:
+        """Continue from ``base_state()`` of a run under any strategy; ``ValueError`` for another optimizer's."""
+        state.load_base_state(self._linked_base(), self.parameter_index.parameters, self.stages.strategy, saved)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:

@@ -11,18 +11,14 @@ keeps its running factors and inverts them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hf_soo.engine.comm import Communicator
-from hf_soo.engine.layers import Layer
-
-if TYPE_CHECKING:
-    from hf_soo.engine.preconditioner import LayerState, Preconditioner
 
 
 @dataclass(frozen=True)
@@ -239,40 +235,24 @@ class Grid:
                 yield rank, mine
 
 
-def place(layers: Sequence[Layer], preconditioner: Preconditioner, comm: Communicator) -> Placement:
-    """The placement that a method asks for at the current world size.
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What this rank does for a layer.
 
     Args:
-        layers: the layers it moves, the same on every rank.
-        preconditioner: the method.
-        comm: the means of communication.
-
-    Returns:
-        ``Replicated`` unless the method shares work between several ranks.
-
-    Raises:
-        ValueError: its number of workers does not divide the world size.
+        column: layers of one column are preconditioned by the same ranks.
+        keeps: whether it keeps the running factors and inverts them.
+        preconditions: whether it turns the layer's G into P.
     """
-    workers = preconditioner.workers(comm.world_size)
-    if workers is None or comm.world_size == workers == 1:
-        return Replicated(comm)
-    plan = make_plan({layer.name: preconditioner.cost(layer) for layer in layers}, comm.world_size, workers)
-    return Grid(comm, plan)
 
+    column: int
+    keeps: bool
+    preconditions: bool
 
-def held(placement: Placement, name: str, state: LayerState, shared: Collection[str] | None) -> LayerState:
-    """The part of a layer's state that this rank keeps.
-
-    Args:
-        placement: who keeps what.
-        name: the layer's.
-        state: all of it.
-        shared: names of the tensors that a layer's workers need.
-    """
-    if shared is None or placement.is_inverse_worker(name):
-        return state
-    works = placement.is_gradient_worker(name)
-    return {side: {k: t for k, t in factor.items() if works and k in shared} for side, factor in state.items()}
+    @classmethod
+    def of(cls, placement: Placement, name: str) -> Assignment:
+        """From a placement, for the layer of a name."""
+        return cls(placement.column(name), placement.is_inverse_worker(name), placement.is_gradient_worker(name))
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.checks import require_count
 from hf_soo.engine.flops import MinimalWork
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, stack
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.rescale import NoRescale, Rescale
 from hf_soo.engine.selection import Selection, select_layers
@@ -289,3 +289,46 @@ class Method:
 def keep_where(valid: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """``new`` for the layers where ``valid`` [L], ``old`` elsewhere; both [L, ...]."""
     return torch.where(valid.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def stacked(states: Sequence[LayerState], device: torch.device, names: Collection[str] | None = None) -> LayerState:
+    """The states of a group, every tensor with a leading dimension [L]; views if the group is one layer.
+
+    Args:
+        states: of the layers of the group.
+        device: where the layers are.
+        names: of the tensors to take; None: all.
+    """
+    for state in states:
+        for factor in state.values():
+            for key, tensor in factor.items():
+                if tensor.device != device:  # the model moved after construction
+                    factor[key] = tensor.to(device)
+    return {
+        side: {key: stack([state[side][key] for state in states]) for key in factor if names is None or key in names}
+        for side, factor in states[0].items()
+    }
+
+
+def unstack_(states: Sequence[LayerState], new: LayerState) -> None:
+    """Copy a stacked state back into the layers' own, but for what was changed in place."""
+    for i, state in enumerate(states):
+        for side, factor in new.items():
+            for key, tensor in factor.items():
+                target = state[side][key]
+                if target.data_ptr() != tensor[i].data_ptr():
+                    target.copy_(tensor[i])
+
+
+def local_state(state: LayerState, shared: Collection[str] | None, keeps: bool, works: bool) -> LayerState:
+    """The part of a layer's state that a rank holds: all, what preconditioning needs, or nothing.
+
+    Args:
+        state: all of it.
+        shared: names of the tensors that preconditioning needs (``Preconditioner.shared``); None: all.
+        keeps: whether the rank keeps the running factors.
+        works: whether it preconditions the layer.
+    """
+    if shared is None or keeps:
+        return state
+    return {side: {k: t for k, t in factor.items() if works and k in shared} for side, factor in state.items()}

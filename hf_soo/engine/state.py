@@ -1,148 +1,227 @@
-"""What a PreconditionedOptimizer saves, and continues from: the factors, and the base's state."""
+"""What a PreconditionedOptimizer saves, and how it is checked before anything changes.
+
+The factors are plain tensors keyed by module name, the same for every world size:
+
+    {"optimizer": name, "base": class, "config": {...}, "steps": t, "switched": bool, "own": {name: tensor},
+     "layers": {module name: {"side.tensor": tensor}}}
+
+The base's state is in whole tensors by parameter name, whatever it was cut over, so that a run can go on with other
+ranks than it had:
+
+    {"groups": [{"lr": ..., "betas": ...}, ...], "state": {parameter name: {"exp_avg": tensor, "step": tensor, ...}}}
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.base_state import ByParameter, Keeper, load_base_state, whole_base_state
-from hf_soo.engine.capture import Capture
-from hf_soo.engine.checkpoint import check_layers, check_saved, layer_tensors
-from hf_soo.engine.stages import Stages
+from hf_soo.engine.comm import Communicator
+from hf_soo.engine.layers import Layer
+from hf_soo.engine.preconditioner import LayerState
+from hf_soo.engine.strategy import Names, Strategy
 
-STATE_KEY = "second_order"
+logger = logging.getLogger(__name__)
 
 
-class Saving(Stages):
-    """The states of a PreconditionedOptimizer; it sets the attributes."""
+def layer_tensors(states: Mapping[str, LayerState]) -> LayerState:
+    """Module name -> {"side.tensor": tensor}."""
+    return {
+        name: {f"{side}.{key}": tensor for side, factor in state.items() for key, tensor in factor.items()}
+        for name, state in states.items()
+    }
 
-    base: Optimizer
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same to go on from a checkpoint, and on every rank.
+
+    Args:
+        name: the method.
+        base: the base's class.
+        config: the method's settings; a difference to a checkpoint's is allowed and logged.
+    """
+
     name: str
+    base: str
     config: dict[str, Any]
-    steps: int
-    switched: bool
-    ranks_checked: bool
-    carries_state: bool
-    keeper: Keeper | None
-    capture: Capture
 
-    def _linked_base(self) -> Optimizer:
-        raise NotImplementedError
-
-    def _share_with_base(self) -> None:
-        raise NotImplementedError
-
-    def _switch_off(self) -> None:
-        raise NotImplementedError
-
-    def _follow_layout(self) -> None:
-        raise NotImplementedError
-
-    def _schedule(self) -> None:
-        raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state, and the factors under "second_order" unless somebody else saves them."""
-        saved = dict(self._linked_base().state_dict())
-        if self.carries_state:
-            saved[STATE_KEY] = self.second_order_state()
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``; the argument is left as it is.
+    def agree(self, comm: Communicator, base_defaults: Mapping[str, Any], layers: Sequence[Layer], steps: int) -> None:
+        """Compare what the ranks were built with.
 
         Args:
-            state_dict: what ``state_dict`` of the same optimizer over the same model returned.
+            comm: between them.
+            base_defaults: the base's settings.
+            layers: what the method moves.
+            steps: steps done.
 
         Raises:
-            ValueError: it is another optimizer's, or the layers differ.
+            ValueError: they were built differently, or resumed at different steps.
         """
-        rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
-        # What is not ours is refused before anything changes.
-        saved = self._checked(state_dict.get(STATE_KEY)) if self.carries_state else None
-        self._linked_base().load_state_dict(rest)
-        self._share_with_base()
-        if saved is not None:
-            self._restore(saved)
+        plain = {k: v for k, v in base_defaults.items() if isinstance(v, (bool, int, float, str, tuple))}
+        comm.agree(
+            {
+                "method": f"{self.name} over {self.base}",
+                "settings": str(self.config),
+                "base settings": str(plain),
+                "layers": str([(layer.name, layer.shape) for layer in layers]),
+                "steps done": str(steps),
+            }
+        )
 
-    def second_order_state(self) -> dict[str, Any]:
-        """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
-
-        Where ranks share the work or the state (K-FAC under several processes, root-free RMSProp under FSDP2) every
-        rank must call it: they exchange factors.
-        """
-        return {
-            "optimizer": self.name,
-            "base": type(self.base).__name__,
-            "config": dict(self.config),
-            "steps": self.steps,
-            "switched": self.switched,
-            "own": self.preconditioner.global_state(),
-            "layers": layer_tensors({layer.name: self._whole_state(layer) for layer in self.layers}),
-        }
-
-    def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
-        """Continue from ``second_order_state()``.
+    def saved(
+        self, steps: int, switched: bool, own: Mapping[str, Tensor], layers: Mapping[str, LayerState]
+    ) -> dict[str, Any]:
+        """The factors' checkpoint.
 
         Args:
-            saved: what it returned, or None if a checkpoint has none.
+            steps: steps done.
+            switched: whether the method has handed over to its base.
+            own: the method's state that belongs to no layer.
+            layers: layer name -> its whole state.
+        """
+        header = {"optimizer": self.name, "base": self.base, "config": dict(self.config)}
+        return header | {"steps": steps, "switched": switched, "own": own, "layers": layer_tensors(layers)}
+
+    def check(
+        self, saved: dict[str, Any] | None, fresh: Iterable[tuple[str, LayerState]], switched: bool
+    ) -> dict[str, Any]:
+        """The saved state, if it belongs to this optimizer.
+
+        Args:
+            saved: ``PreconditionedOptimizer.second_order_state()`` of an earlier run, or None.
+            fresh: (layer name, a whole state) of this run; looked at one by one.
+            switched: whether this run has handed over to its base.
+
+        Returns:
+            The saved state.
 
         Raises:
-            ValueError: it is another optimizer's, or the layers differ.
+            ValueError: there is none, it is another method's or another base's, or the layers differ.
         """
-        self._restore(self._checked(saved))
-
-    def check_second_order_state(self, saved: dict[str, Any] | None) -> None:
-        """Refuse what ``load_second_order_state`` would, and change nothing.
-
-        Args:
-            saved: what ``second_order_state`` returned, or None if a checkpoint has none.
-
-        Raises:
-            ValueError: it is another optimizer's, or the layers differ.
-        """
-        self._checked(saved)
-
-    def base_state(self, keep: bool = True) -> dict[str, Any]:
-        """The base's state in whole tensors, the same for every strategy; every rank must call it.
-
-        Args:
-            keep: whether this rank keeps what it gets.
-        """
-        return whole_base_state(self._linked_base(), self.parameter_index.parameters, self._keeper(), keep)
-
-    def load_base_state(self, saved: dict[str, Any]) -> None:
-        """Continue from ``base_state()`` of a run under this or another strategy.
-
-        Args:
-            saved: what it returned.
-
-        Raises:
-            ValueError: it is another optimizer's or another model's.
-        """
-        load_base_state(self._linked_base(), self.parameter_index.parameters, self._keeper(), saved)
-
-    def _keeper(self) -> Keeper:
-        return self.keeper if self.keeper is not None else ByParameter(self.base, self.parameter_index.parameters)
-
-    def _checked(self, saved: dict[str, Any] | None) -> dict[str, Any]:
-        saved = check_saved(saved, self.name, type(self.base).__name__, self.config)
-        if self.switched and not saved.get("switched", False):
+        if saved is None:
             raise ValueError(
-                f"this {self.name} has switched to its base, the checkpoint's has not; build a new optimizer to resume."
+                f"this checkpoint has no state of {self.name!r}: another optimizer wrote it, or a tool that keeps the "
+                "base's state alone (torch.distributed.checkpoint, accelerate's save_state under FSDP2; see README, "
+                "'A plain loop'); resume with that optimizer, or start a new run from the model's weights alone."
             )
+        for what, key, mine in (("optimizer", "optimizer", self.name), ("base optimizer", "base", self.base)):
+            if saved[key] != mine:
+                raise ValueError(
+                    f"this checkpoint was written with {what} {saved[key]!r}, this run has {mine!r}; resume with "
+                    f"{saved[key]!r}, or start a new run from the model's weights alone."
+                )
+        before = saved["config"]
+        changed = {k: (before.get(k), v) for k, v in self.config.items() if before.get(k) != v}
+        if changed:
+            logger.warning("%s resumes with changed settings (saved, now): %s", self.name, changed)
         if not saved.get("switched", False):
-            check_layers(((layer.name, self.preconditioner.init(layer)) for layer in self.layers), saved["layers"])
+            if switched:
+                raise ValueError(
+                    f"this {self.name} has switched to its base, the checkpoint's has not; build a new optimizer to "
+                    "resume."
+                )
+            _check_layers(fresh, saved["layers"])
         return saved
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        if saved.get("switched", False):
-            self._switch_off()
-        self._follow_layout()
-        self._restore_states(saved["layers"])
-        self.preconditioner.load_global_state(saved.get("own", {}))
-        self.steps = int(saved["steps"])
-        self.ranks_checked = False
-        self._schedule()
-        self.capture.clear()
+
+def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) -> None:
+    """Check that saved tensors fit the states of this run.
+
+    Args:
+        fresh: (layer name, a whole state) of this run; looked at one by one.
+        saved: what ``layer_tensors`` gave.
+
+    Raises:
+        ValueError: a layer is missing or unknown, or a tensor has another name, shape or dtype.
+    """
+    own = {name: _signature(layer_tensors({name: state})[name]) for name, state in fresh}
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the checkpoint's layers differ from the model's: missing {missing[:3]} ({len(missing)}), unknown "
+            f"{unknown[:3]} ({len(unknown)}); use the same model, include and exclude patterns."
+        )
+    for name, wanted in own.items():
+        if wanted != _signature(saved[name]):
+            raise ValueError(
+                f"the checkpoint's state of layer {name!r} is {_signature(saved[name])}, this run needs {wanted}; "
+                "resume with the settings the checkpoint was written with."
+            )
+
+
+def _signature(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {key: f"{tensor.dtype}{list(tensor.shape)}" for key, tensor in sorted(tensors.items())}
+
+
+def whole_base_state(base: Optimizer, names: Names, strategy: Strategy, keep: bool) -> dict[str, Any]:
+    """The base's state for a checkpoint; every rank must call it.
+
+    Args:
+        base: the optimizer.
+        names: of the parameters of each group.
+        strategy: where its tensors lie.
+        keep: whether this rank keeps what it gets; the others hold one parameter's state at a time.
+
+    Returns:
+        See the module's docstring; loadable with ``weights_only=True``. Without states where they are not kept.
+    """
+    state = {name: entry for name, entry in strategy.base_entries(base, names) if keep}
+    return {"groups": [_settings(group) for group in base.param_groups], "state": state}
+
+
+def from_state_dict(saved: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Torch's ``Optimizer.state_dict()`` of one process or DDP in this form.
+
+    Args:
+        saved: the state dict; parameters are known by their number.
+        names: of the parameters of each group.
+
+    Raises:
+        ValueError: the groups have other sizes.
+    """
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(mine) for mine in names]:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {sizes} parameters, this one of {[len(m) for m in names]}; use "
+            "the same model and optimizer."
+        )
+    numbers = (number for group in saved["param_groups"] for number in group["params"])
+    flat = [name for mine in names for name in mine]
+    return {
+        "groups": [_settings(group) for group in saved["param_groups"]],
+        "state": {name: saved["state"].get(number, {}) for number, name in zip(numbers, flat, strict=True)},
+    }
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def load_base_state(base: Optimizer, names: Names, strategy: Strategy, saved: Mapping[str, Any]) -> None:
+    """Continue from ``whole_base_state``.
+
+    Args:
+        base: the optimizer.
+        names: of the parameters of each group.
+        strategy: where the base's tensors lie.
+        saved: what was saved, under any strategy.
+
+    Raises:
+        ValueError: the groups or the parameters differ.
+    """
+    mine = [name for group in names for name in group]
+    missing, unknown = sorted(set(mine) - set(saved["state"])), sorted(set(saved["state"]) - set(mine))
+    if missing or unknown or len(saved["groups"]) != len(base.param_groups):
+        raise ValueError(
+            f"the checkpoint's optimizer has {len(saved['groups'])} groups, this one {len(base.param_groups)}; missing "
+            f"{missing[:3]} ({len(missing)}), unknown {unknown[:3]} ({len(unknown)}); use the same model and optimizer."
+        )
+    for group, values in zip(base.param_groups, saved["groups"], strict=True):
+        group.update(values)
+    strategy.restore_base_entries(base, names, saved["state"])

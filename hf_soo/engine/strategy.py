@@ -1,31 +1,89 @@
-"""Read and write a layer's gradient as one matrix, wherever it lies: the accessor, and plain gradients."""
+"""Where tensors lie: one object that reads and writes gradients, keeps the base's state and knows whole norms.
+
+``WholeTensors`` is one process, DistributedDataParallel and ZeRO-0; ``RowShards`` (row_shards.py) is FSDP2, and
+``ZeroFragments`` (integrations/zero.py) is ZeRO-1, 2 and 3. Tensor parallelism would be one more of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed, grad_of, stack
+from hf_soo.engine import dtensors
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint
 from hf_soo.engine.layers import Layer
 
+Entry = dict[str, Any]
+"""The state of one parameter in a base optimizer: {"exp_avg": tensor, "step": tensor, ...}."""
 
-class Gradients(Protocol):
-    """Where the averaged gradients are. Every rank makes the same calls in the same order: some communicate."""
+Names = Sequence[Sequence[str]]
+"""The names of the parameters of each group of the base."""
 
-    layout: object  # changes when gradients come to lie elsewhere
-    row_wise: bool  # whether the method can work on rows; the optimizer says so
 
+class Partition(Protocol):
+    """How the tensors that an optimizer steps on make up whole parameters; LAMB needs their norms.
+
+    All pieces of a whole tensor are stepped on in the same call of ``step``, on all ranks.
+    """
+
+    tensors: int
+    """The number of whole tensors, over all ranks and groups."""
+
+    def fragments(self, param: Tensor) -> Sequence[Any]:
+        """What a flat parameter consists of, in order, padding left out: ``Fragment``s."""
+
+    def sum_norms_(self, values: Tensor) -> None:
+        """Sum values over the ranks that hold pieces, in place; called once by every rank in every step."""
+
+    def grad_norm(self) -> Tensor:
+        """‖g‖ over all whole tensors of all groups and ranks, 0-d; for the clip.
+
+        Of the gradients as ``step`` finds them (unscaled, after a clip outside), and the same in every call that makes
+        up one step: stepping a group overwrites its gradients, so this is measured before the first.
+        """
+
+
+class Strategy(ABC):
+    """What every strategy answers. Every rank makes the same calls in the same order: some communicate.
+
+    Attributes:
+        in_pieces: whether each rank stores a piece of every gradient.
+        layout: what distinguishes it from others; factors are placed anew when it changes before the first step.
+        row_wise: whether the method can work on rows of a gradient; the step says so.
+        external_step: whether somebody else takes the step (DeepSpeed's engine).
+        partition: how the base's tensors make up whole parameters, where they are flat pieces of several.
+    """
+
+    layout: str
+    in_pieces = False
+    row_wise = False
+    external_step = False
+    partition: Partition | None = None
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the gradients as they are stored."""
+        return 1.0
+
+    # ---- gradients ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def has(self, layer: Layer) -> bool:
         """Whether this step produced a gradient for the layer's weight, and for its bias if it trains one."""
 
     def by_rows(self, layer: Layer) -> bool:
         """Whether ``read`` gives the rows of this rank alone."""
+        return False
 
     def rows(self, layer: Layer) -> slice:
         """Those rows; all where ``read`` gives the whole gradient."""
+        return ALL_ROWS
 
+    @abstractmethod
     def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
         """The groups in portions that are read, transformed and written one after the other.
 
@@ -34,79 +92,120 @@ class Gradients(Protocol):
             joined: whether a portion costs messages whatever its size, so that few are better.
         """
 
+    @abstractmethod
     def read(self, groups: Groups) -> list[Joint]:
         """The groups' gradients in the accumulation dtype.
 
         A single layer in that dtype may be a view: changing it in place writes the gradient.
         """
 
-    def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
-        """What of the whole gradients this rank stores; the rest may be forgotten."""
+    def portions(self, groups: Groups, joined: bool) -> Iterator[tuple[Groups, list[Joint]]]:
+        """``batches`` with their gradients, each read when it is its turn.
 
+        Args:
+            groups: see ``batches``.
+            joined: see ``batches``.
+
+        Yields:
+            (groups, their gradients).
+        """
+        for batch in self.batches(groups, joined):
+            yield batch, self.read(batch)
+
+    @abstractmethod
     def write(self, group: list[Layer], grad: Joint) -> None:
-        """Store what ``own`` gave, in the dtype that is stored."""
+        """Store P, or this rank's part of it as ``own`` gave it, in the dtype that is stored."""
 
+    @abstractmethod
     def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
         """Whole gradients of the layers' biases in the accumulation dtype, [d_out] each."""
 
+    def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
+        """What of the whole gradients this rank stores; the rest may be forgotten. For pieces alone."""
+        return list(grads)
+
+    @abstractmethod
     def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
-        """Sum what was computed from the groups' rows over all rows, in place."""
+        """Sum what was computed from the groups' rows over all rows, in place. For pieces alone."""
 
     def gather(self, layer: Layer, rows: Tensor) -> Tensor:
         """A tensor [rows of this rank, ...] of a layer read by rows, with the rows of all ranks."""
+        return rows
+
+    # ---- the base's state --------------------------------------------------------------------------------------------
+
+    def base_entries(self, base: Optimizer, names: Names) -> Iterator[tuple[str, Entry]]:
+        """Each parameter's state in whole tensors on the CPU, one at a time; every rank must go through all.
+
+        Args:
+            base: the optimizer.
+            names: of the parameters of its groups.
+
+        Yields:
+            (name of the parameter, its state).
+        """
+        for name, parameter in _named(base, names).items():
+            entry = base.state.get(parameter, {})
+            yield name, {key: on_cpu(dtensors.whole(v) if isinstance(v, Tensor) else v) for key, v in entry.items()}
+
+    def restore_base_entries(self, base: Optimizer, names: Names, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep this rank's part of what ``base_entries`` gave, under any strategy.
+
+        Args:
+            base: the optimizer.
+            names: of the parameters of its groups.
+            saved: name of a parameter -> its state.
+        """
+        for name, parameter in _named(base, names).items():
+            base.state[parameter] = {key: _like(value, parameter) for key, value in saved[name].items()}
 
 
-class PlainGradients:
+class WholeTensors(Strategy):
     """Gradients that are whole, ordinary tensors: one process, DistributedDataParallel, ZeRO-0."""
 
-    layout: object = "whole"
-    row_wise = False
+    layout = "whole"
 
     def has(self, layer: Layer) -> bool:
-        """See ``Gradients``."""
-        return layer.weight.grad is not None and (layer.bias is None or layer.bias.grad is not None)
-
-    def by_rows(self, layer: Layer) -> bool:
-        """Never."""
-        return False
-
-    def rows(self, layer: Layer) -> slice:
-        """All."""
-        return ALL_ROWS
+        """See ``Strategy``."""
+        return layer.gradients() is not None
 
     def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
         """One by one: in cache."""
         return [groups] if joined else [[group] for group in groups]
 
     def read(self, groups: Groups) -> list[Joint]:
-        """See ``Gradients``."""
-        return [self._read(group) for group in groups]
-
-    def _read(self, layers: Sequence[Layer]) -> Joint:
-        weights = [computed(layer.as_matrix(grad_of(layer.weight))) for layer in layers]
-        biases = [computed(grad_of(layer.bias)) for layer in layers if layer.bias is not None]
-        return Joint(stack(weights), stack(biases) if biases else None)
-
-    def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
-        """All."""
-        return list(grads)
+        """See ``Strategy``."""
+        pairs = [[pair for layer in group if (pair := layer.gradients()) is not None] for group in groups]
+        return [Joint.of([weight for weight, _ in group], [bias for _, bias in group]) for group in pairs]
 
     def write(self, group: list[Layer], grad: Joint) -> None:
-        """See ``Gradients``."""
+        """See ``Strategy``."""
         for i, layer in enumerate(group):
-            weight = grad_of(layer.weight)
-            if layer.as_matrix(weight).data_ptr() != grad.weight[i].data_ptr():  # else it was changed in place
-                weight.copy_(layer.from_matrix(grad.weight[i], weight))
-            if layer.bias is not None and grad.bias is not None:
-                grad_of(layer.bias).copy_(grad.bias[i])
-
-    def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """See ``Gradients``."""
-        return [computed(grad_of(layer.bias)) for layer in layers]
+            layer.set_gradients(grad.weight[i], None if grad.bias is None else grad.bias[i])
 
     def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
         """Nothing: all rows are here."""
 
-    def gather(self, layer: Layer, rows: Tensor) -> Tensor:
-        """All rows are here."""
-        return rows
+    def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """See ``Strategy``."""
+        return [pair[1] for layer in layers if (pair := layer.gradients()) is not None and pair[1] is not None]
+
+
+def _named(base: Optimizer, names: Names) -> dict[str, Tensor]:
+    """Name -> parameter of a base that steps on the model's own parameters, or on DTensors of them."""
+    groups = zip(base.param_groups, names, strict=True)
+    return {name: p for group, mine in groups for name, p in zip(mine, group["params"], strict=True)}
+
+
+def on_cpu(value: Any) -> Any:
+    """A value of a state, as it is kept in a checkpoint."""
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """A saved value where the parameter is, and cut as it is if it has its shape."""
+    if not isinstance(value, Tensor):
+        return value
+    if dtensors.is_dtensor(parameter) and value.shape == parameter.shape:
+        return dtensors.placed_as(value, parameter)
+    return value.to(parameter.device, copy=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Buffers, Statistics, Window
 from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
-from hf_soo.engine.strategy import Gradients
+from hf_soo.engine.strategy import Strategy
 
 NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
 """δ by the gradient's dtype: a sum of rows with |Σe|² <= δ² Σ|e|² is rounding noise.
@@ -89,7 +89,7 @@ class SumRecorder:
             counts = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
         return cast(Tensor, _CommitSums.apply(output, inputs, counts, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
-    def ready(self, layers: Sequence[Layer], gradients: Gradients) -> list[Layer]:
+    def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
         return list(layers)
 
@@ -120,11 +120,9 @@ class SumRecorder:
             rows, _, outputs, _ = window.buffers[layer.name]
             means[layer.name] = outputs * window.unit if outputs.numel() else rows.new_zeros(1, layer.shape[0])
         of_bias = [
-            layer
-            for layer in window.layers
-            if not window.buffers[layer.name][2].numel() and window.gradients.has(layer)
+            layer for layer in window.layers if not window.buffers[layer.name][2].numel() and window.strategy.has(layer)
         ]
-        for layer, bias in zip(of_bias, window.gradients.biases(of_bias), strict=True):
+        for layer, bias in zip(of_bias, window.strategy.biases(of_bias), strict=True):
             means[layer.name] = bias[None]
         return {name: mean / window.buffers[name][0].clamp(min=1)[:, None] for name, mean in means.items()}
 

@@ -24,8 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.engine.shards import ShardedGradients
-from hf_soo.integrations.zero import FlatKeeper, FlatPartition, ZeroSource, pieces_of
+from hf_soo.integrations.zero import ZeroFragments, fragments_of
 from hf_soo.optimizers.bases import check_flat
 from hf_soo.optimizers.lamb import Lamb
 
@@ -53,7 +52,7 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
         ValueError: the engine steps another optimizer.
         NotImplementedError: the engine's set-up, or the base optimizer over flat pieces, is not supported.
     """
-    if optimizer.capture.sampled is not None:
+    if optimizer.stages.capture.sampled is not None:
         raise NotImplementedError(
             f"{optimizer.name} with fisher='mc' under DeepSpeed: its engine takes the sampled loss's backward pass for "
             "the step's own; use fisher='empirical', DDP or FSDP2."
@@ -66,14 +65,10 @@ def attach(engine: Any, optimizer: PreconditionedOptimizer) -> None:
     _follow_loss(engine, optimizer)
     if whole or hasattr(zero, MARK):
         return
-    source = pieces_of(zero, engine.module)
-    optimizer.external_step = True
-    optimizer.gradients = gradients = ShardedGradients(source, optimizer.comm)
-    optimizer.keeper = FlatKeeper(source, gradients, optimizer.base)
-    optimizer.loss_scale = lambda: source.loss_scale
-    step = _Step(optimizer, zero, source)
+    fragments = fragments_of(zero, engine.module, optimizer.stages.comm)
+    optimizer.use(fragments)
+    zero.step = step = _Step(optimizer, fragments)
     setattr(zero, MARK, step)
-    zero.step = step
 
 
 def _tell_clip(engine: Any, optimizer: PreconditionedOptimizer) -> None:
@@ -145,29 +140,27 @@ def _follow_loss(engine: Any, optimizer: PreconditionedOptimizer) -> None:
 class _Step:
     """``step`` of an engine's optimizer, with ours around it."""
 
-    def __init__(self, optimizer: PreconditionedOptimizer, zero: Any, source: ZeroSource) -> None:
-        self.optimizer, self.zero, self.source = optimizer, zero, source
-        self.step: Callable[..., Any] = zero.step
-        self.clip, zero.clip_grad = float(zero.clip_grad), 0.0  # clipped here: before the preconditioner
-        self.partition = FlatPartition(source, optimizer.comm)
-        if isinstance(optimizer.base, Lamb):
-            optimizer.base.partition = self.partition
+    def __init__(self, optimizer: PreconditionedOptimizer, fragments: ZeroFragments) -> None:
+        self.optimizer, self.fragments, self.zero = optimizer, fragments, fragments.zero
+        self.step: Callable[..., Any] = self.zero.step
+        self.clip, self.zero.clip_grad = float(self.zero.clip_grad), 0.0  # clipped here: before the preconditioner
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        norm = self.partition.measure()
-        if self.source.skips_overflow and not math.isfinite(norm):  # DeepSpeed reads it from the device as well
+        fragments, zero = self.fragments, self.zero
+        norm = fragments.measure()
+        if fragments.skips_overflow and not math.isfinite(norm):  # DeepSpeed reads it from the device as well
             self.optimizer.begin_window()
             return self.step(*args, **kwargs)
         if self.clip > 0:
-            self.partition.scale_(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
-        self.optimizer.precondition()
-        if isinstance(self.optimizer.base, Lamb):
-            self.partition.measure()
-        result = self.step(*args, **kwargs)
-        if self.zero.overflow:
-            self.optimizer.begin_window()
-        else:
-            self.zero._global_grad_norm = norm  # what Trainer logs: the raw gradient's, as without DeepSpeed
-            self.optimizer.advance()
-        return result
+            fragments.scale_(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+
+        def engine_step() -> Any:
+            if isinstance(self.optimizer.base, Lamb):
+                fragments.measure()  # of P: for its own clip
+            result = self.step(*args, **kwargs)
+            if not zero.overflow:
+                zero._global_grad_norm = norm  # what Trainer logs: the raw gradient's, as without DeepSpeed
+            return result
+
+        return self.optimizer.step_around(engine_step, skipped=lambda: zero.overflow)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_soo.engine.base_state import from_state_dict
+from hf_soo.engine.dtensors import is_dtensor, placed_as
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.engine.state import from_state_dict
 from hf_soo.integrations.checkpoints import BASE_FILE, load_whole
 
 WHOLE = "whole"
@@ -74,9 +74,8 @@ def _assign(name: str, target: Any, value: Tensor) -> None:
     shape = tuple(getattr(target, "ds_shape", target.shape))
     if shape != tuple(value.shape):
         raise ValueError(f"weight {name!r} has shape {tuple(value.shape)} in the checkpoint, {shape} in this model.")
-    if isinstance(target, DTensor):
-        value = value.to(target.device, target.dtype)
-        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+    if is_dtensor(target):
+        target.copy_(placed_as(value.to(target.dtype), target))
     elif hasattr(target, "ds_id"):
         import deepspeed  # an optional dependency; here it has been used already
 

@@ -157,7 +157,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
             The loss.
         """
         # only where it will be read: on a GPU the mask is a copy of its own to the device, in every micro-batch
-        if self.second_order is not None and self.second_order.capture.collecting:
+        if self.second_order is not None and self.second_order.stages.capture.collecting:
             self.second_order.mask_rows(self._padding_mask(inputs))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self.second_order is not None and not self.is_deepspeed_enabled:  # its engine has reported it, and stepped

@@ -1,8 +1,9 @@
-"""ZeRO's pieces: which rank holds which range of a parameter's gradient, and where the base steps on it."""
+"""ZeRO's fragments: which rank holds which range of a parameter's gradient, and where the base steps on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,36 +13,49 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_soo.engine.base_state import Entry
-from hf_soo.engine.comm import Communicator, Group
+from hf_soo.engine.comm import Communicator
+from hf_soo.engine.fragments import Fragment, Fragments, Span
 from hf_soo.engine.layers import Layer, full_shape
-from hf_soo.engine.shards import ShardedGradients, Span
-from hf_soo.optimizers.partition import Fragment
+from hf_soo.engine.strategy import Entry, Names, on_cpu
 
 
-class ZeroSource:
-    """The pieces of a ZeRO optimizer. See ``hf_soo.engine.shards.Source``."""
+class ZeroFragments(Fragments):
+    """Where a ZeRO optimizer keeps gradients and state: pieces of parameters, end to end in flat tensors.
 
-    layout: object = "whole"  # pieces are no rows: every rank keeps whole states
-    in_rows = False
-    group: Group = None
-    zero: Any
+    It is its base's ``Partition`` too: it knows which elements of a flat tensor belong to which whole parameter, and
+    the norm of all gradients.
+    """
 
-    def __init__(self, zero: Any, model: nn.Module) -> None:
+    layout = "whole"  # pieces are no rows: every rank keeps whole states
+    external_step = True
+
+    def __init__(self, zero: Any, model: nn.Module, comm: Communicator) -> None:
         """Exchange which rank holds what; every rank must call it.
 
         Args:
             zero: the engine's optimizer.
             model: the engine's module.
+            comm: the means of communication.
         """
+        super().__init__(comm, None)
         self.zero = zero
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
+        self.tensors = len(self.parameters)
+        self.partition = self
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         mine = [self.own_span(p) for p in self.parameters]
-        everybody: list[list[Span]] = [[]] * dist.get_world_size()
+        everybody: list[list[Span]] = [[]] * self.size
         dist.all_gather_object(everybody, mine)
         self._spans = [list(spans) for spans in zip(*everybody, strict=True)]
+        self._norm = torch.zeros(())
+        self._fragments: dict[int, list[Fragment]] = {}
+        for number, (parameter, span) in enumerate(zip(self.parameters, mine, strict=True)):
+            if span.length:
+                flat, start = self.place(parameter)
+                self._fragments.setdefault(id(flat), []).append(Fragment(number, start, span.length))
+        for fragments in self._fragments.values():
+            fragments.sort(key=lambda fragment: fragment.start)
 
     @property
     def loss_scale(self) -> float:
@@ -61,35 +75,85 @@ class ZeroSource:
         """As exchanged."""
         return self._spans[self._index[id(parameter)]]
 
-    def index(self, parameter: Tensor) -> int:
-        """The number of a parameter, the same on every rank."""
-        return self._index[id(parameter)]
-
+    @abstractmethod
     def own_span(self, parameter: Tensor) -> Span:
         """This rank's piece of a parameter."""
-        raise NotImplementedError
 
-    def piece(self, parameter: Tensor) -> Tensor:
-        """See ``Source``."""
-        raise NotImplementedError
-
+    @abstractmethod
     def place(self, parameter: Tensor) -> tuple[Tensor, int]:
         """The flat tensor that the base steps on, and the first element of this rank's piece (0: there is none)."""
-        raise NotImplementedError
+
+    # ---- norms of whole parameters -----------------------------------------------------------------------------------
+
+    def fragments(self, param: Tensor) -> Sequence[Fragment]:
+        """See ``Partition``."""
+        return self._fragments.get(id(param), [])
 
     def pieces(self) -> list[Tensor]:
-        """All pieces on this rank that are not empty."""
+        """All pieces of gradients on this rank that are not empty."""
         return [self.piece(p) for p in self.parameters if self.own_span(p).length]
 
+    def sum_norms_(self, values: Tensor) -> None:
+        """See ``Partition``: over all ranks."""
+        self.comm.sum_([values])
 
-class FlatPieces(ZeroSource):
+    def measure(self) -> Tensor:
+        """|g| over all whole gradients now, free of the loss scale; 0-d."""
+        pieces = self.pieces()
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32) if pieces else []
+        total = torch.stack(list(norms)).square().sum() if norms else self.parameters[0].new_zeros(()).float()
+        self.comm.sum_([total])
+        self._norm = total.sqrt() / self.loss_scale
+        return self._norm
+
+    def grad_norm(self) -> Tensor:
+        """As measured last: after the preconditioner."""
+        return self._norm
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply all gradients by a 0-d factor."""
+        for piece in self.pieces():
+            piece.mul_(factor)
+
+    # ---- the base's state --------------------------------------------------------------------------------------------
+
+    def base_entries(self, base: Optimizer, names: Names) -> Iterator[tuple[str, Entry]]:
+        """The pieces of each parameter's state from all ranks; what has not the flat tensor's shape as it is."""
+        for name in (name for mine in names for name in mine):
+            parameter = self.named[name]
+            flat, start = self.place(parameter)
+            length, entry = self.own_span(parameter).length, {}
+            for key, value in base.state.get(flat, {}).items():
+                if isinstance(value, Tensor) and value.shape == flat.shape:
+                    (value,) = self.assemble([value[start : start + length]], [self.spans(parameter)])
+                    value = value.view(full_shape(parameter))
+                entry[key] = on_cpu(value)
+            yield name, entry
+
+    def restore_base_entries(self, base: Optimizer, names: Names, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """This rank's pieces, into the flat tensors; "step" holds for all of them."""
+        for name in (name for mine in names for name in mine):
+            parameter = self.named[name]
+            flat, start = self.place(parameter)
+            mine, state = self.own_span(parameter), base.state[flat]
+            for key, value in saved[name].items():
+                if isinstance(value, Tensor) and key != "step" and tuple(value.shape) == full_shape(parameter):
+                    if key not in state:
+                        state[key] = torch.zeros_like(flat, dtype=value.dtype)
+                    piece = value.reshape(-1)[mine.start : mine.start + mine.length]
+                    state[key][start : start + mine.length] = piece.to(flat.device)
+                else:
+                    state[key] = value.to(flat.device, copy=True) if isinstance(value, Tensor) else value
+
+
+class FlatFragments(ZeroFragments):
     """ZeRO-1 and 2, and DeepSpeed's BF16_Optimizer: a group's parameters end to end, cut into one part a rank."""
 
-    def __init__(self, zero: Any, model: nn.Module) -> None:
-        """See ``ZeroSource``."""
+    def __init__(self, zero: Any, model: nn.Module, comm: Communicator) -> None:
+        """See ``ZeroFragments``."""
         groups = zero.bf16_groups if isinstance(zero, BF16_Optimizer) else zero.bit16_groups
         self._group = {id(p): i for i, group in enumerate(groups) for p in group}
-        super().__init__(zero, model)
+        super().__init__(zero, model, comm)
 
     def own_span(self, parameter: Any) -> Span:
         """From DeepSpeed's map, which is None, not absent, where this rank has no piece."""
@@ -122,13 +186,13 @@ class FlatPieces(ZeroSource):
         )
 
 
-class ScatteredPieces(ZeroSource):
+class ScatteredFragments(ZeroFragments):
     """ZeRO-3: each parameter is cut into equal parts."""
 
-    def __init__(self, zero: Any, model: nn.Module) -> None:
-        """See ``ZeroSource``."""
+    def __init__(self, zero: Any, model: nn.Module, comm: Communicator) -> None:
+        """See ``ZeroFragments``."""
         self._where = {id(p): (i, j) for i, group in enumerate(zero.fp16_groups) for j, p in enumerate(group)}
-        super().__init__(zero, model)
+        super().__init__(zero, model, comm)
 
     def own_span(self, parameter: Any) -> Span:
         """The last parts may be shorter, or empty."""
@@ -148,105 +212,13 @@ class ScatteredPieces(ZeroSource):
         return self.zero.fp32_partitioned_groups_flat[i], int(offset)
 
 
-def pieces_of(zero: Any, model: nn.Module) -> ZeroSource:
-    """The pieces of a ZeRO optimizer; every rank must call it.
+def fragments_of(zero: Any, model: nn.Module, comm: Communicator) -> ZeroFragments:
+    """The fragments of a ZeRO optimizer; every rank must call it.
 
     Args:
         zero: the engine's optimizer.
         model: the engine's module.
+        comm: the means of communication.
     """
-    kind = ScatteredPieces if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) else FlatPieces
-    return kind(zero, model)
-
-
-class FlatPartition:
-    """How the flat tensors that the base steps on make up whole parameters, and the norm of all gradients.
-
-    See ``hf_soo.optimizers.partition.Partition``.
-    """
-
-    def __init__(self, source: ZeroSource, comm: Communicator) -> None:
-        """Take down the fragments of each flat tensor.
-
-        Args:
-            source: the pieces.
-            comm: the means of communication.
-        """
-        self.source, self.comm = source, comm
-        self.tensors = len(source.parameters)
-        self._norm = torch.zeros(())
-        self._fragments: dict[int, list[Fragment]] = {}
-        for parameter in source.parameters:
-            span = source.own_span(parameter)
-            if span.length:
-                flat, start = source.place(parameter)
-                fragment = Fragment(source.index(parameter), start, span.length)
-                self._fragments.setdefault(id(flat), []).append(fragment)
-        for fragments in self._fragments.values():
-            fragments.sort(key=lambda fragment: fragment.start)
-
-    def fragments(self, param: Tensor) -> Sequence[Fragment]:
-        """Those of a flat tensor, in order."""
-        return self._fragments.get(id(param), [])
-
-    def sum_(self, values: Tensor) -> None:
-        """Over all ranks."""
-        self.comm.sum_([values])
-
-    def measure(self) -> Tensor:
-        """|g| over all whole gradients now, free of the loss scale; 0-d."""
-        pieces = self.source.pieces()
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32) if pieces else []
-        total = torch.stack(list(norms)).square().sum() if norms else self.source.parameters[0].new_zeros(()).float()
-        self.comm.sum_([total])
-        self._norm = total.sqrt() / self.source.loss_scale
-        return self._norm
-
-    def grad_norm(self) -> Tensor:
-        """As measured last: after the preconditioner."""
-        return self._norm
-
-    def scale_(self, factor: Tensor) -> None:
-        """Multiply all gradients."""
-        for piece in self.source.pieces():
-            piece.mul_(factor)
-
-
-class FlatKeeper:
-    """The base's state in flat tensors. See ``hf_soo.engine.base_state.Keeper``."""
-
-    def __init__(self, source: ZeroSource, gradients: ShardedGradients, base: Optimizer) -> None:
-        """Take the parts.
-
-        Args:
-            source: the pieces.
-            gradients: the accessor over them, which assembles.
-            base: the optimizer that steps on the flat tensors.
-        """
-        self.source, self.gradients, self.base = source, gradients, base
-
-    def whole(self, name: str) -> Entry:
-        """The pieces of a parameter's state from all ranks; what has not the flat tensor's shape as it is."""
-        parameter = self.source.named[name]
-        flat, start = self.source.place(parameter)
-        length, entry = self.source.own_span(parameter).length, {}
-        for key, value in self.base.state.get(flat, {}).items():
-            if isinstance(value, Tensor) and value.shape == flat.shape:
-                (value,) = self.gradients.assemble([value[start : start + length]], [self.source.spans(parameter)])
-                value = value.view(full_shape(parameter))
-            entry[key] = value.cpu() if isinstance(value, Tensor) else value
-        return entry
-
-    def restore(self, name: str, entry: Mapping[str, Any]) -> None:
-        """This rank's piece, into the flat tensors; "step" holds for all of them."""
-        parameter = self.source.named[name]
-        flat, start = self.source.place(parameter)
-        mine, state = self.source.own_span(parameter), self.base.state[flat]
-        for key, value in entry.items():
-            if isinstance(value, Tensor) and key != "step" and tuple(value.shape) == full_shape(parameter):
-                if key not in state:
-                    state[key] = torch.zeros_like(flat, dtype=value.dtype)
-                piece = value.reshape(-1)[mine.start : mine.start + mine.length]
-                state[key][start : start + mine.length] = piece.to(flat.device)
-            else:
-                state[key] = value.to(flat.device, copy=True) if isinstance(value, Tensor) else value
+    kind = ScatteredFragments if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) else FlatFragments
+    return kind(zero, model, comm)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_soo.engine.checks import unknown_key
+from hf_soo.engine.dtensors import is_dtensor
 from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import FUSED_DEVICES, Muon
 
@@ -139,11 +139,10 @@ def build_base(
         optimizer: Optimizer = cls(groups, lr=lr, **settings)  # type: ignore[call-arg]
     except TypeError as error:
         raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
-    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+    if any(is_dtensor(p) for group in groups for p in group["params"]):
         check_row_shards(type(optimizer))
     if isinstance(optimizer, torch.optim.SGD):
-        optimizer.register_step_pre_hook(_unfuse_sharded)
-        optimizer.register_step_pre_hook(_start_late_momenta)
+        optimizer.register_step_pre_hook(_mend_fused_sgd)
     return optimizer
 
 
@@ -165,11 +164,13 @@ def check_base(base: str | type[Optimizer], args: Mapping[str, Any]) -> None:
         logger.debug("%s cannot be tried on the meta device: %s", base, error)
 
 
-def _unfuse_sharded(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Leave torch's fused SGD where parameters have become DTensors (FSDP2): it has no rule for them (torch 2.13)."""
+def _mend_fused_sgd(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """What torch's fused SGD cannot do (torch 2.13): DTensors, and a parameter whose first gradient comes late."""
     for group in optimizer.param_groups:
-        if group["fused"] and any(isinstance(p, DTensor) for p in group["params"]):
+        if group["fused"] and any(type(p) is not nn.Parameter and is_dtensor(p) for p in group["params"]):
             group["fused"] = False
+        if group["fused"] and group["momentum"] != 0:
+            _start_late_momenta(optimizer, group)
 
 
 def check_flat(base: type[Optimizer], where: str) -> None:
@@ -205,23 +206,20 @@ def check_row_shards(base: type[Optimizer]) -> None:
         )
 
 
-def _start_late_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _start_late_momenta(optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Give a parameter whose first gradient comes after the others' a momentum.
 
-    torch's fused SGD fails on it (torch 2.13). The buffer is such that it becomes the gradient, as in a first step.
+    The buffer is such that it becomes the gradient, as in a first step.
     """
-    for group in optimizer.param_groups:
-        momentum, dampening = group["momentum"], group["dampening"]
-        if not group["fused"] or momentum == 0:
-            continue
-        given = [p for p in group["params"] if p.grad is not None]
-        late = [p for p in given if optimizer.state[p].get("momentum_buffer") is None]
-        for p in late if len(late) < len(given) else ():
-            buffer = torch.zeros_like(p.grad)
-            if dampening:
-                grad = -p.grad if group["maximize"] else p.grad
-                buffer.add_(grad.add(p, alpha=group["weight_decay"]), alpha=dampening / momentum)
-            optimizer.state[p]["momentum_buffer"] = buffer
+    momentum, dampening = group["momentum"], group["dampening"]
+    given = [p for p in group["params"] if p.grad is not None]
+    late = [p for p in given if optimizer.state[p].get("momentum_buffer") is None]
+    for p in late if len(late) < len(given) else ():
+        buffer = torch.zeros_like(p.grad)
+        if dampening:
+            grad = -p.grad if group["maximize"] else p.grad
+            buffer.add_(grad.add(p, alpha=group["weight_decay"]), alpha=dampening / momentum)
+        optimizer.state[p]["momentum_buffer"] = buffer
 
 
 def _fused_is_right(cls: type[Optimizer], groups: Groups) -> bool:

@@ -19,11 +19,11 @@
 Deviation: `max_grad_norm=None` switches the clip off (apex's 0 would zero every gradient, so 0 is refused here);
 half-precision parameters keep fp32 moments; the step counter is kept per parameter.
 
-How it is fast: a tensor is walked in pieces (pieces.py) that stay in cache while all of the above happens to them.
+How it is fast: a tensor is walked in pieces (chunks.py) that stay in cache while all of the above happens to them.
 torch's fused Adam kernel turns a piece that holds -κw into -u, and -u waits in the gradient's own memory until the
 tensor's ratio is known. **So `.grad` is scratch space: after `step` its content is unspecified** (as with apex).
 
-Where ranks hold pieces of a parameter (partition.py: DTensors, ZeRO's flat tensors), all pieces are turned into -u
+Where ranks hold pieces of a parameter (DTensors, flat tensors), all pieces are turned into -u
 first, and one all-reduce makes their norms those of whole parameters.
 """
 
@@ -38,8 +38,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.chunks import Slot, bundles, cut, piece_size, wide_dtype
-from hf_soo.optimizers.partition import Job, Partition, Share, divide, piece_norms, whole_norms
+from hf_soo.engine.chunks import Slot, bundles, piece_norms, piece_size, slots_of, whole_norms, wide_dtype
+from hf_soo.engine.comm import Group
+from hf_soo.engine.dtensors import is_dtensor, sharded_dim
+from hf_soo.engine.row_shards import MeshPartition
+from hf_soo.engine.strategy import Partition
+
+
+@dataclass(slots=True)
+class Job:
+    """Parameters of one group, device and dtype, all with a gradient; ``ranks`` hold the rows of DTensors."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    ranks: Group
+
+
+@dataclass(slots=True)
+class Share:
+    """Jobs on pieces of tensors, whose norms are summed together; `like` has the sums' device and dtype."""
+
+    partition: Partition
+    jobs: list[Job]
+    like: Tensor
 
 
 @dataclass(slots=True)
@@ -97,6 +118,8 @@ class Lamb(Optimizer):
             param_group: As for `torch.optim.Optimizer`.
         """
         super().add_param_group(param_group)
+        for param in filter(is_dtensor, self.param_groups[-1]["params"]):
+            sharded_dim("a parameter", param)
         _check(**{name: self.param_groups[-1][name] for name in ("lr", "betas", "eps", "weight_decay")})
 
     @torch.no_grad()
@@ -140,7 +163,7 @@ class Lamb(Optimizer):
         limit = self.defaults["max_grad_norm"]
         if limit is None:
             return None
-        norms = [norm for job in whole for norm in piece_norms(job.params)]
+        norms = [norm for job in whole for norm in piece_norms([p.grad for p in job.params if p.grad is not None])]
         norms += [share.partition.grad_norm() for share in shares]
         if not norms:
             return None
@@ -151,31 +174,23 @@ class Lamb(Optimizer):
         """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
         updates = [update for job in share.jobs for update in self._updates(job, excess, share.partition)]
         known = [(update.slots, update.norms) for update in updates if update.norms is not None]
-        ratios = trust_ratio(whole_norms(known, share)).unbind()
+        ratios = trust_ratio(whole_norms(known, share.partition, share.like)).unbind()
         for update in reversed(updates):
             adapt = update.norms is not None
             apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
 
     def _updates(self, job: Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[Update]:
         """Update moments bundle by bundle, each when it is asked for: what is applied at once is still in cache."""
-        size = piece_size(job.params[0])
         if excess is not None:
             excess = excess.to(job.params[0].device)
+        torch._foreach_add_([self._state(p)["step"] for p in job.params], 1)
+        size = piece_size(job.params[0])
         scratch = torch.empty(size, dtype=wide_dtype(job.params[0]), device=job.params[0].device)
-        steps = [self._state(p)["step"] for p in job.params]
-        torch._foreach_add_(steps, 1)
-        for slots in bundles(chain.from_iterable(self._slots(p, partition) for p in job.params), size):
-            pieces = cut(slots, size)
+        for slots, pieces in bundles(slots_of(job.params, self.state, job.ranks is not None, partition), size):
             found = [update_(piece, scratch, job.group, excess) for piece in pieces]
             norms = [norm for norm in found if norm is not None]
             total = torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else None
             yield Update(job.group, slots, pieces, total)
-
-    def _slots(self, param: Tensor, partition: Partition | None) -> list[Slot]:
-        slot = Slot.of(param, self.state[param])
-        if partition is None:
-            return [slot]
-        return [slot.part(f.start, f.length, f.tensor) for f in partition.fragments(param) if f.length > 0]
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -252,7 +267,8 @@ def apply_(update: Update, ratios: Tensor | None) -> None:
         for slot, rate in zip(piece, rates, strict=True):
             slot.param.addcmul_(slot.grad, rate)
     for slot in update.slots:
-        slot.write_back()
+        if not slot.home.is_contiguous():
+            slot.write_back()
 
 
 def trust_ratio(norms: Tensor) -> Tensor:
@@ -278,3 +294,54 @@ def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: floa
             raise ValueError(f"Lamb: {name}={value!r} must be 0 or more")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"Lamb: betas={betas!r} must be two numbers in [0, 1)")
+
+
+def divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[list[Job], list[Share]]:
+    """Tell whole parameters from pieces.
+
+    Args:
+        groups: Parameter groups.
+        partition: What the parameters are pieces of; None: each is whole, or a DTensor.
+
+    Returns:
+        The jobs on whole parameters, and the shares. A partition has its share even if nothing has a gradient here:
+        other ranks may wait for this one's sum.
+    """
+    jobs = [job for group in groups for job in _alike(group)]
+    if partition is not None:
+        like = next((param for group in groups for param in group["params"]), torch.empty(0))
+        return [], [Share(partition, jobs, like)]
+    sharded: dict[tuple[Group, torch.device, torch.dtype], list[Job]] = {}
+    for job in jobs:
+        if job.ranks is not None:
+            sharded.setdefault((job.ranks, job.params[0].device, wide_dtype(job.params[0])), []).append(job)
+    shares = []
+    for (ranks, _, _), together in sharded.items():
+        params = [param for job in together for param in job.params]
+        shares.append(Share(MeshPartition(params, ranks), together, params[0]))
+    return [job for job in jobs if job.ranks is None], shares
+
+
+def _alike(group: dict[str, Any]) -> list[Job]:
+    """The parameters that have a gradient, gathered by device, dtype and the ranks that hold their rows."""
+    gathered: dict[tuple[torch.device, torch.dtype, Group], Job] = {}
+    for param in group["params"]:
+        if param.grad is None:
+            continue
+        if param.grad.is_sparse:
+            raise ValueError("Lamb: a sparse gradient is not supported; build the embedding with sparse=False")
+        ranks = _ranks_of_rows(param) if is_dtensor(param) else None
+        gathered.setdefault((param.device, param.dtype, ranks), Job(group, [], ranks)).params.append(param)
+    return list(gathered.values())
+
+
+def _ranks_of_rows(param: Any) -> Group:
+    """The ranks that hold the rows of a DTensor."""
+    grad = param.grad.placements if is_dtensor(param.grad) else "an ordinary tensor"
+    if grad != param.placements:
+        raise NotImplementedError(
+            f"Lamb: a DTensor with placements {param.placements} and a gradient placed as {grad} is not supported; "
+            "both must be cut alike, as fully_shard makes them: use it, DDP, or base='adamw'."
+        )
+    group: Group = param.device_mesh.get_group(sharded_dim("a parameter", param))
+    return group

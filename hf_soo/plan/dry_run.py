@@ -191,9 +191,9 @@ def _take_steps(
     counted: Counted,
 ) -> None:
     """One pass, then a step of each kind on its gradients; what is held is counted before the first step frees any."""
-    optimizer.diagnostic = Silent(optimizer.preconditioner.side_names)
-    optimizer.batched = True  # as on a GPU: few operations
-    optimizer.placement = Labelled(optimizer.placement, counter)
+    optimizer.stages.diagnostics = Silent(optimizer.preconditioner.side_names)
+    optimizer.stages.batched = True  # as on a GPU: few operations
+    optimizer.stages.placement = Labelled(optimizer.stages.placement, counter)
     optimizer.base.register_step_pre_hook(lambda *_: setattr(counter, "label", "base"))
     optimizer.base.register_step_post_hook(lambda *_: setattr(counter, "label", "loss"))  # what follows the base's step
     counter.take()
@@ -213,13 +213,13 @@ def _take_steps(
         "parameters": sum(local_bytes(p) for p in net.parameters()),
         "gradients": sum(local_bytes(p.grad) for p in net.parameters() if p.grad is not None),
         "base_state": sum(local_bytes(t) for t in tensors_in(optimizer.state)),
-        "factors": sum(t.nbytes for t in tensors_in(optimizer.states)),
+        "factors": sum(t.nbytes for t in tensors_in(optimizer.stages.states)),
     }
 
 
 def _capture(optimizer: PreconditionedOptimizer) -> dict[str, int]:
     transient = optimizer.preconditioner.recorder.transient
-    held = sum(tensor.nbytes for each in optimizer.capture.buffers.values() for tensor in each)
+    held = sum(tensor.nbytes for each in optimizer.stages.capture.buffers.values() for tensor in each)
     return {"capture": 0 if transient else held, "capture_transient": held if transient else 0}
 
 

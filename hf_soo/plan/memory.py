@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from hf_soo.engine.grouping import groups_of
+from hf_soo.engine.gradients import groups_of
 from hf_soo.engine.layers import RowLayer
 from hf_soo.optimizers.bases import BASES
 from hf_soo.plan.messages import FLOAT, padded_elements

@@ -14,8 +14,8 @@ from hf_soo.bench.step_kinds import Cycle, cycle_of
 from hf_soo.engine.capture import GradientRecorder
 from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.placement import Plan, held, make_plan
-from hf_soo.engine.preconditioner import LayerState, Preconditioner
+from hf_soo.engine.placement import Plan, make_plan
+from hf_soo.engine.preconditioner import LayerState, Preconditioner, local_state
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.optimizers.bases import BASES, base_arguments, check_flat, check_row_shards
 from hf_soo.plan.request import PlanConfig
@@ -131,7 +131,13 @@ class Subject:
             return
         for rank in range(ranks):
             place, shared = Place(grid, rank), self.preconditioner.shared
-            yield rank, [held(place, name, state, shared) for name, state in whole.items()]  # type: ignore[arg-type]
+            yield (
+                rank,
+                [
+                    local_state(state, shared, place.is_inverse_worker(name), place.is_gradient_worker(name))
+                    for name, state in whole.items()
+                ],
+            )
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def test_a_factor_of_zeros_does_not_stop_a_layer() -> None:
     x = x.detach().float()
     (F.cross_entropy(net(x), y) * 1e-24).backward()
     optimizer.step()
-    assert optimizer.states["first"]["output"]["factor"].eq(0).all()
+    assert optimizer.stages.states["first"]["output"]["factor"].eq(0).all()
     before = net.first.weight.detach().clone()
     step(net, optimizer, x, y)
     assert not torch.equal(net.first.weight, before)
@@ -206,7 +206,7 @@ def test_factors_compile_to_one_graph(name: str, kind: str) -> None:
     for model in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
         optimizer.zero_grad()
         model(x).square().mean().backward()
-        sums.append([buffer.clone() for buffer in optimizer.capture.buffers["0"]])
+        sums.append([buffer.clone() for buffer in optimizer.stages.capture.buffers["0"]])
     assert sums[0][0].ne(0).all()
     for eager, compiled in zip(*sums, strict=True):
         assert_close_report(compiled, eager, 1e-12, f"{name} {kind}")
@@ -243,9 +243,9 @@ def test_sampled_labels_under_checkpointing(cleared_late: bool) -> None:
     optimizers = [hf_soo.build_optimizer("kfac_expand", net, lr=0.1, fisher="mc") for net in nets]
     for net, optimizer in zip(nets, optimizers, strict=True):
         sampled_step(net, optimizer, cleared_late)
-        assert optimizer.capture.sampled == []
-    for name, buffers in optimizers[0].capture.buffers.items():
-        for ours, plain in zip(optimizers[1].capture.buffers[name], buffers, strict=True):
+        assert optimizer.stages.capture.sampled == []
+    for name, buffers in optimizers[0].stages.capture.buffers.items():
+        for ours, plain in zip(optimizers[1].stages.capture.buffers[name], buffers, strict=True):
             assert torch.equal(ours, plain), name
 
 
@@ -282,13 +282,13 @@ def late_group(rank: int, world: int) -> tuple[int, int]:
         net = Net()
         optimizer = hf_soo.build_optimizer("kfac_expand", net, lr=0.1, grad_workers=1)
     step(net, optimizer, *inputs())
-    held = sum(t.numel() for s in optimizer.states.values() for f in s.values() for t in f.values())
-    return held, sum(optimizer.placement.is_inverse_worker(layer.name) for layer in optimizer.layers)
+    held = sum(t.numel() for s in optimizer.stages.states.values() for f in s.values() for t in f.values())
+    return held, sum(optimizer.stages.placement.is_inverse_worker(layer.name) for layer in optimizer.layers)
 
 
 def test_a_process_group_that_starts_before_the_first_step_is_followed() -> None:
     ranks = run_ranks(2, late_group)
     alone = hf_soo.build_optimizer("kfac_expand", Net(), lr=0.1)
-    whole = sum(t.numel() for s in alone.states.values() for f in s.values() for t in f.values())
+    whole = sum(t.numel() for s in alone.stages.states.values() for f in s.values() for t in f.values())
     assert sorted(owned for _, owned in ranks) == [1, 2]
     assert sum(held for held, _ in ranks) == whole, "each layer's state is kept once"

@@ -51,17 +51,17 @@ def test_a_layer_without_gradient_for_a_step_stays_as_it_is(name: str, batched: 
     torch.manual_seed(0)
     model = Branches().double()
     optimizer = build(name, model)
-    optimizer.batched = batched
+    optimizer.stages.batched = batched
     for both in (True, True):
         step(model, optimizer, both)
-    states = {key: copy.deepcopy(state) for key, state in optimizer.states.items() if key.startswith("second")}
+    states = {key: copy.deepcopy(state) for key, state in optimizer.stages.states.items() if key.startswith("second")}
     weights = {key: p.detach().clone() for key, p in model.named_parameters()}
     assert states
     step(model, optimizer, both=False)
     for key, state in states.items():
         for side, factor in state.items():
             for tensor_name, tensor in factor.items():
-                assert torch.equal(optimizer.states[key][side][tensor_name], tensor), (key, side, tensor_name)
+                assert torch.equal(optimizer.stages.states[key][side][tensor_name], tensor), (key, side, tensor_name)
     for key, p in model.named_parameters():
         assert torch.equal(p, weights[key]) == key.startswith("second"), key
     assert optimizer.health()["fallback_layers"] == len(states)
@@ -82,7 +82,7 @@ def test_a_side_as_long_as_a_vocabulary(name: str) -> None:
     optimizer = build(name, model, **LARGE.get(name, {}))
     rule = optimizer.routing()["2.weight"]
     assert rule.endswith(f"max_dim=8192 exceeded ({VOCABULARY})") if name in LEFT else rule.startswith(f"{name} -> ")
-    factors = [t for state in optimizer.states.values() for f in state.values() for t in f.values()]
+    factors = [t for state in optimizer.stages.states.values() for f in state.values() for t in f.values()]
     assert all(t.numel() <= VOCABULARY * 32 for t in factors), "MKOR keeps 32 columns; nobody more"
     before = model[2].weight.detach().clone()
     loss = nn.functional.cross_entropy(model(torch.randn(4, 8)), torch.arange(4))
@@ -119,8 +119,8 @@ def test_the_rank_one_family_makes_no_copy_of_a_gradient(name: str, allowed: int
         model(torch.randn(16, 300)).square().mean().backward()
         with Allocations() as made:
             if optimizer._updating:
-                optimizer._update_factors(1.0)
+                optimizer.stages.update(1.0)
             if optimizer.preconditioner.refreshes_at(optimizer.steps):
-                optimizer._refresh_inverses()
-            optimizer._transform_gradients()
+                optimizer.stages.refresh()
+            optimizer.stages.transform({})
         assert (made.largest >= 200 * 300) == bool(allowed), made.largest

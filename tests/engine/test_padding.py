@@ -51,7 +51,7 @@ def make(model: torch.nn.Module, method: str) -> PreconditionedOptimizer:
 def factors(optimizer: PreconditionedOptimizer) -> dict[str, Tensor]:
     """Every factor by layer and name."""
     found = {}
-    for name, state in optimizer.states.items():
+    for name, state in optimizer.stages.states.items():
         for side, factor in state.items():
             for key, value in factor.items() if isinstance(factor, dict) else [("", factor)]:
                 if isinstance(value, Tensor) and value.is_floating_point():

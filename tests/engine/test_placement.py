@@ -161,7 +161,7 @@ def grid_rank(rank: int, world: int, workers: list[int | None], starts: dict[Any
     for name in METHODS:
         for k in workers:
             whole, optimizer, saved = run_share(rank, world, name, k, None, range(STEPS))
-            held = sum(t.numel() for s in optimizer.states.values() for f in s.values() for t in f.values())
+            held = sum(t.numel() for s in optimizer.stages.states.values() for f in s.values() for t in f.values())
             start = starts.get(name, saved)
             resumed, _, _ = run_share(rank, world, name, k, start, range(SAVED, STEPS))
             results[name, k] = whole, resumed, saved, held, optimizer.health()
@@ -207,10 +207,10 @@ def counting_rank(rank: int, world: int, workers: int, steps: int) -> tuple[list
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = build("kfac_expand", ddp, workers)
     counting = Counting()
-    optimizer.comm = optimizer.placement.comm = counting  # type: ignore[attr-defined]
+    optimizer.stages.comm = optimizer.stages.placement.comm = counting  # type: ignore[attr-defined]
     broadcast_inverses, broadcast_preconditioned_gradients = (
-        optimizer.placement.broadcast_inverses,
-        optimizer.placement.broadcast_preconditioned_gradients,
+        optimizer.stages.placement.broadcast_inverses,
+        optimizer.stages.placement.broadcast_preconditioned_gradients,
     )
 
     def in_kind(kind: str, call: Any) -> Any:
@@ -220,8 +220,8 @@ def counting_rank(rank: int, world: int, workers: int, steps: int) -> tuple[list
 
         return run
 
-    optimizer.placement.broadcast_inverses = in_kind("column", broadcast_inverses)  # type: ignore[method-assign]
-    optimizer.placement.broadcast_preconditioned_gradients = in_kind("row", broadcast_preconditioned_gradients)  # type: ignore[method-assign]
+    optimizer.stages.placement.broadcast_inverses = in_kind("column", broadcast_inverses)  # type: ignore[method-assign]
+    optimizer.stages.placement.broadcast_preconditioned_gradients = in_kind("row", broadcast_preconditioned_gradients)  # type: ignore[method-assign]
     log = []
     for x, y in batches(steps):
         counting.sent = {kind: [] for kind in counting.sent}
@@ -229,7 +229,7 @@ def counting_rank(rank: int, world: int, workers: int, steps: int) -> tuple[list
         loss_of(ddp, (x[rank * 3 :][:3], y[rank * 3 :][:3])).backward()
         optimizer.step()
         log.append(counting.sent)
-    return log, optimizer.placement.plan.owner  # type: ignore[attr-defined]
+    return log, optimizer.stages.placement.plan.owner  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -260,7 +260,7 @@ def test_what_is_sent(workers: int) -> None:
 def test_a_process_group_that_starts_late_is_refused() -> None:
     model = toy()
     optimizer = hf_soo.build_optimizer("kfac_expand", model, lr=0.05, grad_workers=1)
-    optimizer.placed, optimizer.steps = (2, "whole"), 1
+    optimizer.stages.placed, optimizer.stages._started, optimizer.steps = (2, "whole"), True, 1
     loss_of(model, batches(1)[0]).backward()
     with pytest.raises(RuntimeError, match="start the process group before the optimizer is built"):
         optimizer.step()

@@ -46,7 +46,7 @@ def after_backward(optimizer: PreconditionedOptimizer) -> dict[str, tuple[Array,
 
 def factors_of(optimizer: PreconditionedOptimizer, name: str) -> tuple[Tensor, ...]:
     """The corrected estimates of the layer's sides, A then B (A alone for FOOF)."""
-    rho, state = optimizer.config["factor_decay"], optimizer.states[name]
+    rho, state = optimizer.config["factor_decay"], optimizer.stages.states[name]
     start = optimizer.config["factor_start"]
     return tuple(
         state[side]["factor"] / (1.0 if start == "identity" else 1 - rho ** int(state[side]["updates"]))
@@ -65,7 +65,7 @@ def assert_factors(optimizer: PreconditionedOptimizer, name: str, expected: Any,
 
 def snapshot(optimizer: PreconditionedOptimizer, name: str, side: str) -> dict[str, Tensor]:
     """Copies of everything the state holds for one side."""
-    return {key: tensor.clone() for key, tensor in optimizer.states[name][side].items()}
+    return {key: tensor.clone() for key, tensor in optimizer.stages.states[name][side].items()}
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -75,4 +75,4 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 def rows_seen(optimizer: PreconditionedOptimizer) -> dict[str, int]:
     """Rows of A in the current window, by layer: the first buffer holds the counts; an idle window has no buffers."""
-    return {name: int(buffers[0][0]) if buffers else 0 for name, buffers in optimizer.capture.buffers.items()}
+    return {name: int(buffers[0][0]) if buffers else 0 for name, buffers in optimizer.stages.capture.buffers.items()}

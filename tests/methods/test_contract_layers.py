@@ -59,7 +59,7 @@ def test_hooks_can_be_removed(case: str) -> None:
     optimizer.remove_hooks()
     assert not any(module._forward_hooks for module in model.modules())
     train(model, optimizer, batches(2))
-    assert weights(model).isfinite().all() and not optimizer.capture.buffers
+    assert weights(model).isfinite().all() and not optimizer.stages.capture.buffers
 
 
 def test_wrapped_models() -> None:
@@ -110,7 +110,7 @@ def test_a_penalty_with_create_graph() -> None:
         (slope,) = torch.autograd.grad(out, x, create_graph=True)
         (out + slope.square().sum()).backward()
         optimizer.step()
-    assert not any(t.requires_grad for b in optimizer.capture.buffers.values() for t in b)
+    assert not any(t.requires_grad for b in optimizer.stages.capture.buffers.values() for t in b)
 
 
 @pytest.mark.parametrize("name", ["mkor", "mkor_h"])

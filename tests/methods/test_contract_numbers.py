@@ -37,7 +37,7 @@ def test_parameters_of_lower_precision(case: str, dtype: torch.dtype) -> None:
         assert {t.dtype for t in tensors.values() if t.is_floating_point()} <= {torch.float32}
     # accelerate loads the state once in every fresh run; the base's cast of its own state must not reach the factors
     optimizer.load_state_dict(state)
-    for factors in optimizer.states.values():
+    for factors in optimizer.stages.states.values():
         assert {t.dtype for f in factors.values() for t in f.values() if t.is_floating_point()} <= {torch.float32}
 
 
@@ -57,8 +57,8 @@ NON_FINITE = ["mkor", "mkor-dense", "mkor-sum", "eva", "eva_f", *filter(learns_f
 
 def spoil(model: nn.Module, optimizer: hf_soo.PreconditionedOptimizer) -> tuple[str, str]:
     """Make what ``no_bias`` learns from not finite. Returns its name, and that of a sound layer."""
-    if optimizer.capture.buffers:
-        optimizer.capture.buffers["no_bias"][1][0, 0] = float("nan")
+    if optimizer.stages.capture.buffers:
+        optimizer.stages.capture.buffers["no_bias"][1][0, 0] = float("nan")
         return "no_bias", "hidden"
     model.no_bias.weight.grad[0, 0] = float("nan")
     return "no_bias.weight", "hidden.weight"
@@ -69,7 +69,7 @@ def test_non_finite_statistics_keep_the_old_factors(case: str, caplog: pytest.Lo
     model = toy()
     optimizer = build(case, model)
     train(model, optimizer, batches(4))  # the next step updates every method
-    before = copy.deepcopy(optimizer.states)
+    before = copy.deepcopy(optimizer.stages.states)
     optimizer.zero_grad()
     loss_of(model, batches(1)[0]).backward()
     spoiled, sound = spoil(model, optimizer)
@@ -77,9 +77,9 @@ def test_non_finite_statistics_keep_the_old_factors(case: str, caplog: pytest.Lo
     optimizer.step()
     for name, factor in before[spoiled].items():
         if learns_from_gradients(case) or name in ("right", "input"):  # the output side's statistics were sound
-            assert all(torch.equal(t, optimizer.states[spoiled][name][key]) for key, t in factor.items())
+            assert all(torch.equal(t, optimizer.stages.states[spoiled][name][key]) for key, t in factor.items())
     changed = [
-        not torch.equal(t, optimizer.states[sound][side][key])
+        not torch.equal(t, optimizer.stages.states[sound][side][key])
         for side, factor in before[sound].items()
         for key, t in factor.items()
     ]
@@ -113,4 +113,4 @@ def test_a_vector_too_small_to_scale_is_not_used() -> None:
         model(torch.full((5, 4), 1e-24)).sum().backward()
         optimizer.step()
     assert model.weight.isfinite().all()
-    assert all(t.isfinite().all() for f in optimizer.states[""].values() for t in f.values())
+    assert all(t.isfinite().all() for f in optimizer.stages.states[""].values() for t in f.values())

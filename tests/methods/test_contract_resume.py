@@ -83,7 +83,7 @@ def test_a_refused_state_changes_nothing(spoiled: str) -> None:
     with pytest.raises(ValueError):
         target.load_state_dict(saved)
     assert target.steps == 0 and not target.state
-    assert all(not f["columns"].any() for state in target.states.values() for f in state.values())
+    assert all(not f["columns"].any() for state in target.stages.states.values() for f in state.values())
 
 
 def test_changed_settings_on_resume_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -101,5 +101,5 @@ def test_optimizers_are_not_copied_and_models_are() -> None:
             copier(optimizer)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         loss_of(copied, batches(1)[0]).backward()  # its hooks are there and do nothing
-        assert all(not t.any() for b in optimizer.capture.buffers.values() for t in b)
+        assert all(not t.any() for b in optimizer.stages.capture.buffers.values() for t in b)
         train(copied, build("mkor", copied), batches(2))

@@ -102,7 +102,7 @@ def test_batched_layers_equal_single_ones(case: str) -> None:
     for batched in (False, True):
         net = model()
         optimizer = build(case, net)
-        optimizer.batched = batched
+        optimizer.stages.batched = batched
         generator = torch.Generator().manual_seed(3)
         for _ in range(12):
             x = torch.randn(7, 6, dtype=torch.float64, generator=generator)

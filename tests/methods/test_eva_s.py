@@ -198,12 +198,12 @@ def test_eva_s_holds_its_vectors(rng: np.random.Generator) -> None:
     start, *grads = random_values(rng, {"weight": (5, 4)}, 4)
     model, rule = Bag(start), EvaS(kv_new_weight=0.7)
     optimizer = make(kv_new_weight=0.7)(model)
-    assert not any(bool(optimizer.states["weight"][f"axis{axis}"]["seen"]) for axis in range(2))
+    assert not any(bool(optimizer.stages.states["weight"][f"axis{axis}"]["seen"]) for axis in range(2))
     for values in grads:
         feed(optimizer, model, values)
         rule.directions([values["weight"]], 0.05)
         for axis, v in enumerate(rule.vectors[0]):
-            state = optimizer.states["weight"][f"axis{axis}"]
+            state = optimizer.stages.states["weight"][f"axis{axis}"]
             assert bool(state["seen"])
             assert_close_report(state["vector"], v, 1e-14, f"v of axis {axis}")  # two products and a mean
 

@@ -80,7 +80,7 @@ def test_axes_and_blocks(name: str, shape: tuple[int, ...], settings: dict[str, 
     batch = {"batch_size": 4} if name == "if_shampoo" else {}
     optimizer = hf_soo.build_optimizer(name, model, lr=1e-2, **batch, **settings)
     step(model, optimizer)
-    state = optimizer.states["weight"]
+    state = optimizer.stages.states["weight"]
     assert {side: list(factor["root"].shape) for side, factor in state.items()} == roots
     assert all(not torch.equal(f["root"], torch.ones_like(f["root"])) for f in state.values())
     assert optimizer.health()["fallback_layers"] == 0
@@ -105,7 +105,7 @@ def test_bfloat16_factors_that_could_not_grow_are_refused() -> None:
         model.weight.grad = torch.zeros(d, 2)
         for _ in range(4):
             optimizer.step()
-        assert (optimizer.states["weight"]["axis0"]["root"].diagonal() > 1).all(), (d, rate)
+        assert (optimizer.stages.states["weight"]["axis0"]["root"].diagonal() > 1).all(), (d, rate)
 
 
 @pytest.mark.parametrize("fails", ["float32", "both"])
@@ -124,7 +124,7 @@ def test_a_failing_eigendecomposition(
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "eigh", eigh)
         step(model, optimizer)
-    roots = {side: factor["root"].clone() for side, factor in optimizer.states["weight"].items()}
+    roots = {side: factor["root"].clone() for side, factor in optimizer.stages.states["weight"].items()}
     kept = [torch.equal(root, torch.eye(len(root))) for root in roots.values()]
     assert all(kept) if fails == "both" else not any(kept)
     outcome = optimizer.diagnostics()["weight"]["gradient_side"]

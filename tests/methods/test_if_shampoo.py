@@ -45,12 +45,12 @@ def one_matrix(start: Array, K: Sequence[Array] = (), **config: object) -> tuple
     model = Bag({"weight": start})
     optimizer = make(**config)(model)  # type: ignore[arg-type]
     for axis, factor in enumerate(K):
-        optimizer.states["weight"][f"axis{axis}"]["root"].copy_(torch.from_numpy(factor))
+        optimizer.stages.states["weight"][f"axis{axis}"]["root"].copy_(torch.from_numpy(factor))
     return model, optimizer
 
 
 def state(optimizer: PreconditionedOptimizer, name: str = "weight", key: str = "root", axes: int = 2) -> list[Array]:
-    found = [optimizer.states[name][f"axis{axis}"][key].double().numpy().copy() for axis in range(axes)]
+    found = [optimizer.stages.states[name][f"axis{axis}"][key].double().numpy().copy() for axis in range(axes)]
     return [np.diag(k) if k.ndim == 1 else k for k in found]
 
 
@@ -78,7 +78,7 @@ def test_if_shampoo_is_the_definition(case: str, vector: str, base: dict[str, fl
     build = make(vector_axes=vector, update_period=1, **base, **{NAMES.get(k, k): v for k, v in config.items()})
     optimizer = assert_same_steps(build, separately(rules(SHAPES, vector=vector, **config)), SHAPES, **base)
     for name, shape in SHAPES.items():
-        assert set(optimizer.states[name]) == {f"axis{axis}" for axis in range(len(shape))}
+        assert set(optimizer.stages.states[name]) == {f"axis{axis}" for axis in range(len(shape))}
 
 
 def test_if_shampoo_has_these_defaults() -> None:
@@ -116,7 +116,7 @@ def test_if_shampoo_of_long_axes(large: str) -> None:
     shapes = {"weight": (7, 3), "wide": (2, 8), "both": (4, 5), "third": (3, 4, 2)}
     build = make(max_dim=3, large_axes=large, update_period=1, damping=0.1)
     optimizer = assert_same_steps(build, separately(rules(shapes, max_dim=3, large=large, damping=0.1)), shapes)
-    states = optimizer.states["weight"]
+    states = optimizer.stages.states["weight"]
     sizes = {key: list(value["root"].shape) for key, value in states.items()}
     if large == "diagonal":
         assert sizes == {"axis0": [7], "axis1": [3, 3]}

@@ -68,7 +68,7 @@ def test_if_shampoo_rests_at_the_full_inverse(rng: np.random.Generator) -> None:
     model, optimizer = one_matrix(
         np.zeros((n, m)), batch_size=1, damping=0.0, riemannian_momentum=0.0, factor_lr=beta, update_period=1
     )
-    roots = [optimizer.states["weight"][f"axis{axis}"]["root"] for axis in range(2)]
+    roots = [optimizer.stages.states["weight"][f"axis{axis}"]["root"] for axis in range(2)]
     for _ in range(150):
         mean = [np.zeros_like(k) for k in K]
         for G in grads:
@@ -96,7 +96,7 @@ def test_if_shampoo_in_bfloat16_points_the_same_way(rng: np.random.Generator) ->
     spread = np.geomspace(1, 50, d)
     model = Bag({"weight": np.zeros((d, d))}, torch.float32)
     optimizer = make(factor_lr=beta, update_period=1, state_dtype="bfloat16")(model)
-    assert optimizer.states["weight"]["axis0"]["root"].dtype == torch.bfloat16
+    assert optimizer.stages.states["weight"]["axis0"]["root"].dtype == torch.bfloat16
     rule = inverse_free((d, d), **{**DEFAULTS, "beta": beta})  # type: ignore[arg-type]
     for t in range(1500):
         G = 0.02 * spread[:, None] * rng.normal(size=(d, d)) * spread[::-1]

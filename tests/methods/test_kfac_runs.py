@@ -46,7 +46,7 @@ def test_foof_is_kfac_without_output_factor_and_a_regression(inverse: str, mode:
     for name, (G, P) in one_step(optimizer, lambda: cases.cross_entropy(net(x), y)).items():
         a, g = rows[name]
         A, B = kfac.factors(a, g)
-        assert set(optimizer.states[name]) == {"input"}
+        assert set(optimizer.stages.states[name]) == {"input"}
         assert_factors(optimizer, name, [A], 1e-12)  # sums in another order
         # condition numbers of about 1e2
         assert_close_report(P, kfac.foof(A, G, damping, mode), 1e-12, f"{name}, oracle")
@@ -121,7 +121,7 @@ def test_a_zero_gradient_stays_zero(first: bool, rule: str, method: str) -> None
         one_step(optimizer, lambda: net(x).square().sum())
     for name, (G, P) in one_step(optimizer, lambda: 0.0 * net(x).sum()).items():
         assert not G.any() and not P.any(), name
-        assert all(tensor.isfinite().all() for tensor in optimizer.states[name]["input"].values())
+        assert all(tensor.isfinite().all() for tensor in optimizer.stages.states[name]["input"].values())
 
 
 # ---- limits and whole runs (spec 9.21) -------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_padding_does_not_enter_the_factors(approx: str) -> None:
             mask = torch.arange(data[0].shape[1]).expand(4, -1) < 6
             one_step(optimizer, lambda data=data, mask=mask: cases.cross_entropy(net(data[0], mask), data[1]))
             optimizer.remove_hooks()
-            found.setdefault(row_filter, []).append({n: factors_of(optimizer, n) for n in optimizer.states})
+            found.setdefault(row_filter, []).append({n: factors_of(optimizer, n) for n in optimizer.stages.states})
     moved = {name: relative_error(found["all"][1][name][0], A) for name, (A, _) in found["all"][0].items()}
     # with all rows A moves in every layer, by 40 % in the spec; a mean over rows that are alike moves least
     assert min(moved.values()) > 0.01 and max(moved.values()) > 0.3, moved

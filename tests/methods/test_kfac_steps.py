@@ -130,14 +130,14 @@ def test_running_means_are_corrected() -> None:
     for u in range(1, 9):
         one_step(optimizer, lambda: cases.cross_entropy(net(x), y))
         for name, expected in F.items():
-            assert [int(optimizer.states[name][side]["updates"]) for side in SIDES] == [u, u]
+            assert [int(optimizer.stages.states[name][side]["updates"]) for side in SIDES] == [u, u]
             assert_factors(optimizer, name, expected, 1e-14)  # sums in another order; 1e-14 in the spec
     one_step(optimizer, lambda: cases.cross_entropy(net(other), y))
     for name in F:
         for side, constant, last in zip(SIDES, F[name], other_F[name], strict=True):
             S, _ = kfac.running([constant] * 8 + [last], 0.9)
             # S itself is kept, uncorrected: 1 - 0.9⁹ = 0.61 of the mean
-            assert_close_report(optimizer.states[name][side]["factor"], S, 1e-13, f"S of {name}, {side}")
+            assert_close_report(optimizer.stages.states[name][side]["factor"], S, 1e-13, f"S of {name}, {side}")
 
 
 def test_without_memory_the_last_batch_is_all() -> None:
@@ -148,7 +148,7 @@ def test_without_memory_the_last_batch_is_all() -> None:
     for name, expected in batch_factors(net, x, y).items():
         assert_factors(optimizer, name, expected, 1e-14)  # sums in another order
         for side, F in zip(SIDES, expected, strict=True):
-            assert_close_report(optimizer.states[name][side]["factor"], F, 1e-14, "S")
+            assert_close_report(optimizer.stages.states[name][side]["factor"], F, 1e-14, "S")
 
 
 # ---- periods (spec 9.16) ---------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_factors_and_inverses_are_renewed_on_their_steps(inverse: str) -> None:
         assert captured == (20 if t in (0, 1, 3, 6, 9, 12) else 0), t
         optimizer.step()
         for side in SIDES:
-            after = optimizer.states["layers.1"][side]
+            after = optimizer.stages.states["layers.1"][side]
             changed = not torch.equal(after["factor"], before[side]["factor"])
             assert changed == (int(after["updates"]) == int(before[side]["updates"]) + 1)
             updates[side] += [t] * changed
@@ -233,7 +233,7 @@ def test_statistics_take_memory_in_windows_that_collect_alone() -> None:
     for _ in range(5):
         optimizer.zero_grad()
         cases.cross_entropy(net(x), y).backward()
-        held.append(sum(t.numel() for buffers in optimizer.capture.buffers.values() for t in buffers))
+        held.append(sum(t.numel() for buffers in optimizer.stages.capture.buffers.values() for t in buffers))
         optimizer.step()
     assert held[0] == held[1] == held[3] > 0 and held[2] == held[4] == 0
 
@@ -243,7 +243,7 @@ def test_statistics_take_memory_in_windows_that_collect_alone() -> None:
 
 def inject(optimizer: Any, name: str, wanted: Array, new: Array) -> None:
     """Set S of the input side so that the next update, by the factor `new`, makes the estimate `wanted`."""
-    rho, state = optimizer.config["factor_decay"], optimizer.states[name]["input"]
+    rho, state = optimizer.config["factor_decay"], optimizer.stages.states[name]["input"]
     u = int(state["updates"]) + 1
     state["factor"].copy_(torch.from_numpy((wanted * (1 - rho**u) - (1 - rho) * new) / rho))
 
@@ -269,7 +269,7 @@ def test_a_factor_that_is_slightly_indefinite_is_damped_until_it_decomposes() ->
     assert_close_report(factors_of(optimizer, "layers.0")[0], wanted, 1e-12, "the estimate")
     expected = np.linalg.inv(wanted + 1e-3 * np.eye(5))
     # 1/9e-4 of rounding in the estimate
-    assert_close_report(optimizer.states["layers.0"]["input"]["inverse"], expected, 1e-8, "inverse")
+    assert_close_report(optimizer.stages.states["layers.0"]["input"]["inverse"], expected, 1e-8, "inverse")
     assert all(np.isfinite(P).all() for _, P in moved.values())
 
 
@@ -280,7 +280,7 @@ def test_a_factor_that_does_not_decompose_keeps_the_old_inverse() -> None:
     before = snapshot(optimizer, "layers.0", "input")
     inject(optimizer, "layers.0", indefinite(5, -0.5), batch_factors(net, x, y)["layers.0"][0])
     moved = one_step(optimizer, lambda: cases.cross_entropy(net(x), y))
-    assert torch.equal(optimizer.states["layers.0"]["input"]["inverse"], before["inverse"])
+    assert torch.equal(optimizer.stages.states["layers.0"]["input"]["inverse"], before["inverse"])
     assert optimizer.diagnostics()["layers.0"]["input_side"] == "factor did not decompose"
     assert optimizer.diagnostics()["layers.1"]["input_side"] == "updated"
     assert all(np.isfinite(P).all() for _, P in moved.values())
@@ -294,7 +294,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(bad: float, inverse: str) ->
     optimizer = build("kfac_expand", net, inverse=inverse, update_period=1, inverse_period=1)
     for _ in range(2):
         one_step(optimizer, lambda: cases.cross_entropy(net(x), y))
-    before = {name: {side: snapshot(optimizer, name, side) for side in SIDES} for name in optimizer.states}
+    before = {name: {side: snapshot(optimizer, name, side) for side in SIDES} for name in optimizer.stages.states}
     parameters = copy.deepcopy(net.state_dict())
     spoilt = x.clone()
     spoilt[0, 0, 0] = bad
@@ -306,7 +306,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(bad: float, inverse: str) ->
     net.load_state_dict(parameters)  # the base stepped on what it got
     one_step(optimizer, lambda: cases.cross_entropy(net(x), y))
     for name, expected in batch_factors(net, x, y).items():
-        assert [int(optimizer.states[name][side]["updates"]) for side in SIDES] == [3, 3]
+        assert [int(optimizer.stages.states[name][side]["updates"]) for side in SIDES] == [3, 3]
         assert_factors(optimizer, name, expected, 1e-13)  # three times the same batch
 
 
@@ -327,12 +327,12 @@ def test_a_layer_without_inverse_keeps_its_gradient() -> None:
     x, y = cases.inputs(), cases.labels(net)
     optimizer = build("kfac_expand", net, update_period=1, inverse_period=3, warmup_updates=0)
     one_step(optimizer, lambda: cases.cross_entropy(net(x), y))
-    assert [int(optimizer.states["branch"][side]["updates"]) for side in SIDES] == [0, 0]
+    assert [int(optimizer.stages.states["branch"][side]["updates"]) for side in SIDES] == [0, 0]
     assert optimizer.diagnostics()["branch"]["input_side"] == "no rows"
     net.taken = True
     for t in (1, 2, 3):
         G, P = one_step(optimizer, lambda: cases.cross_entropy(net(x), y))["branch"]
-        assert int(optimizer.states["branch"]["input"]["updates"]) == t
+        assert int(optimizer.stages.states["branch"]["input"]["updates"]) == t
         if t < 3:
             assert np.array_equal(G, P)
     A, B = (F.numpy() for F in factors_of(optimizer, "branch"))

@@ -113,7 +113,7 @@ def test_mkor_h_has_these_defaults() -> None:
 def test_mkor_h_stays_while_the_loss_falls_steadily() -> None:
     step, optimizer, net = switched_at(STEADY, **FAST)
     assert step is None
-    assert hooks(net) > 0 and set(optimizer.states) == {"0", "2"}
+    assert hooks(net) > 0 and set(optimizer.stages.states) == {"0", "2"}
 
 
 @pytest.mark.parametrize("min_steps", [30, 90])
@@ -149,7 +149,7 @@ def test_mkor_h_is_mkor_and_then_its_base(base: str) -> None:
 
     run(one, hybrid, data[knee : knee + 1], KNEE[knee : knee + 1])
     assert hybrid.switched is True
-    assert hooks(one) == 0 and hybrid.states == {}
+    assert hooks(one) == 0 and hybrid.stages.states == {}
     alone = copy.deepcopy(one)
     plain = make(alone, None, base)  # type: ignore[arg-type]
     plain.base.load_state_dict(copy.deepcopy(hybrid.base.state_dict()))  # torch would share the buffers
@@ -191,7 +191,7 @@ def test_mkor_h_resumes_switched() -> None:
     step, optimizer, net = switched_at(KNEE, **FAST)
     assert step is not None
     second, resumed = saved_and_loaded(net, optimizer, **FAST)
-    assert resumed.switched is True and resumed.states == {} and hooks(second) == 0
+    assert resumed.switched is True and resumed.stages.states == {} and hooks(second) == 0
     rest = slice(step + 1, step + 6)
     data = batches(STEPS)
     assert_equal(run(net, optimizer, data[rest], KNEE[rest]), run(second, resumed, data[rest], KNEE[rest]))
@@ -220,6 +220,6 @@ def test_a_step_without_a_loss_is_refused_before_anything_changes() -> None:
 def test_after_the_switch_nothing_of_the_method_is_left() -> None:
     step, optimizer, net = switched_at(KNEE, **FAST)
     assert step is not None and hooks(net) == 0
-    assert not optimizer.states and not optimizer.capture.buffers and not optimizer.layers
+    assert not optimizer.stages.states and not optimizer.stages.capture.buffers and not optimizer.layers
     assert optimizer.health() == {} and optimizer.diagnostics() == {}
     assert set(optimizer.routing().values()) == {"SGD: mkor_h has switched to its base"}

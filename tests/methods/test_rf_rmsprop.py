@@ -36,7 +36,7 @@ def make(*, lr: float = 0.05, alpha: float = 0.0, kappa: float = 0.0, **config: 
 
 
 def second_moment(optimizer: PreconditionedOptimizer, name: str = "weight") -> torch.Tensor:
-    return optimizer.states[name]["gradient"]["second_moment"]
+    return optimizer.stages.states[name]["gradient"]["second_moment"]
 
 
 # 1e-12: rounding of fifty steps, 5e-16 in the spec

@@ -89,14 +89,17 @@ def test_shampoo_holds_the_factor_and_its_root(rng: np.random.Generator) -> None
         feed(optimizer, model, values)
         rule.direction(values["weight"])
     for axis in range(2):
-        state = optimizer.states["weight"][f"axis{axis}"]
+        state = optimizer.stages.states["weight"][f"axis{axis}"]
         assert int(state["updates"]) == 4
         assert_close_report(state["root"], rule.roots[axis], 1e-9, f"root {axis}")
         # the average is kept as a sum with weights 1-β₂, or already corrected: both are L up to one number
         factor = state["factor"].numpy()
         assert_close_report(factor / np.trace(factor), rule.L[axis] / np.trace(rule.L[axis]), 1e-12, f"factor {axis}")
-    assert set(optimizer.states["tall"]) == {f"block{i}.axis{axis}" for i in range(2) for axis in range(2)}
-    assert [list(optimizer.states["tall"][f"block{i}.axis0"]["root"].shape) for i in range(2)] == [[5, 5], [2, 2]]
+    assert set(optimizer.stages.states["tall"]) == {f"block{i}.axis{axis}" for i in range(2) for axis in range(2)}
+    assert [list(optimizer.stages.states["tall"][f"block{i}.axis0"]["root"].shape) for i in range(2)] == [
+        [5, 5],
+        [2, 2],
+    ]
 
 
 # ---- what it does to singular values ---------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def assert_same_steps(
     start, *grads = random_values(rng, shapes, steps + 1, scale)
     model = Bag(start, dtype)
     optimizer = make(model)
-    optimizer.batched = batched
+    optimizer.stages.batched = batched
     W = [start[name].copy() for name in shapes]
     base = Sgd(alpha, [0.0 if "bias" in name else kappa for name in shapes])
     for t, values in enumerate(grads):

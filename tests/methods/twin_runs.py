@@ -78,7 +78,7 @@ def assert_same_run(
     net, mlp = twins(sizes=sizes, bias=bias)
     data, lrs = batches(steps, sizes=sizes), [lr * (1 - 0.5 * step / steps) for step in range(steps)]
     optimizer = make(net)
-    optimizer.batched = batched
+    optimizer.stages.batched = batched
     library = run_library(net, optimizer, data, lrs)
     start = [p.copy() for p in mlp.parameters()]
     for step in range(steps):

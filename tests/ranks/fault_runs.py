@@ -136,7 +136,7 @@ class Run:
 
     def collected(self) -> float:
         """The largest entry of what the window has collected so far on this rank."""
-        buffers = [t for buffers in self.optimizer.capture.buffers.values() for t in buffers if t.numel()]
+        buffers = [t for buffers in self.optimizer.stages.capture.buffers.values() for t in buffers if t.numel()]
         return max((float(t.abs().max()) for t in buffers), default=0.0)
 
 
@@ -159,7 +159,7 @@ def loses_a_rank(rank: int, world: int, strategy: str, method: str, where: str, 
     if rank == world - 1:
         if where == "between steps":
             fail()
-        setattr(run.optimizer.comm, where, lambda *args: fail())
+        setattr(run.optimizer.stages.comm, where, lambda *args: fail())
     run.steps(range(2, 5))
 
 
@@ -279,7 +279,7 @@ def mixture(method: str, rank: int, world: int) -> tuple[Tensor, Tensor, set[str
         loss.backward()
         optimizer.step()
     end = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return end - start, start, optimizer.diagnostic.without_rows()
+    return end - start, start, optimizer.stages.diagnostics.without_rows()
 
 
 def mixtures(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, set[str]]]:

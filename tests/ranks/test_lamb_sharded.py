@@ -94,9 +94,9 @@ def test_shards_and_whole_tensors_in_one_optimizer(two_ranks: list[dict[str, Any
 def test_other_placements_are_refused(two_ranks: list[dict[str, Any]]) -> None:
     for found in two_ranks:
         shard, replicate, partial = found["refusals"]
-        assert "placements (Shard(dim=1),)" in shard and "fully_shard" in shard
-        assert "placements (Replicate(),)" in replicate
-        assert "placements (Shard(dim=0),) and a gradient with (Partial(sum),)" in partial
+        assert "placed as (Shard(dim=1),)" in shard and "fully_shard" in shard
+        assert "placed as (Replicate(),)" in replicate
+        assert "placements (Shard(dim=0),) and a gradient placed as (Partial(sum),)" in partial
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -83,7 +83,7 @@ def watch(work: Workload, optimizer: PreconditionedOptimizer) -> list[Seen]:
             torch.equal(p.grad, g) for p, g in zip(work.parameters, work.gradients, strict=True) if p.grad is not None
         )
         kind = Kind(optimizer._updating, optimizer.preconditioner.refreshes_at(optimizer.steps))
-        rows = [float(buffers[0].sum()) for buffers in optimizer.capture.buffers.values()]
+        rows = [float(buffers[0].sum()) for buffers in optimizer.stages.capture.buffers.values()]
         seen.append(Seen(kind, optimizer.steps, same, rows[0] if rows else 0.0))
         step()
 
@@ -141,18 +141,18 @@ def test_mkor_h_stays_mkor_in_a_benchmark() -> None:
     stepper, reference = Stepper(work, optimizer), adamw(work.twin, foreach=True)
     for _ in range(3):
         stepper.round(reference, 3)
-    assert not optimizer.switched and optimizer.states
+    assert not optimizer.switched and optimizer.stages.states
 
 
 def test_the_twin_shares_parameters_and_not_hooks() -> None:
     work = Workload(tiny())
     optimizer = Pair("mkor", "lamb").build(work.model)
-    assert optimizer.capture.collecting
+    assert optimizer.stages.capture.collecting
     work.forward_backward(work.twin)
-    assert all(float(buffer.abs().sum()) == 0 for b in optimizer.capture.buffers.values() for buffer in b)
+    assert all(float(buffer.abs().sum()) == 0 for b in optimizer.stages.capture.buffers.values() for buffer in b)
     assert all(a is b for a, b in zip(work.model.parameters(), work.twin.parameters(), strict=True))
     work.forward_backward(work.model)
-    assert any(float(b[0].sum()) == 2 * 16 for b in optimizer.capture.buffers.values())
+    assert any(float(b[0].sum()) == 2 * 16 for b in optimizer.stages.capture.buffers.values())
     optimizer.remove_hooks()
 
 

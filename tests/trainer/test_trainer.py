@@ -222,7 +222,7 @@ def test_a_second_train_goes_on(tmp_path: Path) -> None:
     assert trainer.second_order is optimizer and optimizer.steps == 3 + 5
     hooks = [len(layer.module._forward_hooks) for layer in optimizer.layers]
     assert set(hooks) == {1}, "hooks installed twice"
-    assert optimizer.capture.buffers["bert.pooler.dense"][0].item() == 0
+    assert optimizer.stages.capture.buffers["bert.pooler.dense"][0].item() == 0
 
 
 def test_health_is_logged(tmp_path: Path) -> None:

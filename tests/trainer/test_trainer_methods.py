@@ -61,7 +61,7 @@ def test_mkor_h_is_told_the_loss_of_the_whole_window(tmp_path: Path) -> None:
 
         optimizer.preconditioner.observe = spy
         trainer.train()
-        assert optimizer.switched and optimizer.steps == 6 and not optimizer.states
+        assert optimizer.switched and optimizer.steps == 6 and not optimizer.stages.states
         assert seen[accumulation] == pytest.approx(logged(trainer, "loss")[: len(seen[accumulation])], abs=1e-4)
     assert seen[1] == pytest.approx(seen[4], rel=1e-4)
 
@@ -86,8 +86,8 @@ def test_the_sampled_fisher_in_the_trainer(head: type[nn.Module], tmp_path: Path
         for fisher in ("mc", "empirical")
     }
     layer = "bert.encoder.layer.0.output.dense"
-    factors = {fisher: run.second_order.states[layer]["output"]["factor"] for fisher, run in runs.items()}  # type: ignore[union-attr]
-    inputs = {fisher: run.second_order.states[layer]["input"]["factor"] for fisher, run in runs.items()}  # type: ignore[union-attr]
+    factors = {fisher: run.second_order.stages.states[layer]["output"]["factor"] for fisher, run in runs.items()}  # type: ignore[union-attr]
+    inputs = {fisher: run.second_order.stages.states[layer]["input"]["factor"] for fisher, run in runs.items()}  # type: ignore[union-attr]
     ratio = factors["mc"].trace() / factors["empirical"].trace()
     # Near the start the model is undecided, so drawn and real labels give gradients of one size, in other directions.
     assert 0.3 < ratio < 3 and not torch.allclose(factors["mc"], factors["empirical"], rtol=0.1)
@@ -152,7 +152,7 @@ def kaisa_rank(rank: int, world: int, folder: str) -> tuple[torch.Tensor, torch.
     whole = run_trainer(f"{folder}/{world}", per_device_train_batch_size=4, **KAISA)
     checkpoint = f"{folder}/{world}/checkpoint-3"
     resumed = run_trainer(f"{folder}/{world}", per_device_train_batch_size=4, resume=checkpoint, **KAISA)
-    assert whole.second_order is not None and whole.second_order.placement.world == world
+    assert whole.second_order is not None and whole.second_order.stages.placement.world == world
     return final_weights(whole), final_weights(resumed)
 
 

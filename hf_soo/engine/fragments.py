@@ -8,18 +8,19 @@ keeps its piece of P.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_soo.engine.comm import Communicator, Group
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed, stack
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed
 from hf_soo.engine.layers import Layer, accumulation_dtype, full_shape
+from hf_soo.engine.strategy import Strategy
 
 GATHER_BYTES = 2**28
 """The most that is gathered in one message, unless a single layer is larger."""
@@ -33,62 +34,55 @@ class Span:
     length: int
 
 
-class Source(Protocol):
-    """Where the pieces are.
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``start : start + length`` of a flat parameter belong to whole tensor number ``tensor``.
 
-    Attributes:
-        layout: what distinguishes this source from others.
-        in_rows: whether pieces are whole rows of the first dimension.
-        group: the ranks that hold the pieces of a gradient.
+    The number is the same on every rank.
     """
 
-    layout: object
-    in_rows: bool
-    group: Group
+    tensor: int
+    start: int
+    length: int
 
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the stored gradients."""
 
-    def has(self, layer: Layer) -> bool:
-        """See ``Gradients``."""
+class Fragments(Strategy):
+    """Gradients in pieces: what is common to row shards and to fragments that are no rows.
 
+    Attributes:
+        in_rows: whether pieces are whole rows of the first dimension.
+    """
+
+    in_pieces = True
+    in_rows = False
+
+    def __init__(self, comm: Communicator, group: Group) -> None:
+        """Take the ranks.
+
+        Args:
+            comm: the means of communication.
+            group: the ranks that hold the pieces of a gradient.
+        """
+        self.comm, self.group = comm, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @abstractmethod
     def spans(self, parameter: Tensor) -> list[Span]:
         """The piece of each rank of the group."""
 
+    @abstractmethod
     def piece(self, parameter: Tensor) -> Tensor:
         """This rank's piece of the gradient where it is stored, in any shape."""
 
-
-class ShardedGradients:
-    """The accessor of gradients in pieces. See ``Gradients`` for its methods."""
-
-    row_wise = False
-
-    def __init__(self, source: Source, comm: Communicator) -> None:
-        """Take the source.
-
-        Args:
-            source: where the pieces are.
-            comm: the means of communication.
-        """
-        self.source, self.comm = source, comm
-        self.layout: object = source.layout
-        self._rank, self._size = dist.get_rank(source.group), dist.get_world_size(source.group)
-
-    def has(self, layer: Layer) -> bool:
-        """As the source says."""
-        return self.source.has(layer)
-
     def by_rows(self, layer: Layer) -> bool:
         """Whether both the method and the pieces allow it. A single row is no axis to methods that work by axes."""
-        return self.row_wise and self.source.in_rows and layer.rows_first and full_shape(layer.weight)[0] > 1
+        return self.row_wise and self.in_rows and layer.rows_first and full_shape(layer.weight)[0] > 1
 
     def rows(self, layer: Layer) -> slice:
         """From the piece of the weight; the bias is cut alike."""
         if not self.by_rows(layer):
             return ALL_ROWS
-        mine, width = self.source.spans(layer.weight)[self._rank], math.prod(full_shape(layer.weight)[1:])
+        mine, width = self.spans(layer.weight)[self.rank], math.prod(full_shape(layer.weight)[1:])
         return slice(mine.start // width, (mine.start + mine.length) // width)
 
     def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
@@ -122,9 +116,9 @@ class ShardedGradients:
         ]
 
     def _read_rows(self, layers: Sequence[Layer]) -> Joint:
-        weights = [computed(layer.as_matrix(self.source.piece(layer.weight))) for layer in layers]
-        biases = [computed(self.source.piece(layer.bias)) for layer in layers if layer.bias is not None]
-        return Joint(stack(weights), stack(biases) if biases else None, self.rows(layers[0]))
+        weights = [computed(layer.as_matrix(self.piece(layer.weight))) for layer in layers]
+        biases = [None if layer.bias is None else computed(self.piece(layer.bias)) for layer in layers]
+        return Joint.of(weights, biases, self.rows(layers[0]))
 
     def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
         """The rows, or this rank's flat pieces of a whole P."""
@@ -142,16 +136,16 @@ class ShardedGradients:
 
     def _cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This rank's piece of a whole tensor, [1, length]; a copy, so that the whole can be freed."""
-        mine = self.source.spans(parameter)[self._rank]
+        mine = self.spans(parameter)[self.rank]
         return whole.reshape(1, -1)[:, mine.start : mine.start + mine.length].clone()
 
     def write(self, group: list[Layer], grad: Joint) -> None:
         """Into the pieces."""
-        scale = self.source.loss_scale
+        scale = self.loss_scale
         for i, layer in enumerate(group):
             for parameter, new in ((layer.weight, grad.weight), (layer.bias, grad.bias)):
                 if parameter is not None and new is not None:
-                    piece = self.source.piece(parameter)
+                    piece = self.piece(parameter)
                     if piece.data_ptr() != new[i].data_ptr():  # else it was changed in place
                         piece.copy_((new[i] * scale if scale != 1.0 else new[i]).reshape(piece.shape))
 
@@ -162,7 +156,7 @@ class ShardedGradients:
     def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
         """One message, if the groups were read by rows."""
         if self.by_rows(groups[0][0]):
-            self.comm.sum_(tensors, self.source.group)
+            self.comm.sum_(tensors, self.group)
 
     def gather(self, layer: Layer, rows: Tensor) -> Tensor:
         """One message, if the layer is read by rows."""
@@ -171,8 +165,7 @@ class ShardedGradients:
         width = math.prod(full_shape(layer.weight)[1:])
         own_width = math.prod(rows.shape[1:])
         spans = [
-            Span(span.start // width * own_width, span.length // width * own_width)
-            for span in self.source.spans(layer.weight)
+            Span(span.start // width * own_width, span.length // width * own_width) for span in self.spans(layer.weight)
         ]
         (whole,) = self.assemble([rows], [spans])
         return whole.view(-1, *rows.shape[1:])
@@ -181,11 +174,11 @@ class ShardedGradients:
         """Whole gradients in the accumulation dtype, free of the loss scale, in one message."""
         if not parameters:
             return []
-        scale = self.source.loss_scale
-        pieces = [computed(self.source.piece(parameter)) for parameter in parameters]
+        scale = self.loss_scale
+        pieces = [computed(self.piece(parameter)) for parameter in parameters]
         if scale != 1.0:
             pieces = [piece / scale for piece in pieces]
-        whole = self.assemble(pieces, [self.source.spans(parameter) for parameter in parameters])
+        whole = self.assemble(pieces, [self.spans(parameter) for parameter in parameters])
         return [tensor.view(full_shape(p)) for tensor, p in zip(whole, parameters, strict=True)]
 
     def assemble(self, pieces: Sequence[Tensor], spans: Sequence[list[Span]]) -> list[Tensor]:
@@ -196,15 +189,15 @@ class ShardedGradients:
             spans: of each tensor, the piece of each rank.
         """
         slots = [_slots(each) for each in spans]
-        lengths = [sum(slot[rank] for slot in slots) for rank in range(self._size)]
+        lengths = [sum(slot[rank] for slot in slots) for rank in range(self.size)]
         dtype = reduce(torch.promote_types, (piece.dtype for piece in pieces))
         message = pieces[0].new_zeros(max(lengths), dtype=dtype)
         offset = 0
         for piece, slot in zip(pieces, slots, strict=True):
             message[offset : offset + piece.numel()] = piece.reshape(-1)
-            offset += slot[self._rank]
-        gathered = self.comm.gather(message, self.source.group, self._size)
-        offsets = [0] * self._size
+            offset += slot[self.rank]
+        gathered = self.comm.gather(message, self.group, self.size)
+        offsets = [0] * self.size
         whole = []
         for each, slot in zip(spans, slots, strict=True):
             whole.append(_joined(gathered, offsets, each))
