@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import pytest
-import yaml
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -23,6 +22,7 @@ from hf_soo.glue import sweep as glue_runs
 from hf_soo.glue.tasks import TASKS
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.runs import arguments
+from hf_soo.runs.recipes import read_recipe
 from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import ROOT, check_error, load_script, only_run
 from tests.scripts.test_configs import check_header
@@ -288,7 +288,7 @@ def test_the_configs_are_there() -> None:
 def test_configs_parse_build_their_optimizer_and_have_a_header(path: Path) -> None:
     flags = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
     *parsed, training = arguments.parse(glue_runs.CLASSES, flags)
-    for key, value in yaml.safe_load(path.read_text()).items():
+    for key, value in read_recipe([path]).items():
         (owner,) = (each for each in (*parsed, training) if hasattr(each, key))
         if isinstance(value, int | float) and key != "bf16":
             assert getattr(owner, key) == value, key
@@ -307,7 +307,5 @@ def test_configs_parse_build_their_optimizer_and_have_a_header(path: Path) -> No
 
 @pytest.mark.parametrize("model", ["bert_base", "bert_large", "minilm"])
 def test_siblings_differ_in_optimizer_keys_alone(model: str) -> None:
-    first, other = (
-        yaml.safe_load((ROOT / f"configs/glue/{model}_{name}.yaml").read_text()) for name in ("adamw", "mkor")
-    )
+    first, other = (read_recipe([ROOT / f"configs/glue/{model}_{name}.yaml"]) for name in ("adamw", "mkor"))
     assert {key for key in {*first, *other} if first.get(key) != other.get(key)} <= OPTIMIZER_KEYS

@@ -10,12 +10,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import yaml
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.runs import arguments
 from hf_soo.runs.pretrained import PretrainedArguments
+from hf_soo.runs.recipes import read_recipe
 from hf_soo.runs.record import read_run
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, train
@@ -380,7 +380,7 @@ def test_configs_are_there_and_siblings_differ_in_optimizer_keys_alone() -> None
     pairs = [[by_name.pop(f"{size}_{name}") for name in ("adamw", "mkor")] for size in SIZES]
     assert set(by_name) == {"bert_mini_adamw", "bert_small_adamw"}  # for reproduce.sh
     for one, two in pairs:
-        first, second = (yaml.safe_load(path.read_text()) for path in (one, two))
+        first, second = (read_recipe([path]) for path in (one, two))
         assert {key for key in {*first, *second} if first.get(key) != second.get(key)} <= OPTIMIZER_KEYS
         assert (first["num_train_epochs"], first["max_seq_length"], first["doc_stride"]) == (2, 384, 128)
 
