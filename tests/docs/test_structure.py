@@ -42,7 +42,7 @@ NOT_YET_DOWN: set[tuple[str, str]] = set()
 NOT_YET_CIRCLES = 1
 NOT_YET_FILES = {"hf_soo/engine": 25}
 NOT_YET_PUBLIC_NAMES = 568
-NOT_YET_LINES = 22_350
+NOT_YET_LINES = 22_500
 
 # Names that nothing is called any more; generic words only where they were misleading.
 GONE = {
