@@ -1,0 +1,51 @@
+"""The comparison of two versions: it covers what the other tables have, and it can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_soo.registry import METHODS
+from tests.compare import contract
+from tests.compare.__main__ import ROOT, difference, differences
+from tests.methods.toy import CASES
+
+
+def test_the_rows_cover_the_contract() -> None:
+    """Every name, every form of the contract's table, and every setting of every method."""
+    rows = contract.cases()
+    assert METHODS.keys() <= rows.keys()
+    for case, (name, settings) in CASES.items():
+        assert (name, {k: v for k, v in settings.items() if k != "batch_size"}) in rows.values(), case
+    for name, method in METHODS.items():
+        fields = {field.name for field in dataclasses.fields(method.config)} if method.config else set()
+        changed = contract.SETTINGS.get(name, []) + (contract.SETTINGS["mkor"] if name == "mkor_h" else [])
+        assert fields == {key for settings in changed for key in settings}, name
+
+
+def test_a_difference_of_one_bit_is_found() -> None:
+    one = {"a": torch.ones(3), "b": torch.tensor([0.0, float("nan")])}
+    other = {"a": torch.ones(3), "b": torch.tensor([0.0, float("nan")])}
+    assert difference(one, other) == ""
+    other["a"][1] = torch.nextafter(other["a"][1], torch.tensor(2.0))
+    assert difference(one, other) == "|dW| = 1.2e-07, first in a"
+    assert difference(one, other | {"c": torch.ones(1)}) == "parameters ['c'] are on one side alone"
+    assert difference("ValueError: lr", "ValueError: rate") == ""  # words may change
+    assert differences({"row": one}, {"row": "ValueError: lr"}) == {"row": "weights -> ValueError: lr"}
+    assert differences({"row": one}, {}) == {"row": "weights -> no such row"}
+
+
+def compare(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.compare", "--old", ".", "--new", ".", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_version_is_equal_to_itself(tmp_path: Path) -> None:
+    done = compare("--json", str(tmp_path / "report.json"), "--", "contract/mkor/toy", "loop/shampoo-adam")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0 of 3 rows differ"
+    assert '"differences": {}' in (tmp_path / "report.json").read_text()
