@@ -51,7 +51,7 @@ def read_lines(file: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"file {str(file)!r}, line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
-                    f"{offset + error.start}; convert it first, for example with iconv"
+                    f"{offset + error.start}; convert it first, for example with iconv."
                 ) from error
             yield line.rstrip("\r\n").removeprefix("\ufeff" if offset == 0 else "")
             offset += len(raw)
@@ -59,13 +59,13 @@ def read_lines(file: Path) -> Iterator[str]:
 
 @contextmanager
 def built_beside(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place if the block succeeds, and goes if it does not.
+    """A new folder beside ``output`` that takes its place if the block succeeds, and goes if it does not.
 
     Args:
-        output: The final place; what is there is replaced.
+        output: the final place; what is there is replaced.
 
     Yields:
-        The folder to fill, `<output>.partial-<host>-<pid>`.
+        The folder to fill, ``<output>.partial-<host>-<pid>``.
     """
     partial, retired = (output.with_name(f"{output.name}.{state}-{_owner()}") for state in ("partial", "old"))
     partial.mkdir(parents=True)
@@ -84,12 +84,12 @@ def built_beside(output: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(output: Path) -> None:
-    """Tidy up what killed runs of this host left beside `output`, and say so; folders of other hosts stay.
+    """Tidy up what killed runs of this host left beside ``output``, and say so; folders of other hosts stay.
 
-    Unfinished folders are removed. One that `output` was moved to while its successor took its place comes back.
+    Unfinished folders are removed. One that ``output`` was moved to while its successor took its place comes back.
 
     Args:
-        output: The final place of those runs.
+        output: the final place of those runs.
     """
     for state in ("old", "partial"):
         for folder in sorted(output.parent.glob(f"{glob.escape(output.name)}.{state}-*")):

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from transformers import BertConfig, BertTokenizer, set_seed
 
-from hf_soo.bert.data.prepare import PrepareConfig, load_prepared, prepare
+from hf_soo.bert.data.folder import load_prepared
+from hf_soo.bert.data.prepare import PrepareConfig, prepare
 from hf_soo.bert.data.wordpiece import SpecialIds, special_ids
 from hf_soo.bert.model import SIZES, GatheredBertForPreTraining, name_bias_once
 from hf_soo.runs.arguments import option
@@ -82,7 +83,7 @@ def load_data(data: DataArguments, args: RunTrainingArguments) -> PretrainingDat
 
     Args:
         data: which text.
-        args: `output_dir` is where a corpus is prepared; one process of several does it.
+        args: ``output_dir`` is where a corpus is prepared; one process of several does it.
 
     Raises:
         ValueError: neither or both of data_dir and corpus, nothing to evaluate on, or a folder that cannot be used.
@@ -115,21 +116,21 @@ def load_data(data: DataArguments, args: RunTrainingArguments) -> PretrainingDat
 
 
 def _prepare_once(data: DataArguments, folder: Path) -> str:
-    """Prepare the corpus into `folder`, or find it there from an earlier run with the same settings."""
+    """Prepare the corpus into ``folder``, or find it there from an earlier run with the same settings."""
     assert data.corpus is not None
-    wanted = {
+    asked = {
         "source": data.corpus,
         "max_seq_length": data.seq_length,
         "vocab_size": data.vocab_size,
         "eval_documents": data.eval_documents,
     }
-    config = PrepareConfig(output=str(folder), **wanted)  # type: ignore[arg-type]
+    config = PrepareConfig(output=str(folder), **asked)  # type: ignore[arg-type]
     if not (folder / "manifest.json").is_file():
         logger.info("Preparing corpus %s in %s", data.corpus, folder)
         prepare(config)
         return str(folder)
     made = load_prepared(folder)["manifest"]["config"]
-    for key, value in wanted.items():
+    for key, value in asked.items():
         if made[key] != value:
             raise ValueError(f"{folder} was prepared with {key}={made[key]!r}, now {value!r}; use another output_dir.")
     return str(folder)
@@ -143,7 +144,7 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
     """A new BERT for the vocabulary of the data, or the pretrained one of a folder.
 
     Args:
-        model: which; `model_name_or_path` holds the weights to start from.
+        model: which; ``model_name_or_path`` holds the weights to start from.
         data: says vocabulary and sequence length.
         seed: of the initial weights.
 

@@ -1,7 +1,8 @@
 """Batches of examples of like length, so that little of a batch is padding.
 
-transformers' own sampler for `train_sampling_strategy="group_by_length"` draws from a generator that a resume does not
-restore, reads every example where the data have no column of lengths, and makes a whole optimizer step of one length.
+transformers' own sampler for ``train_sampling_strategy="group_by_length"`` draws from a generator that a resume does
+not restore, reads every example where the data have no column of lengths, and makes a whole optimizer step of one
+length.
 Here the order is a function of (seed, epoch):
 
     a random permutation, cut into pools of 50 rounds; each pool sorted by length; cut into rounds; the rounds shuffled
@@ -66,7 +67,7 @@ def example_lengths(dataset: Any, column: str) -> npt.NDArray[np.int64]:
     """The number of tokens of every example: from its column, else counted, without reading the tokens.
 
     Args:
-        dataset: a `datasets.Dataset` with `input_ids`.
+        dataset: a ``datasets.Dataset`` with ``input_ids``.
         column: the name of the column of lengths.
     """
     if column in dataset.column_names:

@@ -17,7 +17,6 @@ same epoch mask it alike.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -34,43 +33,11 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class MaskingConfig:
-    """What `PretrainingCollator` does; see the module for the two ways of masking."""
-
-    masking: Masking = "exact"
-    mask_prob: float = 0.15
-    max_predictions: int = 20
-    pad_to: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: A value is out of its range.
-        """
-        if self.masking not in get_args(Masking):
-            raise ValueError(f"masking is {self.masking!r}; it must be one of {', '.join(get_args(Masking))}")
-        if not 0.0 < self.mask_prob < 1.0:
-            raise ValueError(f"mask_prob is {self.mask_prob}; it must lie between 0 and 1 (BERT: 0.15)")
-        if self.max_predictions < 1:
-            raise ValueError(
-                f"max_predictions is {self.max_predictions}; it must be at least 1 (BERT: 20 at length 128, 80 at 512)"
-            )
-        if self.pad_to is not None and self.pad_to < 1:
-            raise ValueError(
-                f"pad_to is {self.pad_to}; it must be a length, or None for the longest example of the batch"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**63)")
-
-
 class PretrainingCollator:
-    """Examples of a prepared data set -> a masked batch for `GatheredBertForPreTraining`.
+    """Examples of a prepared data set -> a masked batch for ``GatheredBertForPreTraining``.
 
-    Under Trainer set `remove_unused_columns=False`, as the columns read here are no arguments of the model, and call
-    `set_epoch` at the start of each epoch. An evaluation collator stays at epoch 0, so that it always masks alike.
+    Under Trainer set ``remove_unused_columns=False``, as the columns read here are no arguments of the model, and call
+    ``set_epoch`` at the start of each epoch. An evaluation collator stays at epoch 0, so that it always masks alike.
     """
 
     def __init__(
@@ -86,19 +53,31 @@ class PretrainingCollator:
         """Set up the collator.
 
         Args:
-            ids: Vocabulary size and ids of the special tokens (`wordpiece.special_ids`).
-            masking: "exact" gives `masked_positions` and `labels` of static width `max_predictions`; "bernoulli" gives
-                `labels` [B, T] without a cap.
-            mask_prob: Share of the tokens that are predicted.
-            max_predictions: Cap of "exact": 20 at length 128, 80 at 512.
-            pad_to: Length of every batch; None pads to the longest example, rounded up to a multiple of 8.
-            seed: Masks are a function of seed, epoch and example.
+            ids: vocabulary size and ids of the special tokens (``wordpiece.special_ids``).
+            masking: "exact" gives ``masked_positions`` and ``labels`` [B, ``max_predictions``]; "bernoulli" gives
+                ``labels`` [B, T] without a cap.
+            mask_prob: share of the tokens that are predicted.
+            max_predictions: cap of "exact": 20 at length 128, 80 at 512.
+            pad_to: length of every batch; None pads to the longest example, rounded up to a multiple of 8.
+            seed: masks are a function of seed, epoch and example.
 
         Raises:
-            ValueError: A value is out of its range.
+            ValueError: a value is out of its range.
         """
-        self.ids = ids
-        self.config = MaskingConfig(masking, mask_prob, max_predictions, pad_to, seed)
+        if masking not in get_args(Masking):
+            raise ValueError(f"masking is {masking!r}; it must be one of {', '.join(get_args(Masking))}.")
+        if not 0.0 < mask_prob < 1.0:
+            raise ValueError(f"mask_prob is {mask_prob}; it must lie between 0 and 1 (BERT: 0.15).")
+        if max_predictions < 1:
+            raise ValueError(
+                f"max_predictions is {max_predictions}; it must be at least 1 (BERT: 20 at length 128, 80 at 512)."
+            )
+        if pad_to is not None and pad_to < 1:
+            raise ValueError(f"pad_to is {pad_to}; it must be a length, or None for the longest example of the batch.")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; it must lie in [0, 2**63).")
+        self.ids, self.masking, self.mask_prob, self.max_predictions = ids, masking, mask_prob, max_predictions
+        self.pad_to, self.seed = pad_to, seed
         # In shared memory: persistent workers of a DataLoader see set_epoch without being restarted.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -111,27 +90,27 @@ class PretrainingCollator:
         """Draw the masks of this epoch from now on.
 
         Args:
-            epoch: Number of the epoch.
+            epoch: number of the epoch.
 
         Raises:
-            ValueError: The epoch is negative or 2**32 and more.
+            ValueError: the epoch is negative or 2**32 and more.
         """
         if not 0 <= epoch < 2**32:
-            raise ValueError(f"epoch is {epoch}; it must lie in [0, 2**32)")
+            raise ValueError(f"epoch is {epoch}; it must lie in [0, 2**32).")
         self._epoch.fill_(epoch)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad, mask and label a batch.
 
         Args:
-            examples: Rows with the columns input_ids, segment_b_start, next_sentence_label and example_id.
+            examples: rows with the columns input_ids, segment_b_start, next_sentence_label and example_id.
 
         Returns:
             int64 tensors input_ids, attention_mask, token_type_ids [B, T], next_sentence_label [B], and labels (with
             masked_positions under "exact").
 
         Raises:
-            ValueError: A column is missing or an example is longer than `pad_to`.
+            ValueError: a column is missing or an example is longer than ``pad_to``.
         """
         columns = _columns(examples)
         lengths = np.array([len(row) for row in columns["input_ids"]])
@@ -142,19 +121,18 @@ class PretrainingCollator:
         for i, (row, example_id) in enumerate(zip(columns["input_ids"], columns["example_id"], strict=True)):
             tokens[i, : lengths[i]] = row
             uniform[:, i, : lengths[i]] = self._random(int(example_id)).random((3, int(lengths[i])))
-        attention = position < lengths[:, None]
-        special = np.isin(tokens, (self.ids.pad, self.ids.cls, self.ids.sep))
-        if self.config.masking == "exact":
-            count = predictions_per_example(lengths, self.config.mask_prob, self.config.max_predictions)
-            chosen = choose_exactly(uniform[0], attention & ~special, count)
+        token_mask = position < lengths[:, None]
+        eligible = token_mask & ~np.isin(tokens, (self.ids.pad, self.ids.cls, self.ids.sep))
+        if self.masking == "exact":
+            count = _predictions_per_example(lengths, self.mask_prob, self.max_predictions)
+            chosen = _choose_exactly(uniform[0], eligible, count)
         else:
-            chosen = (uniform[0] < self.config.mask_prob) & attention & ~special
+            chosen = (uniform[0] < self.mask_prob) & eligible
+        in_b = token_mask & (position >= np.array(columns["segment_b_start"])[:, None])
         batch = {
-            "input_ids": replace_tokens(tokens, chosen, uniform[1], uniform[2], self.ids),
-            "attention_mask": attention.astype(np.int64),
-            "token_type_ids": (attention & (position >= np.array(columns["segment_b_start"])[:, None])).astype(
-                np.int64
-            ),
+            "input_ids": _replace_tokens(tokens, chosen, uniform[1], uniform[2], self.ids),
+            "attention_mask": token_mask.astype(np.int64),
+            "token_type_ids": in_b.astype(np.int64),
             "next_sentence_label": np.array(columns["next_sentence_label"], dtype=np.int64),
             **self._labels(tokens, chosen),
         }
@@ -162,25 +140,25 @@ class PretrainingCollator:
 
     def _random(self, example_id: int) -> np.random.Generator:
         """The generator of one example in the current epoch."""
-        key = np.array([self.config.seed, self.epoch << 32 | example_id], dtype=np.uint64)
+        key = np.array([self.seed, self.epoch << 32 | example_id], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
 
     def _width(self, longest: int) -> int:
         """Length of the batch."""
-        if self.config.pad_to is None:
+        if self.pad_to is None:
             return -(-longest // 8) * 8
-        if longest > self.config.pad_to:
+        if longest > self.pad_to:
             raise ValueError(
-                f"an example has {longest} tokens but pad_to is {self.config.pad_to}; "
-                "raise pad_to or prepare shorter sequences"
+                f"an example has {longest} tokens but pad_to is {self.pad_to}; "
+                "raise pad_to or prepare shorter sequences."
             )
-        return self.config.pad_to
+        return self.pad_to
 
     def _labels(self, tokens: Ints, chosen: Bools) -> dict[str, Ints]:
         """Labels [B, T], or positions and labels [B, max_predictions] in ascending order, padded with 0 and -100."""
-        if self.config.masking == "bernoulli":
+        if self.masking == "bernoulli":
             return {"labels": np.where(chosen, tokens, IGNORE)}
-        shape = (len(tokens), self.config.max_predictions)
+        shape = (len(tokens), self.max_predictions)
         positions, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
         row, position = np.nonzero(chosen)
         slot = (np.cumsum(chosen, axis=1) - 1)[row, position]
@@ -189,30 +167,22 @@ class PretrainingCollator:
         return {"masked_positions": positions, "labels": labels}
 
 
-def predictions_per_example(lengths: Ints, mask_prob: float, max_predictions: int) -> Ints:
-    """min(max_predictions, max(1, round(mask_prob n))) of lengths n [B]; halves go to even, as in Python's `round`."""
+def _predictions_per_example(lengths: Ints, mask_prob: float, max_predictions: int) -> Ints:
+    """min(max_predictions, max(1, round(mask_prob n))) of lengths n [B]; halves go to even, as with ``round``."""
     count: Ints = np.clip(np.rint(lengths * mask_prob), 1, max_predictions).astype(np.int64)
     return count
 
 
-def choose_exactly(score: Floats, eligible: Bools, count: Ints) -> Bools:
-    """The `count` [B] eligible positions with the lowest random score, all [B, T]: a draw without replacement."""
+def _choose_exactly(score: Floats, eligible: Bools, count: Ints) -> Bools:
+    """The ``count`` [B] eligible positions with the lowest random score, all [B, T]: a draw without replacement."""
     rank = np.argsort(np.argsort(np.where(eligible, score, np.inf), axis=1, kind="stable"), axis=1)
     return (rank < count[:, None]) & eligible
 
 
-def replace_tokens(tokens: Ints, chosen: Bools, action: Floats, word: Floats, ids: SpecialIds) -> Ints:
-    """80 % of the chosen tokens become [MASK], 10 % a random word, 10 % stay.
+def _replace_tokens(tokens: Ints, chosen: Bools, action: Floats, word: Floats, ids: SpecialIds) -> Ints:
+    """80 % of the chosen tokens become [MASK], 10 % a word of the whole vocabulary, 10 % stay; all [B, T].
 
-    Args:
-        tokens: Ids [B, T], left as they are.
-        chosen: Which are predicted [B, T].
-        action: Uniform in [0, 1): what happens to each [B, T].
-        word: Uniform in [0, 1): which word a random replacement is [B, T]; the whole vocabulary, special tokens too.
-        ids: Vocabulary size and id of [MASK].
-
-    Returns:
-        New ids [B, T].
+    ``action`` and ``word`` are uniform in [0, 1): what happens to each token, and which word a random one is.
     """
     masked = np.where(chosen & (action < 0.8), ids.mask, tokens)
     random = chosen & (action >= 0.8) & (action < 0.9)
@@ -222,12 +192,12 @@ def replace_tokens(tokens: Ints, chosen: Bools, action: Floats, word: Floats, id
 def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The columns of the rows, or an error that names the missing one."""
     if not examples:
-        raise ValueError("the batch has no examples; it must have at least one")
+        raise ValueError("the batch has no examples; it must have at least one.")
     names = ("input_ids", "segment_b_start", "next_sentence_label", "example_id")
     missing = [name for name in names if name not in examples[0]]
     if missing:
         raise ValueError(
             f"the examples lack {', '.join(missing)} (they have {', '.join(sorted(examples[0]))}); "
-            "use a prepared data set, and under Trainer set remove_unused_columns=False"
+            "use a prepared data set, and under Trainer set remove_unused_columns=False."
         )
     return {name: [example[name] for example in examples] for name in names}

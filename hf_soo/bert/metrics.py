@@ -36,25 +36,25 @@ def prediction_sums(
         fp32 [B, 4]: masked tokens, the sum of their cross entropies, those predicted rightly, and 1 where the next
         sentence is judged rightly.
     """
-    wanted = labels != IGNORE
-    logits = prediction_logits if prediction_logits.ndim == 2 else prediction_logits[wanted]
-    words = labels[wanted]
-    row = wanted.nonzero()[:, 0]
+    predicted = labels != IGNORE
+    logits = prediction_logits if prediction_logits.ndim == 2 else prediction_logits[predicted]
+    words = labels[predicted]
+    example = predicted.nonzero()[:, 0]
 
     def of_examples(values: Tensor) -> Tensor:
-        return torch.zeros(len(labels), device=labels.device).index_add_(0, row, values.float())
+        return torch.zeros(len(labels), device=labels.device).index_add_(0, example, values.float())
 
     losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), words, reduction="none")
     next_is_right = seq_relationship_logits.argmax(-1) == next_sentence_label.flatten()
-    columns = [wanted.sum(1), of_examples(losses), of_examples(logits.argmax(-1) == words), next_is_right]
+    columns = [predicted.sum(1), of_examples(losses), of_examples(logits.argmax(-1) == words), next_is_right]
     return torch.stack([column.float() for column in columns], dim=1)
 
 
 def pretraining_metrics(evaluated: EvalPrediction) -> dict[str, float]:
-    """`METRICS` of all examples of an evaluation.
+    """``METRICS`` of all examples of an evaluation.
 
     Args:
-        evaluated: its predictions are the `prediction_sums` of every example, [examples, 4].
+        evaluated: its predictions are the ``prediction_sums`` of every example, [examples, 4].
     """
     sums = torch.as_tensor(evaluated.predictions)
     tokens, loss, right, next_right = sums.double().sum(0).tolist()

@@ -1,18 +1,18 @@
 """BERT pretraining whose head sees the masked positions alone.
 
-Same loss as `transformers.BertForPreTraining`,
+Same loss as ``transformers.BertForPreTraining``,
 
     loss = mean CE(MLM over labels != -100) + mean CE(NSP),
 
 but the hidden states h [B, T, H] are gathered to the masked positions *before* transform and decoder, so logits are
 [B, P, V] instead of [B, T, V]: at T=512, P=80 that is 6.4 times less head work and memory
-(NVIDIA DeepLearningExamples, LanguageModeling/BERT, `sequence_output_is_dense`).
+(NVIDIA DeepLearningExamples, LanguageModeling/BERT, ``sequence_output_is_dense``).
 
-Deviations from `BertForPreTraining`, each for a reason:
+Deviations from ``BertForPreTraining``, each for a reason:
 - A batch without any label gives an MLM loss of zero with zero gradients, not NaN: one empty rank must not end a run.
 - The loss is the sum of the terms whose labels are given; the parent silently returns no loss when one is missing.
 - Half-precision logits are raised to fp32 for the cross entropy, which is cheap once they are gathered.
-- `accepts_loss_kwargs = False`: the parent's `**kwargs` make Trainer skip the division by the accumulation steps.
+- ``accepts_loss_kwargs = False``: the parent's ``**kwargs`` make Trainer skip the division by the accumulation steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SIZES = {  # of a `BertConfig`, by name
 
 
 class GatheredBertForPreTraining(BertForPreTraining):  # type: ignore[no-untyped-call]
-    """`BertForPreTraining` with the same parameters and state_dict, whose MLM head runs on masked positions only."""
+    """``BertForPreTraining`` with the same parameters and state_dict, whose MLM head runs on masked positions only."""
 
     accepts_loss_kwargs = False
 
@@ -68,28 +68,28 @@ class GatheredBertForPreTraining(BertForPreTraining):  # type: ignore[no-untyped
         """Run the encoder, then the heads on what the loss needs.
 
         Args:
-            input_ids: Token ids [B, T].
-            attention_mask: 1 for real tokens, 0 for padding [B, T].
+            input_ids: token ids [B, T].
+            attention_mask: 1 for tokens, 0 for padding [B, T].
             token_type_ids: 0 for segment A, 1 for segment B [B, T].
-            position_ids: Positions [B, T]; counted from 0 when absent.
-            inputs_embeds: Embeddings [B, T, H] in place of `input_ids`.
-            labels: With `masked_positions` [B, P], without it [B, T]; -100 marks what the loss ignores.
+            position_ids: positions [B, T]; counted from 0 when absent.
+            inputs_embeds: embeddings [B, T, H] in place of ``input_ids``.
+            labels: with ``masked_positions`` [B, P], without it [B, T]; -100 marks what the loss ignores.
             next_sentence_label: 0 = B follows A, 1 = B is random [B].
-            masked_positions: Indices into T of the masked tokens [B, P], padded with 0 where the label is -100.
-                All shapes are static then, which `torch.compile` and CUDA graphs like.
-            **kwargs: Passed on to `BertModel` (`output_hidden_states`, `output_attentions`, ...).
+            masked_positions: indices into T of the masked tokens [B, P], padded with 0 where the label is -100.
+                All shapes are static then, which ``torch.compile`` and CUDA graphs like.
+            **kwargs: passed on to ``BertModel`` (``output_hidden_states``, ``output_attentions``, ...).
 
         Returns:
-            `prediction_logits` are [B, P, V] with `masked_positions`; [N, V], N labels in row order, with `labels`
-            alone; [B, T, V] with neither.
+            ``prediction_logits`` are [B, P, V] with ``masked_positions``; [N, V], N labels in row order, with
+            ``labels`` alone; [B, T, V] with neither.
 
         Raises:
-            ValueError: `labels` do not have the shape of `masked_positions`.
+            ValueError: ``labels`` do not have the shape of ``masked_positions``.
         """
         if masked_positions is not None and labels is not None and labels.shape != masked_positions.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, masked_positions {tuple(masked_positions.shape)}; give "
-                "labels [B, P] with masked_positions [B, P], or labels [B, T] without masked_positions"
+                "labels [B, P] with masked_positions [B, P], or labels [B, T] without masked_positions."
             )
         outputs = self.bert(
             input_ids,
@@ -100,10 +100,10 @@ class GatheredBertForPreTraining(BertForPreTraining):  # type: ignore[no-untyped
             return_dict=True,
             **kwargs,
         )
-        hidden, labels = gather_masked(outputs.last_hidden_state, labels, masked_positions)
+        hidden, labels = _gather_masked(outputs.last_hidden_state, labels, masked_positions)
         prediction_logits, seq_relationship_logits = self.cls(hidden, outputs.pooler_output)
         return BertForPreTrainingOutput(
-            loss=pretraining_loss(prediction_logits, labels, seq_relationship_logits, next_sentence_label),
+            loss=_pretraining_loss(prediction_logits, labels, seq_relationship_logits, next_sentence_label),
             prediction_logits=prediction_logits,
             seq_relationship_logits=seq_relationship_logits,
             hidden_states=outputs.hidden_states,
@@ -111,29 +111,20 @@ class GatheredBertForPreTraining(BertForPreTraining):  # type: ignore[no-untyped
         )
 
 
-def gather_masked(
+def _gather_masked(
     hidden: Tensor, labels: Tensor | None, masked_positions: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Keep the hidden states that have a label.
-
-    Args:
-        hidden: Encoder output [B, T, H].
-        labels: [B, P] with `masked_positions`, else [B, T], or None.
-        masked_positions: Indices into T [B, P], or None.
-
-    Returns:
-        Hidden states [B, P, H] and labels [B, P]; or [N, H] and [N] where labels are not -100; or both as given.
-    """
+    """Hidden states [B, P, H] at the positions [B, P]; else those [N, H] with a label, and its labels [N]; else all."""
     if masked_positions is not None:
         index = masked_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, index), labels
     if labels is not None:
-        wanted = labels != IGNORE
-        return hidden[wanted], labels[wanted]
+        keep = labels != IGNORE
+        return hidden[keep], labels[keep]
     return hidden, None
 
 
-def pretraining_loss(
+def _pretraining_loss(
     prediction_logits: Tensor,
     labels: Tensor | None,
     seq_relationship_logits: Tensor,

@@ -35,7 +35,7 @@ def check_installed() -> None:
 
 
 def score(task: GlueTask, predictions: Array, labels: Array) -> dict[str, float]:
-    """The official metrics of one part of a task; `combined_score` is the mean of the two where there are two.
+    """The official metrics of one part of a task; ``combined_score`` is the mean of the two where there are two.
 
     Args:
         task: says which metrics.

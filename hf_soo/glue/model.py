@@ -21,7 +21,7 @@ class GlueModelArguments(PretrainedArguments):
 
 
 def find_classifier(arguments: GlueModelArguments, max_seq_length: int) -> Pretrained:
-    """A pretrained model that can classify; arguments and errors as those of `find_pretrained`."""
+    """A pretrained model that can classify; arguments and errors as those of ``find_pretrained``."""
     return find_pretrained(arguments, max_seq_length, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classify sequences")
 
 

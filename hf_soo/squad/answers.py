@@ -1,13 +1,13 @@
 """Answers from the logits of a question-answering head, in whole arrays.
 
-In each window only tokens of the context may begin or end an answer. Among the `n_best_size` best beginnings i and the
-as many best ends j, the pairs with
+In each window only tokens of the context may begin or end an answer. Among the ``n_best_size`` best beginnings i and
+the as many best ends j, the pairs with
 
     i <= j,   j - i + 1 <= max_answer_length,   score = start[i] + end[j]
 
-are candidates; a question's are those of all its windows, best first, as in `run_qa.py`. With SQuAD v2.0 the null score
-of a question is the smallest start[0] + end[0] of its windows, and its odds (null score - best score) above
-`null_score_diff_threshold` mean that it has no answer.
+are candidates; a question's are those of all its windows, best first, as in ``run_qa.py``. With SQuAD v2.0 the null
+score of a question is the smallest start[0] + end[0] of its windows, and its odds (null score - best score) above
+``null_score_diff_threshold`` mean that it has no answer.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Candidates:
 
 
 def answer(start: Floats, end: Floats, windows: Windows, asked: QuestionSet, config: AnswerConfig) -> Predictions:
-    """The answer to each question, and its `n_best_size` candidates with probabilities.
+    """The answer to each question, and its ``n_best_size`` candidates with probabilities.
 
     Args:
         start: logits [windows, T].
@@ -91,8 +91,8 @@ def answer(start: Floats, end: Floats, windows: Windows, asked: QuestionSet, con
     nulls = _null_logits(start, end, windows) if config.version_2 else None
     result = Predictions({}, {}, {} if config.version_2 else None)
     for number, each in enumerate(asked.questions):
-        rows = slice(splits[number], splits[number + 1])
-        columns = (column[rows].tolist() for column in (found.span, found.start, found.end))
+        own = slice(splits[number], splits[number + 1])
+        columns = (column[own].tolist() for column in (found.span, found.start, found.end))
         entries = [(each.context[a:b].strip(), s, e) for (a, b), s, e in zip(*columns, strict=True)]
         text, *logits = next((entry for entry in entries if entry[0]), ("", 0.0, 0.0))
         if nulls is not None and result.null_odds is not None:
@@ -105,15 +105,15 @@ def answer(start: Floats, end: Floats, windows: Windows, asked: QuestionSet, con
 
 
 def _candidates(start: Floats, end: Floats, windows: Windows, n_best: int, max_length: int) -> _Candidates:
-    """The best pairs of each question, at most `n_best`."""
+    """The best pairs of each question, at most ``n_best``."""
     parts = []
     for begin in range(0, len(windows), CHUNK):
-        rows = np.arange(begin, min(begin + CHUNK, len(windows)))
-        offset, length = windows.offset[rows, None], windows.length[rows, None]
+        chunk = np.arange(begin, min(begin + CHUNK, len(windows)))
+        offset, length = windows.offset[chunk, None], windows.length[chunk, None]
         place = np.arange(start.shape[1])
         outside = (place < offset) | (place >= offset + length)
-        firsts, lasts = (_top(np.where(outside, -np.inf, each[rows]), n_best) for each in (start, end))
-        parts.append(_pairs(start, end, windows, rows, firsts, lasts, n_best, max_length))
+        firsts, lasts = (_top(np.where(outside, -np.inf, each[chunk]), n_best) for each in (start, end))
+        parts.append(_pairs(start, end, windows, chunk, firsts, lasts, n_best, max_length))
     question, window, first, last, score = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((-score, question))
     question = question[order]
@@ -125,15 +125,15 @@ def _candidates(start: Floats, end: Floats, windows: Windows, n_best: int, max_l
 
 
 def _pairs(
-    start: Floats, end: Floats, windows: Windows, rows: Ints, firsts: Ints, lasts: Ints, n_best: int, max_length: int
+    start: Floats, end: Floats, windows: Windows, chunk: Ints, firsts: Ints, lasts: Ints, n_best: int, max_length: int
 ) -> tuple[Any, ...]:
-    """The allowed pairs of some windows, at most `n_best` of each: question, window, first, last, score [N]."""
-    at = rows[:, None, None]
+    """The allowed pairs of some windows, at most ``n_best`` of each: question, window, first, last, score [N]."""
+    at = chunk[:, None, None]
     first, last = np.broadcast_arrays(firsts[:, :, None], lasts[:, None, :])
     offset, length = windows.offset[at], windows.length[at]
     allowed = (first >= offset) & (first <= last) & (last < offset + length) & (last - first < max_length)
     score = np.where(allowed, start[at, first] + end[at, last], -np.inf)
-    flat = [each.reshape(len(rows), -1) for each in (np.broadcast_to(at, score.shape), first, last, score)]
+    flat = [each.reshape(len(chunk), -1) for each in (np.broadcast_to(at, score.shape), first, last, score)]
     best = _top(flat[-1], n_best)
     window, first, last, score = (np.take_along_axis(each, best, axis=1) for each in flat)
     kept = np.isfinite(score)
@@ -141,7 +141,7 @@ def _pairs(
 
 
 def _top(values: NDArray[Any], count: int) -> Ints:
-    """Where the largest `count` of each row are, in any order."""
+    """Where the largest ``count`` of each row are, in any order."""
     if count >= values.shape[1]:
         return np.broadcast_to(np.arange(values.shape[1]), values.shape)
     return np.argpartition(values, -count, axis=1)[:, -count:]

@@ -18,7 +18,7 @@ Answer = tuple[int, str]  # where it starts in the context, in characters, and i
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question on a context; `answers` is empty when it has none, None when they are not known (a test set)."""
+    """A question on a context; ``answers`` is empty when it has none, None when they are not known (a test set)."""
 
     id: str
     question: str
@@ -41,7 +41,7 @@ class QuestionSet:
     has_impossible: bool  # the file itself says that some questions have no answer: SQuAD v2.0
 
     def head(self, count: int | None) -> QuestionSet:
-        """The first `count` questions.
+        """The first ``count`` questions.
 
         Args:
             count: how many; None: all.
@@ -101,7 +101,7 @@ def read_hub(name: str, split: str, cache_dir: str | None) -> QuestionSet:
     Args:
         name: "squad", "squad_v2", "owner/name".
         split: "train" or "validation".
-        cache_dir: of `datasets`.
+        cache_dir: of ``datasets``.
 
     Raises:
         ValueError: it cannot be loaded, has no such split or not SQuAD's columns.

@@ -1,6 +1,6 @@
-"""What `scripts/run_squad.py` reads, and its flags: model and questions, each checked before anything is trained.
+"""What ``scripts/run_squad.py`` reads, and its flags: model and questions, each checked before anything is trained.
 
-Flags have the names of `run_qa.py`.
+Flags have the names of ``run_qa.py``.
 """
 
 from __future__ import annotations
@@ -207,5 +207,5 @@ def _digest(asked: QuestionSet) -> str:
 
 
 def find_reader(model: PretrainedArguments, max_seq_length: int) -> Pretrained:
-    """A pretrained model that can answer; arguments and errors as those of `find_pretrained`."""
+    """A pretrained model that can answer; arguments and errors as those of ``find_pretrained``."""
     return find_pretrained(model, max_seq_length, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answer questions")

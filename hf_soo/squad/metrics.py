@@ -1,4 +1,4 @@
-"""Exact match and F1 of SQuAD, as the official `evaluate-v1.1.py` and `evaluate-v2.0.py` compute them.
+"""Exact match and F1 of SQuAD, as the official ``evaluate-v1.1.py`` and ``evaluate-v2.0.py`` compute them.
 
     normal(s) = s in lower case, without ASCII punctuation, without the words a, an, the, white space squashed
     EM(p, g)  = [normal(p) = normal(g)]
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hf_soo.squad.files import Question
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_SPLITS = {"HasAns_": True, "NoAns_": False}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -33,50 +34,31 @@ class Score:
     unknown: tuple[str, ...]  # predictions for no question
 
 
-def normal(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces.
-
-    Args:
-        text: an answer.
-    """
+def _normal(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def exact_match(prediction: str, answer: str) -> float:
-    """1 when the two are equal after `normal`, else 0.
-
-    Args:
-        prediction: a text.
-        answer: a text.
-    """
-    return float(normal(prediction) == normal(answer))
+def _exact_match(prediction: str, answer: str) -> float:
+    """1 when the two are equal after ``_normal``, else 0."""
+    return float(_normal(prediction) == _normal(answer))
 
 
-def f1(prediction: str, answer: str) -> float:
-    """F1 of the words, v1.1: 0 where no word is common, so also for two empty texts.
-
-    Args:
-        prediction: a text.
-        answer: a text.
-    """
-    ours, theirs = normal(prediction).split(), normal(answer).split()
+def _f1(prediction: str, answer: str) -> float:
+    """F1 of the words, v1.1: 0 where no word is common, so also for two empty texts."""
+    ours, theirs = _normal(prediction).split(), _normal(answer).split()
     common = sum((Counter(ours) & Counter(theirs)).values())
     # 2PR / (P + R) with P = common / |ours|, R = common / |theirs|
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
 
-def f1_or_empty(prediction: str, answer: str) -> float:
-    """F1 of the words, v2.0: as `f1`, but 1 for two texts that are both empty after `normal`.
-
-    Args:
-        prediction: a text.
-        answer: a text.
-    """
-    return f1(prediction, answer) if normal(prediction) and normal(answer) else exact_match(prediction, answer)
+def _f1_or_empty(prediction: str, answer: str) -> float:
+    """F1 of the words, v2.0: as ``_f1``, but 1 for two texts that are both empty after ``_normal``."""
+    return _f1(prediction, answer) if _normal(prediction) and _normal(answer) else _exact_match(prediction, answer)
 
 
 def score_v1(questions: Sequence[Question], predictions: Mapping[str, str]) -> Score:
-    """SQuAD v1.1: `exact_match` and `f1`.
+    """SQuAD v1.1: ``exact_match`` and ``f1``.
 
     Args:
         questions: with their answers.
@@ -84,8 +66,8 @@ def score_v1(questions: Sequence[Question], predictions: Mapping[str, str]) -> S
     """
     answers = {each.id: [text for _, text in each.given_answers] for each in questions}
     metrics = {
-        "exact_match": _percent(_best(exact_match, answers, predictions).values(), len(answers)),
-        "f1": _percent(_best(f1, answers, predictions).values(), len(answers)),
+        "exact_match": _percent(_best(_exact_match, answers, predictions).values(), len(answers)),
+        "f1": _percent(_best(_f1, answers, predictions).values(), len(answers)),
     }
     return _score(metrics, answers, predictions)
 
@@ -102,22 +84,15 @@ def score_v2(
         questions: with their answers; none means that "" is right.
         predictions: question id -> text, "" for no answer.
         null_odds: question id -> how sure it is that there is no answer; a missing one is 0. With them the result has
-            `best_exact` and `best_f1`: the scores if answers whose odds are above `best_exact_thresh` or
-            `best_f1_thresh` were withdrawn.
+            ``best_exact`` and ``best_f1``: the scores if answers whose odds are above ``best_exact_thresh`` or
+            ``best_f1_thresh`` were withdrawn.
         threshold: withdraw answers whose odds are above it; None: none.
     """
-    answers = {
-        each.id: [text for _, text in each.given_answers if normal(text)] or [""] for each in questions
-    }  # fmt: skip
+    answers = {each.id: [text for _, text in each.given_answers if _normal(text)] or [""] for each in questions}
     answerable = {each.id: bool(each.given_answers) for each in questions}
     given = {key: value for key, value in (null_odds or {}).items() if key in answers}
-    odds = given | {
-        key: 0.0 for key in answers if key not in given
-    }  # in the file's order, which decides between equals
-    raw = {
-        "exact": _best(exact_match, answers, predictions),
-        "f1": _best(f1_or_empty, answers, predictions),
-    }
+    odds = given | {key: 0.0 for key in answers if key not in given}  # the file's order decides between equals
+    raw = {"exact": _best(_exact_match, answers, predictions), "f1": _best(_f1_or_empty, answers, predictions)}
     scores = raw
     if threshold is not None:
         withdrawn = {key for key in answers if key in predictions and odds[key] > threshold}
@@ -125,15 +100,14 @@ def score_v2(
             name: {key: float(not answerable[key]) if key in withdrawn else score for key, score in each.items()}
             for name, each in raw.items()
         }
-    metrics = {}
-    for prefix, keys in (
-        ("", list(answers)),
-        ("HasAns_", [key for key in answers if answerable[key]]),
-        ("NoAns_", [key for key in answers if not answerable[key]]),
-    ):
-        for name, each in scores.items():
-            if keys:
-                metrics[prefix + name] = _percent((each[key] for key in keys), len(keys))
+    groups = {"": list(answers)}
+    groups |= {prefix: [key for key in answers if answerable[key] is has] for prefix, has in _SPLITS.items()}
+    metrics = {
+        prefix + name: _percent((each[key] for key in keys), len(keys))
+        for prefix, keys in groups.items()
+        for name, each in scores.items()
+        if keys
+    }
     if null_odds is not None:
         for name, each in raw.items():
             metrics |= _best_threshold(name, each, predictions, odds, answerable)

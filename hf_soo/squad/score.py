@@ -1,4 +1,4 @@
-"""`scripts/run_squad.py --score`: the official metrics of a file of predictions, without a model."""
+"""``scripts/run_squad.py --score``: the official metrics of a file of predictions, without a model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def score_main(flags: Sequence[str]) -> int:
 
 
 def score_file(flags: Sequence[str]) -> str:
-    """The JSON line of a command line of scoring: `exact_match` and `f1` in percent, and for v2.0 the splits.
+    """The JSON line of a command line of scoring: ``exact_match`` and ``f1`` in percent, and for v2.0 the splits.
 
     Args:
         flags: without the program's name.

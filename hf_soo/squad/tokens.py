@@ -36,23 +36,18 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
-    """Rows of different lengths, one behind the other."""
+class _Ragged:
+    """The tokens of texts of different lengths, one text behind the other."""
 
-    values: Ints  # [sum of lengths, ...]
-    splits: Ints  # [rows + 1]
+    values: Ints  # [sum of lengths]
+    splits: Ints  # [texts + 1]
 
-    def __getitem__(self, row: int) -> Ints:
-        """One row.
-
-        Args:
-            row: its number.
-        """
-        return self.values[self.splits[row] : self.splits[row + 1]]
+    def __getitem__(self, number: int) -> Ints:
+        return self.values[self.splits[number] : self.splits[number + 1]]
 
     @property
     def lengths(self) -> Ints:
-        """[rows]."""
+        """Tokens of each text: [texts]."""
         return np.diff(self.splits)
 
 
@@ -60,8 +55,8 @@ class Ragged:
 class Tokens:
     """The tokens of a set of questions, and where each token of a context lies in its text."""
 
-    questions: Ragged
-    contexts: Ragged
+    questions: _Ragged
+    contexts: _Ragged
     spans: Ints  # [tokens of all contexts, 2]: first character, and the one after the last
     context_of: Ints  # [questions]
     cut: int  # questions that were longer than allowed
@@ -158,19 +153,19 @@ def find_labels(asked: QuestionSet, tokens: Tokens) -> Labels:
 
 def _token_span(each: Question, tokens: Tokens, context: int, begin: int, text: str) -> tuple[Any, bool]:
     """First and last token that touch [begin, begin + len(text)), or None; and whether their text is the answer."""
-    rows = tokens.spans[tokens.contexts.splits[context] : tokens.contexts.splits[context + 1]]
-    first = np.searchsorted(rows[:, 1], begin, side="right")  # the first that ends behind the answer's beginning
-    last = np.searchsorted(rows[:, 0], begin + len(text), side="left") - 1  # the last that begins before its end
+    spans = tokens.spans[tokens.contexts.splits[context] : tokens.contexts.splits[context + 1]]
+    first = np.searchsorted(spans[:, 1], begin, side="right")  # the first that ends behind the answer's beginning
+    last = np.searchsorted(spans[:, 0], begin + len(text), side="left") - 1  # the last that begins before its end
     if first > last:
         return None, True
-    return (first, last), each.context[rows[first, 0] : rows[last, 1]].strip() == text
+    return (first, last), each.context[spans[first, 0] : spans[last, 1]].strip() == text
 
 
 def _stripped(begin: int, text: str) -> tuple[int, str]:
     return begin + len(text) - len(text.lstrip()), text.strip()
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[Ragged, Ints]:
+def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[_Ragged, Ints]:
     """Token ids and character spans of each text, without special tokens."""
     ids: list[Ints] = []
     spans: list[Ints] = []
@@ -188,11 +183,11 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[Ragged, Ints]:
         lengths += map(len, coded["input_ids"])
         ids += [np.array(row, dtype=np.int32) for row in coded["input_ids"]]
         spans += [np.array(row, dtype=np.int32).reshape(-1, 2) for row in coded["offset_mapping"]]
-    return Ragged(np.concatenate(ids), np.concatenate(([0], np.cumsum(lengths)))), np.concatenate(spans)
+    return _Ragged(np.concatenate(ids), np.concatenate(([0], np.cumsum(lengths)))), np.concatenate(spans)
 
 
-def _cut(rows: Ragged, length: int) -> Ragged:
-    """At most the first `length` of each row."""
-    lengths = rows.lengths
-    place = np.arange(len(rows.values)) - np.repeat(rows.splits[:-1], lengths)
-    return Ragged(rows.values[place < length], np.concatenate(([0], np.cumsum(np.minimum(lengths, length)))))
+def _cut(texts: _Ragged, length: int) -> _Ragged:
+    """At most the first ``length`` tokens of each text."""
+    lengths = texts.lengths
+    place = np.arange(len(texts.values)) - np.repeat(texts.splits[:-1], lengths)
+    return _Ragged(texts.values[place < length], np.concatenate(([0], np.cumsum(np.minimum(lengths, length)))))

@@ -1,8 +1,8 @@
 """Image classification: data sets whose rows are pixels of one shape, and small models with random weights.
 
-Whatever the source, a data set has the columns `pixels` (the bytes of a uint8 array [C, H, W], see `images.py`) and
-`label`. Where the source has no evaluation part of its own, a share of every class is held out, the same one in every
-run. All images are decoded, and so checked, before training; `datasets` keeps the result in its cache.
+Whatever the source, a data set has the columns ``pixels`` (the bytes of a uint8 array [C, H, W], see ``images.py``) and
+``label``. Where the source has no evaluation part of its own, a share of every class is held out, the same one in every
+run. All images are decoded, and so checked, before training; ``datasets`` keeps the result in its cache.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _head(part: Any, count: int | None) -> Any:
 
 
 def stratified_split(labels: Sequence[int], share: float, classes: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out: of each class `share`, at least one, the same in every run.
+    """Indices to train on and indices held out: of each class ``share``, at least one, the same in every run.
 
     Args:
         labels: of all examples.
@@ -165,7 +165,7 @@ def _stored(config: ImageDataConfig) -> tuple[list[Any], tuple[str, ...], Shape]
 
 
 def _open(config: ImageDataConfig) -> Any:
-    """The parts of an image folder, or of whatever else `datasets` loads, undecoded."""
+    """The parts of an image folder, or of whatever else ``datasets`` loads, undecoded."""
     import datasets
 
     name, folder = config.dataset, Path(config.dataset).expanduser()
@@ -187,7 +187,7 @@ def _open(config: ImageDataConfig) -> Any:
 
 
 def _image_folder(folder: Path) -> dict[str, str] | None:
-    """The files of each part, for `imagefolder`; None where there are no images."""
+    """The files of each part, for ``imagefolder``; None where there are no images."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.rglob("*")):
@@ -225,7 +225,7 @@ def _classes(parts: Sequence[Any], label: str) -> tuple[dict[Any, int], tuple[st
 
 @dataclass(frozen=True, slots=True)
 class _Encoder:
-    """Turns the rows of a part into `pixels` and `label`."""
+    """Turns the rows of a part into ``pixels`` and ``label``."""
 
     image: str
     label: str
@@ -233,7 +233,7 @@ class _Encoder:
     shape: Shape
 
     def encode(self, part: Any) -> Any:
-        """Every row, decoded; from the cache of `datasets` where it has been done before."""
+        """Every row, decoded; from the cache of ``datasets`` where it has been done before."""
         from datasets import Features, Value
 
         features = Features({"pixels": Value("binary"), "label": Value("int64")})
@@ -249,7 +249,7 @@ class _Encoder:
 
 @dataclass(frozen=True, slots=True)
 class ImageCollator:
-    """Rows to a batch: `pixel_values` [B, C, H, W] between -1 and 1, and `labels` [B]."""
+    """Rows to a batch: ``pixel_values`` [B, C, H, W] between -1 and 1, and ``labels`` [B]."""
 
     shape: Shape
 
@@ -257,7 +257,7 @@ class ImageCollator:
         """Put rows together.
 
         Args:
-            rows: with `pixels` and `label`.
+            rows: with ``pixels`` and ``label``.
         """
         pixels = np.frombuffer(b"".join(row["pixels"] for row in rows), dtype=np.uint8)
         values = torch.from_numpy(pixels.reshape(-1, *self.shape).astype(np.float32))

@@ -23,7 +23,7 @@ def decode(value: Any, where: str) -> Pixels:
     """The pixels of an encoded image, [H, W] if it is grey, else [H, W, 3].
 
     Args:
-        value: what a `datasets.Image` column holds: a path or bytes.
+        value: what a ``datasets.Image`` column holds: a path or bytes.
         where: names the image if it cannot be read and has no path.
 
     Raises:
@@ -46,15 +46,15 @@ def _array(image: Any) -> Pixels:
     if image.mode.startswith("I;16"):
         return (np.asarray(image) >> 8).astype(np.uint8)
     if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode!r} has 32 bits a pixel, allowed are 8 and 16")
+        raise ValueError(f"mode {image.mode!r} has 32 bits a pixel, allowed are 8 and 16.")
     return np.asarray(image.convert("RGB"))
 
 
 def fit(image: Pixels, shape: Shape) -> Pixels:
-    """Bring pixels [H, W] or [H, W, 3] to `shape`.
+    """Bring pixels [H, W] or [H, W, 3] to ``shape``.
 
     Args:
-        image: as `decode` gives it.
+        image: as ``decode`` gives it.
         shape: channels, height and width.
     """
     channels, *size = shape
@@ -79,7 +79,7 @@ def shape_of(image: Pixels, image_size: int | None, num_channels: int | None) ->
         num_channels: 1 or 3, or None.
 
     Raises:
-        ValueError: the first image is no square and `image_size` is not given.
+        ValueError: the first image is no square and ``image_size`` is not given.
     """
     height, width = image.shape[:2]
     if image_size is None and height != width:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_soo.bert.data.cleaning import Cleaning, DigestSet, RawDocument, digest_of, remove_headings
-from hf_soo.bert.data.corpus import Corpus, read_documents
+from hf_soo.bert.data.cleaning import Cleaning, RawDocument, _digest, _DigestSet, _remove_headings
+from hf_soo.bert.data.corpus import Corpus
 
 RECORD = (
     "Anarchism\n\nAnarchism is a philosophy.\n\nEtymology and terms \n\nThe word is old.\nIt is Greek.\n\nSee also\n"
@@ -17,7 +17,7 @@ RECORD = (
 
 
 def kept(text: str, *, title: str = "", record: bool = False, keep: bool = False) -> tuple[list[str], int]:
-    lines, headings = remove_headings(RawDocument(text.splitlines(), title, record), keep)
+    lines, headings = _remove_headings(RawDocument(text.splitlines(), title, record), keep)
     return [line for line in lines if line.strip()], headings
 
 
@@ -58,7 +58,7 @@ def test_wikitext_titles_begin_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(
         " \n = One = \n \n First . \n \n = = Part = = \n \n Second . \n \n = Two = \n \n Third . \n"
     )
-    assert list(read_documents(str(tmp_path / "a.txt"))) == [["First .", "Second ."], ["Third ."]]
+    assert list(Corpus(str(tmp_path / "a.txt"))) == [["First .", "Second ."], ["Third ."]]
 
 
 def test_every_document_is_counted(tmp_path: Path) -> None:
@@ -86,13 +86,13 @@ def test_limit_counts_the_documents_that_are_kept(tmp_path: Path) -> None:
 
 
 def test_digest_sees_letters_alone() -> None:
-    assert digest_of("A b\nc") == digest_of(" a  B C ") != digest_of("ab c")
+    assert _digest("A b\nc") == _digest(" a  B C ") != _digest("ab c")
 
 
 def test_digest_set_is_a_set_of_8_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DigestSet, "MOST_RECENT", 100)
+    monkeypatch.setattr(_DigestSet, "MOST_RECENT", 100)
     numbers = [*np.random.default_rng(0).integers(0, 2000, size=5000).tolist(), 2**64 - 1, 0, 2**64 - 1]
-    digests, reference = DigestSet(), set()
+    digests, reference = _DigestSet(), set()
     for number in numbers:
         assert digests.add(number) == (number not in reference)
         reference.add(number)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_soo.bert.data.corpus import Corpus, read_documents, split_sentences, train_wordpiece
-from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, load_tokenizer, read_vocabulary, special_ids
+from hf_soo.bert.data.corpus import Corpus, sentences_of
+from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, load_tokenizer, read_vocabulary, special_ids, train_wordpiece
 
 WIKI = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
 Anarchism
@@ -56,7 +56,7 @@ ROW_DOCUMENTS = [["One here.", "Two there.", "Three"], ["Four."]]
     ],
 )
 def test_sentences(paragraph: str, sentences: list[str]) -> None:
-    assert split_sentences(paragraph) == sentences
+    assert sentences_of(paragraph) == sentences
 
 
 def test_wikiextractor_folder_skips_titles_and_empty_documents(tmp_path: Path) -> None:
@@ -64,40 +64,40 @@ def test_wikiextractor_folder_skips_titles_and_empty_documents(tmp_path: Path) -
     (tmp_path / "AA").mkdir()
     (tmp_path / "AA" / "wiki_00").write_text(WIKI, encoding="utf-8")
     (tmp_path / "AB" / "wiki_00").write_text(WIKI.replace("disorder", "Störung"), encoding="utf-8")
-    documents = list(read_documents(str(tmp_path)))
+    documents = list(Corpus(str(tmp_path)))
     assert documents == [*WIKI_DOCUMENTS, WIKI_DOCUMENTS[0], ["Autism is a Störung."]]
-    assert list(read_documents(str(tmp_path / "AA" / "wiki_00"))) == WIKI_DOCUMENTS
+    assert list(Corpus(str(tmp_path / "AA" / "wiki_00"))) == WIKI_DOCUMENTS
 
 
 def test_wikiextractor_json_output(tmp_path: Path) -> None:
     (tmp_path / "wiki_00").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
-    assert list(read_documents(str(tmp_path))) == ROW_DOCUMENTS
+    assert list(Corpus(str(tmp_path))) == ROW_DOCUMENTS
 
 
 def test_wikiextractor_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "part").write_bytes(b"\xef\xbb\xbf<doc id=1>\r\nA\r\n\r\nText.\r\n</doc>\r\n")
-    assert list(read_documents(str(tmp_path / "part"))) == [["Text."]]
+    assert list(Corpus(str(tmp_path / "part"))) == [["Text."]]
 
 
 def test_cut_off_wikiextractor_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "wiki_00").write_text(WIKI[:-20], encoding="utf-8")
     with pytest.raises(ValueError, match=r"wiki_00' ends inside the <doc> block of line 12"):
-        list(read_documents(str(tmp_path)))
+        list(Corpus(str(tmp_path)))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_text_with_blank_lines_between_documents(tmp_path: Path, newline: str) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(newline.join(["\ufeffOne. Two.", "Three.", "", " ", "Four."]).encode())
-    assert list(read_documents(str(file))) == [["One.", "Two.", "Three."], ["Four."]]
+    assert list(Corpus(str(file))) == [["One.", "Two.", "Three."], ["Four."]]
 
 
 def test_jsonl_and_parquet_agree(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    assert list(read_documents(str(tmp_path / "a.jsonl"))) == ROW_DOCUMENTS
-    assert list(read_documents(str(tmp_path / "a.parquet"))) == ROW_DOCUMENTS
-    assert list(read_documents(str(tmp_path))) == [*ROW_DOCUMENTS, *ROW_DOCUMENTS]
+    assert list(Corpus(str(tmp_path / "a.jsonl"))) == ROW_DOCUMENTS
+    assert list(Corpus(str(tmp_path / "a.parquet"))) == ROW_DOCUMENTS
+    assert list(Corpus(str(tmp_path))) == [*ROW_DOCUMENTS, *ROW_DOCUMENTS]
 
 
 def test_damaged_parquet_names_the_row(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_damaged_parquet_names_the_row(tmp_path: Path) -> None:
     content[start : start + 200] = bytes(200)
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.parquet' is not Parquet after row (768|1000) \(.*; write it again"):
-        list(read_documents(str(file)))
+        list(Corpus(str(file)))
     file.unlink()
     pq.write_table(pa.Table.from_pylist(ROWS), file)
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet' has no column 'text'; it has body: choose one"):
-        next(read_documents(str(tmp_path)))  # before anything of the first file
+        next(iter(Corpus(str(tmp_path))))  # before anything of the first file
 
 
 def test_hub_name_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,12 +128,12 @@ def test_hub_name_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.
         return load(str(tmp_path / "data"), split=split, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
-    assert list(read_documents("someone/corpus:20231101.en")) == ROW_DOCUMENTS
+    assert list(Corpus("someone/corpus:20231101.en")) == ROW_DOCUMENTS
     assert asked == [("someone/corpus", "20231101.en")]
     with pytest.raises(ValueError, match="does not load as a hub data set with split 'test'"):
-        list(read_documents("someone/corpus", split="test"))
+        list(Corpus("someone/corpus", split="test"))
     with pytest.raises(ValueError, match="has no column 'body'; it has id, text"):
-        list(read_documents("someone/corpus", text_column="body"))
+        list(Corpus("someone/corpus", text_column="body"))
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, datasets.exceptions.DatasetGenerationError])
@@ -145,11 +145,11 @@ def test_unreachable_hub_name_is_a_one_line_error(kind: type[Exception], monkeyp
     with pytest.raises(
         ValueError, match=r"source 'no/such' is no local path, and does not load .*: Couldn't reach 'no/such'"
     ):
-        list(read_documents("no/such"))
+        list(Corpus("no/such"))
 
 
 def test_embedded_text_is_real_english() -> None:
-    documents = list(read_documents("embedded"))
+    documents = list(Corpus("embedded"))
     assert 60 <= len(documents) <= 120
     assert 300_000 < sum(len(sentence) for document in documents for sentence in document) < 900_000
     assert any(sentence.startswith("Assert statements are a convenient way") for d in documents for sentence in d)
@@ -185,14 +185,14 @@ def test_corpus_can_be_read_twice_and_limited() -> None:
 def test_bad_files_are_one_line_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        list(read_documents(str(tmp_path / name)))
+        list(Corpus(str(tmp_path / name)))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "/no/such/folder", "./nothing", "a b"])
 def test_missing_source_is_named(source: str) -> None:
     with pytest.raises(ValueError, match=f"source '{source}' is no file or folder here"):
-        list(read_documents(source))
+        list(Corpus(source))
 
 
 def test_folder_without_text_is_refused_and_stray_files_are_reported(
@@ -200,15 +200,16 @@ def test_folder_without_text_is_refused_and_stray_files_are_reported(
 ) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="holds 1 files and none is text"):
-        list(read_documents(str(tmp_path)))
+        list(Corpus(str(tmp_path)))
     (tmp_path / "a.txt").write_text("One.")
     with caplog.at_level(logging.WARNING):
-        assert list(read_documents(str(tmp_path))) == [["One."]]
+        assert list(Corpus(str(tmp_path))) == [["One."]]
     assert "left out 1 files of unknown kind: picture.png" in caplog.text
 
 
 def test_vocabulary_is_the_same_in_every_process(tmp_path: Path) -> None:
-    train = "from hf_soo.bert.data.corpus import *; train_wordpiece(Corpus('embedded'), 1500, {!r})"
+    imports = "from hf_soo.bert.data.corpus import Corpus; from hf_soo.bert.data.wordpiece import train_wordpiece"
+    train = imports + "; train_wordpiece(Corpus('embedded'), 1500, {!r})"
     files = [tmp_path / "here.txt", tmp_path / "there.txt"]
     assert train_wordpiece(Corpus("embedded"), 1500, files[0]) == 1500
     subprocess.run([sys.executable, "-c", train.format(str(files[1]))], check=True, cwd=Path(__file__).parents[2])

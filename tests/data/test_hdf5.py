@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from hf_soo.bert.data import hdf5 as hdf5_pairs
+from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.hdf5 import RowWorker, row_blocks
-from hf_soo.bert.data.prepare import PrepareConfig, load_prepared, prepare
+from hf_soo.bert.data.prepare import PrepareConfig, prepare
 from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, special_ids
 from hf_soo.bert.masking import PretrainingCollator
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_soo.bert.data.wordpiece import SpecialIds
-from hf_soo.bert.masking import PretrainingCollator, choose_exactly, predictions_per_example
+from hf_soo.bert.masking import PretrainingCollator, _choose_exactly, _predictions_per_example
 
 IDS = SpecialIds(size=1000, pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -31,7 +31,7 @@ def example(example_id: int, length: int = 128) -> dict[str, Any]:
 def test_counts_are_google_s() -> None:
     lengths = np.array([5, 10, 30, 50, 128, 512])
     expected = [min(20, max(1, round(n * 0.15))) for n in lengths.tolist()]
-    assert predictions_per_example(lengths, 0.15, 20).tolist() == expected == [1, 2, 4, 8, 19, 20]
+    assert _predictions_per_example(lengths, 0.15, 20).tolist() == expected == [1, 2, 4, 8, 19, 20]
 
 
 def test_exact_batch_in_every_detail() -> None:
@@ -71,7 +71,7 @@ def test_special_tokens_are_never_chosen(masking: Any) -> None:
 
 
 def test_cap_above_the_number_of_words_takes_all_words() -> None:
-    chosen = choose_exactly(np.array([[0.3, 0.1, 0.2]]), np.array([[True, False, True]]), np.array([3]))
+    chosen = _choose_exactly(np.array([[0.3, 0.1, 0.2]]), np.array([[True, False, True]]), np.array([3]))
     assert chosen.tolist() == [[True, False, True]]
 
 

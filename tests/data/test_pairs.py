@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_soo.bert.data.pairs import PairConfig, TokenDocument, make_pairs, pairs_of_document, tokens_to_remove
+from hf_soo.bert.data.pairs import PairConfig, TokenDocument, _pairs_of_document, _tokens_to_remove, make_pairs
 
 CLS, SEP = 2, 3
 
@@ -75,7 +75,7 @@ def test_removal_counts_equal_the_token_by_token_loop() -> None:
             for most in range(2, 16):
                 a, b = [0] * length_a, [0] * length_b
                 google_truncate(a, b, most, rng)
-                assert tokens_to_remove(length_a, length_b, most) == (length_a - len(a), length_b - len(b))
+                assert _tokens_to_remove(length_a, length_b, most) == (length_a - len(a), length_b - len(b))
 
 
 @pytest.mark.parametrize("short_seq_prob", [0.0, 0.1, 1.0])
@@ -85,7 +85,7 @@ def test_statistics_equal_google_s(short_seq_prob: float) -> None:
     rng, generator, passes = random.Random(1), np.random.default_rng(1), 30
     config = PairConfig(64, short_seq_prob)
     theirs = [p for _ in range(passes) for i in range(60) for p in google_pairs(texts, i, 64, short_seq_prob, rng)]
-    ours = [p for _ in range(passes) for i in range(60) for p in pairs_of_document(documents, i, config, generator)]
+    ours = [p for _ in range(passes) for i in range(60) for p in _pairs_of_document(documents, i, config, generator)]
     google = np.array([(len(a), len(b), is_random) for a, b, is_random in theirs])
     mine = np.array([(p.a[1] - p.a[0], p.b[1] - p.b[0], p.is_random) for p in ours])
     assert len(mine) == pytest.approx(len(google), rel=0.02)
@@ -98,7 +98,7 @@ def test_statistics_equal_google_s(short_seq_prob: float) -> None:
 def test_every_sentence_is_used_and_unused_ones_are_put_back() -> None:
     texts = [[[100 * d + s] for s in range(50)] for d in range(4)]  # sentences of one token: nothing is truncated
     documents = flat(texts)
-    pairs = list(pairs_of_document(documents, 1, PairConfig(15, 0.0), np.random.default_rng(0)))
+    pairs = list(_pairs_of_document(documents, 1, PairConfig(15, 0.0), np.random.default_rng(0)))
     spans = [span for pair in pairs for span in ([pair.a] if pair.is_random else [pair.a, pair.b])]
     assert spans[0][0] == 0 and spans[-1][1] == 50
     assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
@@ -142,13 +142,13 @@ def test_labels_tell_whether_b_follows_a() -> None:
 
 def test_one_sentence_document_gives_a_random_pair() -> None:
     documents = flat([[[11, 12, 13]], [[21], [22, 23]]])
-    pairs = list(pairs_of_document(documents, 0, PairConfig(16, 0.0), np.random.default_rng(0)))
+    pairs = list(_pairs_of_document(documents, 0, PairConfig(16, 0.0), np.random.default_rng(0)))
     assert [(pair.a, pair.b_document, pair.is_random) for pair in pairs] == [((0, 3), 1, True)]
 
 
 def test_very_long_sentence_is_cut_to_the_length() -> None:
     documents = flat([[list(range(1000))], [[5]]])
-    (pair,) = pairs_of_document(documents, 0, PairConfig(128, 0.0), np.random.default_rng(0))
+    (pair,) = _pairs_of_document(documents, 0, PairConfig(128, 0.0), np.random.default_rng(0))
     assert pair.a[1] - pair.a[0] == 124 and pair.b == (0, 1)
     assert pair.a[0] > 300  # some 438 of 876 tokens leave at the front
 

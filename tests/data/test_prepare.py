@@ -21,7 +21,8 @@ import pytest
 
 from hf_soo.bert.data import prepare as pretraining_data
 from hf_soo.bert.data import workers as sharding
-from hf_soo.bert.data.prepare import PrepareConfig, load_prepared, prepare
+from hf_soo.bert.data.folder import load_prepared
+from hf_soo.bert.data.prepare import PrepareConfig, prepare
 from hf_soo.bert.data.wordpiece import load_tokenizer, special_ids
 from hf_soo.bert.masking import PretrainingCollator
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import hf_soo
-from hf_soo.bert.data.corpus import read_documents
+from hf_soo.bert.data.corpus import Corpus
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.routing import summary
 from hf_soo.registry import METHODS
@@ -38,7 +38,7 @@ Batch = dict[str, Tensor]
 
 def text_ids() -> Tensor:
     """The beginning of Python's own help texts, a symbol for each character."""
-    sentences = itertools.chain.from_iterable(itertools.islice(read_documents("embedded"), 60))
+    sentences = itertools.chain.from_iterable(itertools.islice(Corpus("embedded"), 60))
     text = " ".join(itertools.islice(sentences, 400))
     return torch.tensor([min(ord(character), SYMBOLS - 1) for character in text[: STEPS * ROWS * LENGTH]])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
-from hf_soo.bert.model import GatheredBertForPreTraining, gather_masked
+from hf_soo.bert.model import GatheredBertForPreTraining, _gather_masked
 from hf_soo.runs.pretrained import check_vocabulary
 
 CONFIG = BertConfig(
@@ -138,7 +138,7 @@ def test_trainer_must_divide_the_loss_by_the_accumulation_steps() -> None:
 
 def test_gather_keeps_the_rows_of_the_positions() -> None:
     hidden = torch.arange(2 * 3 * 2.0).view(2, 3, 2)
-    kept, _ = gather_masked(hidden, None, torch.tensor([[2, 0], [1, 1]]))
+    kept, _ = _gather_masked(hidden, None, torch.tensor([[2, 0], [1, 1]]))
     assert kept.tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
 
 

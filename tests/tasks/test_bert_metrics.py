@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForPreTraining, EvalPrediction, Trainer
 
-from hf_soo.bert.data.prepare import load_prepared
+from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.wordpiece import special_ids
 from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.metrics import METRICS, prediction_sums, pretraining_metrics

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hf_soo.squad.files import Question
-from hf_soo.squad.metrics import exact_match, f1, f1_or_empty, normal, score_v1, score_v2
+from hf_soo.squad.metrics import _exact_match, _f1, _f1_or_empty, _normal, score_v1, score_v2
 from tests.data.squad_data import nested, paragraph, qa, real_file, write
 from tests.scripts.script_runs import ROOT, check_error, load_script
 
@@ -38,7 +38,7 @@ def question(name: str, *answers: str) -> Question:
     ],
 )
 def test_normal(text: str, expected: str) -> None:
-    assert normal(text) == expected
+    assert _normal(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_normal(text: str, expected: str) -> None:
     ],
 )
 def test_pairs_by_hand(prediction: str, answer: str, exact: float, overlap: float, overlap_v2: float) -> None:
-    assert exact_match(prediction, answer) == exact
-    assert f1(prediction, answer) == pytest.approx(overlap)
-    assert f1_or_empty(prediction, answer) == pytest.approx(overlap_v2)
+    assert _exact_match(prediction, answer) == exact
+    assert _f1(prediction, answer) == pytest.approx(overlap)
+    assert _f1_or_empty(prediction, answer) == pytest.approx(overlap_v2)
 
 
 def test_v1_takes_the_best_answer_and_counts_a_missing_prediction_as_zero() -> None:

@@ -2,8 +2,8 @@
 
 Headings, by rules that only take what cannot be a sentence of the text:
 
-    title       the first line of a WikiExtractor document; the first line of a record that repeats its `title`
-    marked      ` = Heading = ` (WikiText), `Section::::Heading` (WikiExtractor --sections)
+    title       the first line of a WikiExtractor document; the first line of a record that repeats its ``title``
+    marked      `` = Heading = `` (WikiText), ``Section::::Heading`` (WikiExtractor --sections)
     unmarked    in records (JSON lines, Parquet, hub) whose text has blank lines: a line alone between blank lines, of
                 at most 60 characters, that begins with a capital or a digit and ends with a letter, a digit or ")"
 
@@ -46,10 +46,12 @@ class Cleaning:
         """Check the values.
 
         Raises:
-            ValueError: The least length is below 1.
+            ValueError: the least length is below 1.
         """
         if self.min_characters < 1:
-            raise ValueError(f"min_document_characters is {self.min_characters}; it must be at least 1 (keep all text)")
+            raise ValueError(
+                f"min_document_characters is {self.min_characters}; it must be at least 1 (keep all text)."
+            )
 
 
 @dataclass(slots=True)
@@ -88,15 +90,15 @@ class Cleaner:
         """Set up a pass.
 
         Args:
-            rules: What is left out.
-            counts: Is kept up to date.
+            rules: what is left out.
+            counts: is kept up to date.
         """
         self.rules, self.counts = rules, counts
-        self._seen = DigestSet()
+        self._seen = _DigestSet()
 
     def __call__(self, document: RawDocument) -> str | None:
         """The text of a document, a paragraph a line; None when the document is left out."""
-        lines, headings = remove_headings(document, self.rules.keep_headings)
+        lines, headings = _remove_headings(document, self.rules.keep_headings)
         text = "\n".join(line for line in lines if line and not line.isspace())
         self.counts.documents += 1
         self.counts.text_bytes += len("\n".join(document.lines).encode())
@@ -112,10 +114,10 @@ class Cleaner:
             return "empty"
         if len(text) < self.rules.min_characters:
             return "too_short"
-        return "duplicate" if not self.rules.keep_duplicates and not self._seen.add(digest_of(text)) else None
+        return "duplicate" if not self.rules.keep_duplicates and not self._seen.add(_digest(text)) else None
 
 
-def remove_headings(document: RawDocument, keep: bool) -> tuple[list[str], int]:
+def _remove_headings(document: RawDocument, keep: bool) -> tuple[list[str], int]:
     """The lines of a document without its title and, unless they are kept, its headings; and how many went."""
     lines = document.lines
     first = next((i for i, line in enumerate(lines) if line.strip()), None)
@@ -140,13 +142,13 @@ def _is_heading(line: str) -> bool:
     )
 
 
-def digest_of(text: str) -> int:
+def _digest(text: str) -> int:
     """64 bits of a text's letters, whatever the case and the white space: 20 million texts collide once in 90,000."""
     normal = " ".join(text.lower().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
 
 
-class DigestSet:
+class _DigestSet:
     """A set of 64-bit digests at 8 bytes each (16 while it merges), where a Python set takes 70."""
 
     MOST_RECENT = 1 << 16

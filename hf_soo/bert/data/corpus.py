@@ -1,9 +1,10 @@
 """Text of any common layout -> documents, a document being the list of its sentences.
 
-    embedded             `pydoc_data.topics` of the running CPython: 0.5 MB of real English, no download
-    folder or file       WikiExtractor output (`<doc id= url= title=>` ... `</doc>`, or its --json), *.txt with a blank
-                         line between documents (or WikiText), *.jsonl, *.parquet; a folder is read recursively, by name
-    hub data set         `name` or `name:configuration`, for example "wikimedia/wikipedia:20231101.en"
+    embedded             ``pydoc_data.topics`` of the running CPython: 0.5 MB of real English, no download
+    folder or file       WikiExtractor output (``<doc id= url= title=>`` ... ``</doc>``, or its --json), *.txt with a
+                         blank line between documents (or WikiText), *.jsonl, *.parquet; a folder is read recursively,
+                         by name
+    hub data set         ``name`` or ``name:configuration``, for example "wikimedia/wikipedia:20231101.en"
 
 Sentences come from a regular expression (54 MB/s on one core), not from a model: next-sentence pairs need plausible
 boundaries, and a tokeniser that trains on pieces does not care. What is left out is decided in cleaning.py.
@@ -17,9 +18,7 @@ from pathlib import Path
 
 from hf_soo.bert.data.cleaning import Cleaner, Cleaning, CorpusCounts, RawDocument
 from hf_soo.bert.data.readers import read_embedded, read_hub, read_path
-from hf_soo.bert.data.wordpiece import Document, train_wordpiece
-
-__all__ = ["Cleaning", "Corpus", "CorpusCounts", "Document", "read_documents", "split_sentences", "train_wordpiece"]
+from hf_soo.bert.data.wordpiece import Document
 
 # A sentence ends at . ! or ? (with closing quotes) before white space and a capital or a digit, unless the word is an
 # initial or a title. The lookbehinds stand after the full stop, so that they run only there: 3 times faster.
@@ -31,16 +30,13 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 _FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".parquet", ".hdf5", ".h5"}
 
 
-def split_sentences(paragraph: str) -> Document:
-    """The sentences of one paragraph, without surrounding white space; none of them is empty."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(paragraph)]
-    pieces = (paragraph[start:end].strip() for start, end in zip([0, *ends], [*ends, None], strict=True))
-    return [piece for piece in pieces if piece]
-
-
 def sentences_of(text: str) -> Document:
-    """The sentences of a document, given a paragraph a line."""
-    return [sentence for paragraph in text.split("\n") for sentence in split_sentences(paragraph)]
+    """The sentences of a document, given a paragraph a line, without surrounding white space; none is empty."""
+    found = []
+    for paragraph in text.split("\n"):
+        ends = [match.end() for match in _SENTENCE_END.finditer(paragraph)]
+        found += [paragraph[start:end].strip() for start, end in zip([0, *ends], [*ends, None], strict=True)]
+    return [sentence for sentence in found if sentence]
 
 
 class Corpus:
@@ -59,23 +55,23 @@ class Corpus:
 
         Args:
             source: "embedded", a file, a folder or the name of a hub data set; the module lists the layouts.
-            text_column: Column or key that holds the text of JSONL, Parquet and hub data.
-            split: Split of a hub data set.
-            limit: Number of documents to stop after, those that are left out not counted; None reads all.
-            cleaning: What is left out; by default documents without text.
+            text_column: column or key that holds the text of JSONL, Parquet and hub data.
+            split: split of a hub data set.
+            limit: number of documents to stop after, those that are left out not counted; None reads all.
+            cleaning: what is left out; by default documents without text.
         """
         self.source, self.text_column, self.split, self.limit = source, text_column, split, limit
         self.cleaning = cleaning or Cleaning()
         self.counts = CorpusCounts()
 
     def texts(self) -> Iterator[str]:
-        """Read the documents in a fixed order, one at a time; `counts` follows this pass.
+        """Read the documents in a fixed order, one at a time; ``counts`` follows this pass.
 
         Yields:
             The text of a document, a paragraph a line.
 
         Raises:
-            ValueError: The source is unknown or missing, holds no text, or cannot be read.
+            ValueError: the source is unknown or missing, holds no text, or cannot be read.
         """
         self.counts = CorpusCounts()
         clean, kept = Cleaner(self.cleaning, self.counts), 0
@@ -87,7 +83,7 @@ class Corpus:
                 yield text
         if not kept:
             raise ValueError(
-                f"source {self.source!r} holds no text to keep: {self.counts}; it needs a document with a sentence"
+                f"source {self.source!r} holds no text to keep: {self.counts}; it needs a document with a sentence."
             )
 
     def __iter__(self) -> Iterator[Document]:
@@ -111,11 +107,6 @@ class Corpus:
         if not self.on_hub:
             raise ValueError(
                 f"source {self.source!r} is no file or folder here; "
-                "give an existing path, 'embedded' or a hub data set's name"
+                "give an existing path, 'embedded' or a hub data set's name."
             )
         return read_hub(self.source, self.text_column, self.split)
-
-
-def read_documents(source: str, *, text_column: str = "text", split: str = "train") -> Iterator[Document]:
-    """The sentences of every document with text; arguments and errors as those of `Corpus`."""
-    return iter(Corpus(source, text_column=text_column, split=split))

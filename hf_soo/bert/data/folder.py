@@ -2,7 +2,7 @@
 
 The layout:
 
-    train/ eval/     Arrow data sets (`datasets.load_from_disk`) in files of at most 512 MB: input_ids (unpadded and
+    train/ eval/     Arrow data sets (``datasets.load_from_disk``) in files of at most 512 MB: input_ids (unpadded and
                      unmasked), segment_b_start, next_sentence_label (0 = B follows A, 1 = B is random), length (of
                      input_ids, for length-grouped sampling), example_id
     vocab.txt        the vocabulary the ids refer to
@@ -32,7 +32,7 @@ _AGAIN = "prepare it again with scripts/prepare_pretraining.py"
 
 
 class Prepared(TypedDict):
-    """What `load_prepared` returns; `eval` is None when no documents were kept for it."""
+    """What ``load_prepared`` returns; ``eval`` is None when no documents were kept for it."""
 
     train: Any
     eval: Any
@@ -47,8 +47,8 @@ class SplitWriter:
         """Start a split.
 
         Args:
-            folder: Folder of the split; made with the first batch.
-            max_seq_length: No example is longer.
+            folder: folder of the split; made with the first batch.
+            max_seq_length: no example is longer.
         """
         self.folder = folder
         self.files: dict[str, dict[str, Any]] = {}  # path in the prepared folder -> size and SHA-256
@@ -60,7 +60,7 @@ class SplitWriter:
         self._bytes = 0
 
     def write(self, pairs: PairBatch, documents: int, first_id: int) -> None:
-        """Append pairs; their ids count from `first_id`."""
+        """Append pairs; their ids count from ``first_id``."""
         if not len(pairs):
             return
         table = _table(pairs, first_id)
@@ -94,7 +94,7 @@ class SplitWriter:
         self.files[file.relative_to(self.folder.parent).as_posix()] = entry
 
     def finish(self) -> dict[str, Any]:
-        """Make the folder a data set that `datasets.load_from_disk` reads, and return its counts."""
+        """Make the folder a data set that ``datasets.load_from_disk`` reads, and return its counts."""
         import datasets
 
         self.close()
@@ -158,32 +158,32 @@ def sha256_of(file: Path) -> str:
 
 
 def load_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
-    """Load what `prepare` wrote.
+    """Load what ``prepare`` wrote.
 
     Args:
-        path: The folder.
-        verify: Read every file and compare its SHA-256; otherwise its size alone is compared.
+        path: the folder.
+        verify: read every file and compare its SHA-256; otherwise its size alone is compared.
 
     Returns:
-        train and eval (`datasets.Dataset`, or None), the manifest, and the vocabulary file.
+        train and eval (``datasets.Dataset``, or None), the manifest, and the vocabulary file.
 
     Raises:
-        ValueError: The folder is not a finished data set, or is not what its manifest says.
+        ValueError: the folder is not a finished data set, or is not what its manifest says.
     """
     import datasets
 
     folder = Path(path)
     name = repr(str(folder))
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{name} is no finished data set, it has no {MANIFEST}; {_AGAIN}")
+        raise ValueError(f"{name} is no finished data set, it has no {MANIFEST}; {_AGAIN}.")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{name} has a {MANIFEST} that is no JSON ({error}); {_AGAIN}") from error
+        raise ValueError(f"{name} has a {MANIFEST} that is no JSON ({error}); {_AGAIN}.") from error
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{name} has format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}")
+        raise ValueError(f"{name} has format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}.")
     if sha256_of(folder / VOCABULARY) != manifest["vocab_sha256"]:
-        raise ValueError(f"{name} holds another {VOCABULARY} than its data were made with; {_AGAIN}")
+        raise ValueError(f"{name} holds another {VOCABULARY} than its data were made with; {_AGAIN}.")
     for file, wanted in manifest["files"].items():
         _check_file(folder / file, wanted, verify)
     splits: dict[str, Any] = {}
@@ -191,17 +191,17 @@ def load_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
         splits[split] = datasets.load_from_disk(str(folder / split)) if counts["examples"] else None
         if splits[split] is not None and len(splits[split]) != counts["examples"]:
             found = len(splits[split])
-            raise ValueError(f"{name} has {found} {split} examples, its manifest says {counts['examples']}; {_AGAIN}")
+            raise ValueError(f"{name} has {found} {split} examples, its manifest says {counts['examples']}; {_AGAIN}.")
     return Prepared(train=splits["train"], eval=splits["eval"], manifest=manifest, vocab_file=str(folder / VOCABULARY))
 
 
 def _check_file(file: Path, wanted: dict[str, Any], verify: bool) -> None:
     """Refuse a file that is not the one that was written."""
     if not file.is_file():
-        raise ValueError(f"{str(file)!r} is missing; copy it again, or {_AGAIN}")
+        raise ValueError(f"{str(file)!r} is missing; copy it again, or {_AGAIN}.")
     if (size := file.stat().st_size) != wanted["bytes"]:
         raise ValueError(
-            f"{str(file)!r} has {size:,} bytes, its manifest says {wanted['bytes']:,}; copy it again, or {_AGAIN}"
+            f"{str(file)!r} has {size:,} bytes, its manifest says {wanted['bytes']:,}; copy it again, or {_AGAIN}."
         )
     if verify and sha256_of(file) != wanted["sha256"]:
-        raise ValueError(f"{str(file)!r} was changed: its SHA-256 is not the manifest's; copy it again, or {_AGAIN}")
+        raise ValueError(f"{str(file)!r} was changed: its SHA-256 is not the manifest's; copy it again, or {_AGAIN}.")

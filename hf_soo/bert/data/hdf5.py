@@ -40,8 +40,8 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class RowBlock:
-    """Rows first, ..., stop - 1 of a file; `index` is the number of the first one in the whole source."""
+class _RowBlock:
+    """Rows first, ..., stop - 1 of a file; ``index`` is the number of the first one in the whole source."""
 
     file: str
     names: tuple[str, ...]
@@ -54,13 +54,13 @@ def hdf5_files(source: str) -> list[Path]:
     """The HDF5 files of a source, by name; none when it is of another kind.
 
     Args:
-        source: As in `PrepareConfig`.
+        source: as in ``PrepareConfig``.
 
     Returns:
         The file itself, or those under the folder.
 
     Raises:
-        ValueError: The folder holds other files as well.
+        ValueError: the folder holds other files as well.
     """
     path = Path(source).expanduser()
     files = visible_files(path) if path.is_dir() else [path] if path.is_file() else []
@@ -69,29 +69,29 @@ def hdf5_files(source: str) -> list[Path]:
         other = next(file for file in files if file.suffix not in SUFFIXES)
         raise ValueError(
             f"folder {source!r} holds HDF5 shards and other files, for example {other.name!r}; "
-            "give a folder of one kind: shards are pairs already, text is not"
+            "give a folder of one kind: shards are pairs already, text is not."
         )
     return found
 
 
-def row_blocks(files: list[Path]) -> Iterator[RowBlock]:
+def row_blocks(files: list[Path]) -> Iterator[_RowBlock]:
     """Cut HDF5 shards into blocks of rows.
 
     Args:
-        files: The shards.
+        files: the shards.
 
     Yields:
         The blocks, in order.
 
     Raises:
-        ValueError: A file cannot be opened or is of neither layout.
+        ValueError: a file cannot be opened or is of neither layout.
     """
     index = 0
     layouts = [_layout(file) for file in files]  # all of them first: a wrong one shows before any work
     for file, (names, rows) in zip(files, layouts, strict=True):
         for first in range(0, rows, ROWS_AT_A_TIME):
             stop = min(first + ROWS_AT_A_TIME, rows)
-            yield RowBlock(str(file), names, first, stop, index)
+            yield _RowBlock(str(file), names, first, stop, index)
             index += stop - first
 
 
@@ -102,14 +102,14 @@ def _layout(file: Path) -> tuple[tuple[str, ...], int]:
         if missing := [name for name in names if name not in shard]:
             raise ValueError(
                 f"file {str(file)!r} has no data set {', '.join(map(repr, missing))}; it has "
-                f"{', '.join(sorted(shard)) or 'none'}, and needs {', '.join(names)}"
+                f"{', '.join(sorted(shard)) or 'none'}, and needs {', '.join(names)}."
             )
         with _damage_named(f"file {str(file)!r}"):
             shapes = {name: tuple(shard[name].shape) for name in names}
             kinds = {name: shard[name].dtype for name in names}
     for name, kind in kinds.items():
         if kind.kind not in "iu":
-            raise ValueError(f"file {str(file)!r}: {name!r} is of type {kind}, expected whole numbers; write it again")
+            raise ValueError(f"file {str(file)!r}: {name!r} is of type {kind}, expected whole numbers; write it again.")
     rows, width = (*shapes["input_ids"], 0, 0)[:2]
     expected: dict[str, tuple[Any, ...]] = {name: (rows, width) for name in ("input_ids", "input_mask", "segment_ids")}
     expected |= {"special_token_positions": (rows, 3), "next_sentence_labels": (rows,)}
@@ -119,7 +119,7 @@ def _layout(file: Path) -> tuple[tuple[str, ...], int]:
         if shape != expected[name]:
             raise ValueError(
                 f"file {str(file)!r}: {name!r} has shape {shape}, expected {expected[name]} beside input_ids "
-                f"{shapes['input_ids']} (a pair has 3 special tokens); write it again"
+                f"{shapes['input_ids']} (a pair has 3 special tokens); write it again."
             )
     return names, rows
 
@@ -130,7 +130,7 @@ def _damage_named(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{where} cannot be read ({' '.join(str(error).split())}); copy it again") from error
+        raise ValueError(f"{where} cannot be read ({' '.join(str(error).split())}); copy it again.") from error
 
 
 def _opened(file: str) -> Any:
@@ -139,13 +139,13 @@ def _opened(file: str) -> Any:
         import h5py
     except ModuleNotFoundError as error:
         raise ValueError(
-            "HDF5 shards need the package h5py, which is not installed; install hf-soo[hdf5], or h5py itself"
+            "HDF5 shards need the package h5py, which is not installed; install hf-soo[hdf5], or h5py itself."
         ) from error
     try:
         return h5py.File(file, "r")
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"file {file!r} is no whole HDF5 file ({reason}); copy it again") from error
+        raise ValueError(f"file {file!r} is no whole HDF5 file ({reason}); copy it again.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,25 +157,14 @@ class RowWorker:
     eval_share: float
     seed: int
 
-    def __call__(self, block: RowBlock) -> list[SplitPairs]:
+    def __call__(self, block: _RowBlock) -> list[SplitPairs]:
         """The pairs of the block, for training and for evaluation."""
-        pairs = self.pairs_of(_read(block), block)
+        pairs = self._pairs_of(_read(block), block)
         chosen = eval_rows(block.index, block.stop - block.first, self.eval_share, self.seed)
         return [SplitPairs("train", _select(pairs, ~chosen)), SplitPairs("eval", _select(pairs, chosen))]
 
-    def pairs_of(self, rows: Rows, block: RowBlock) -> PairBatch:
-        """Check and convert rows.
-
-        Args:
-            rows: The data sets of the layout.
-            block: Where they come from.
-
-        Returns:
-            The pairs, in the same order.
-
-        Raises:
-            ValueError: A row is no pair of the vocabulary.
-        """
+    def _pairs_of(self, rows: Rows, block: _RowBlock) -> PairBatch:
+        """The rows of a block, checked, as pairs in the same order."""
         convert = _unmasked_layout if block.names == UNMASKED else _nvidia_layout
         tokens, lengths, starts = convert(rows, block)
         self._check(tokens, lengths, starts, block)
@@ -185,14 +174,11 @@ class RowWorker:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return PairBatch(tokens[used].astype(np.int32), offsets, starts.astype(np.int32), labels.astype(np.int8))
 
-    def _check(self, tokens: Ints, lengths: Ints, starts: Ints, block: RowBlock) -> None:
+    def _check(self, tokens: Ints, lengths: Ints, starts: Ints, block: _RowBlock) -> None:
         """Refuse rows whose ids, length or special tokens are wrong."""
         row = np.arange(len(tokens))
-        _refuse(
-            lengths > self.max_seq_length,
-            block,
-            f"more than max_seq_length={self.max_seq_length} tokens; raise max_seq_length",
-        )
+        too_long = f"more than max_seq_length={self.max_seq_length} tokens; raise max_seq_length"
+        _refuse(lengths > self.max_seq_length, block, too_long)
         beyond = (tokens < 0) | (tokens >= self.ids.size)
         no_sep = (tokens[row, starts - 1] != self.ids.sep) | (tokens[row, lengths - 1] != self.ids.sep)
         advice = "give the vocabulary that the shards were made with"
@@ -201,14 +187,14 @@ class RowWorker:
         _refuse(no_sep, block, f"no [SEP] (id {self.ids.sep}) at the end of segment A or B; {advice}")
 
 
-def _read(block: RowBlock) -> Rows:
+def _read(block: _RowBlock) -> Rows:
     """The rows of a block as int64."""
     where = f"file {block.file!r}, rows {block.first} to {block.stop - 1}"
     with _opened(block.file) as shard, _damage_named(where):
         return {name: shard[name][block.first : block.stop].astype(np.int64) for name in block.names}
 
 
-def _nvidia_layout(rows: Rows, block: RowBlock) -> tuple[Ints, Ints, Ints]:
+def _nvidia_layout(rows: Rows, block: _RowBlock) -> tuple[Ints, Ints, Ints]:
     """Original ids [N, W], lengths [N] and starts of segment B [N] of masked rows."""
     mask, segment, width = rows["input_mask"], rows["segment_ids"], rows["input_ids"].shape[1]
     lengths: Ints = mask.sum(axis=1)
@@ -221,7 +207,7 @@ def _nvidia_layout(rows: Rows, block: RowBlock) -> tuple[Ints, Ints, Ints]:
     return _unmask(rows, lengths, block), lengths, starts
 
 
-def _unmask(rows: Rows, lengths: Ints, block: RowBlock) -> Ints:
+def _unmask(rows: Rows, lengths: Ints, block: _RowBlock) -> Ints:
     """The ids with masked_lm_ids put back; the list of a row ends at its first position 0, which is [CLS]."""
     positions, originals = rows["masked_lm_positions"], rows["masked_lm_ids"]
     listed = np.cumprod(positions != 0, axis=1).astype(np.bool_)
@@ -232,7 +218,7 @@ def _unmask(rows: Rows, lengths: Ints, block: RowBlock) -> Ints:
     return tokens
 
 
-def _unmasked_layout(rows: Rows, block: RowBlock) -> tuple[Ints, Ints, Ints]:
+def _unmasked_layout(rows: Rows, block: _RowBlock) -> tuple[Ints, Ints, Ints]:
     """Ids [N, W], lengths [N] and starts of segment B [N] of rows with special_token_positions."""
     cls, first_sep, last_sep = rows["special_token_positions"].T
     tokens = rows["input_ids"]
@@ -241,10 +227,10 @@ def _unmasked_layout(rows: Rows, block: RowBlock) -> tuple[Ints, Ints, Ints]:
     return tokens, last_sep + 1, first_sep + 1
 
 
-def _refuse(wrong: Bools, block: RowBlock, what: str) -> None:
+def _refuse(wrong: Bools, block: _RowBlock, what: str) -> None:
     """Refuse the block if a row is wrong, and name the first one."""
     if wrong.any():
-        raise ValueError(f"file {block.file!r}, row {block.first + int(np.argmax(wrong))}: {what}")
+        raise ValueError(f"file {block.file!r}, row {block.first + int(np.argmax(wrong))}: {what}.")
 
 
 def _select(pairs: PairBatch, chosen: Bools) -> PairBatch:

@@ -14,7 +14,7 @@ def describe(manifest: dict[str, Any]) -> Iterator[str]:
     """The counts of a manifest.
 
     Args:
-        manifest: As `prepare` returns it.
+        manifest: as ``prepare`` returns it.
 
     Yields:
         Lines of text.
@@ -39,17 +39,17 @@ def show_examples(prepared: Prepared, count: int, *, masked: bool = False) -> It
     """The first examples for training, as tokens.
 
     Args:
-        prepared: As `load_prepared` returns it.
-        count: Number of examples.
-        masked: Show as well what the collator makes of them in epoch 0, with BERT's settings and seed 0.
+        prepared: as ``load_prepared`` returns it.
+        count: number of examples.
+        masked: show as well what the collator makes of them in epoch 0, with BERT's settings and seed 0.
 
     Yields:
         Lines of text.
     """
     pieces = list(read_vocabulary(prepared["vocab_file"]))
     collate = PretrainingCollator(special_ids(prepared["vocab_file"]), max_predictions=_predictions(prepared))
-    rows = prepared["train"]
-    for row in rows.select(range(min(count, len(rows)))):
+    samples = prepared["train"]
+    for row in samples.select(range(min(count, len(samples)))):
         tokens = [pieces[i] for i in row["input_ids"]]
         start, label = row["segment_b_start"], row["next_sentence_label"]
         yield f"example {row['example_id']}: {row['length']} tokens, {('B follows A', 'B is random')[label]} ({label})"

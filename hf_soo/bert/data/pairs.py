@@ -1,6 +1,6 @@
 """Next-sentence pairs [CLS] A [SEP] B [SEP] from documents of token ids.
 
-Semantics of `create_instances_from_document` (google-research/bert, create_pretraining_data.py). For one document:
+Semantics of ``create_instances_from_document`` (google-research/bert, create_pretraining_data.py). For one document:
 
     target = L - 3, or with probability short_seq_prob a uniform length in [2, L - 3], drawn once per document
     chunk  = sentences until their length >= target or the document ends
@@ -51,7 +51,7 @@ class TokenDocument:
 
 @dataclass(frozen=True, slots=True)
 class PairConfig:
-    """How pairs are made; L is `max_seq_length`, with [CLS] and both [SEP]."""
+    """How pairs are made; L is ``max_seq_length``, with [CLS] and both [SEP]."""
 
     max_seq_length: int = 128
     short_seq_prob: float = 0.1
@@ -62,23 +62,23 @@ class PairConfig:
         """Check the values.
 
         Raises:
-            ValueError: A value is out of its range.
+            ValueError: a value is out of its range.
         """
         if self.max_seq_length < 8:
-            raise ValueError(f"max_seq_length is {self.max_seq_length}; it must be at least 8 (BERT: 128, then 512)")
+            raise ValueError(f"max_seq_length is {self.max_seq_length}; it must be at least 8 (BERT: 128, then 512).")
         if not 0.0 <= self.short_seq_prob <= 1.0:
-            raise ValueError(f"short_seq_prob is {self.short_seq_prob}; it must lie between 0 and 1 (BERT: 0.1)")
+            raise ValueError(f"short_seq_prob is {self.short_seq_prob}; it must lie between 0 and 1 (BERT: 0.1).")
         if not 0.0 <= self.random_next <= 1.0:
-            raise ValueError(f"random_next is {self.random_next}; it must lie between 0 and 1 (BERT: 0.5)")
+            raise ValueError(f"random_next is {self.random_next}; it must lie between 0 and 1 (BERT: 0.5).")
         if self.dupe_factor < 1:
             raise ValueError(
-                f"dupe_factor is {self.dupe_factor}; it must be at least 1 (masks change each epoch without it)"
+                f"dupe_factor is {self.dupe_factor}; it must be at least 1 (masks change each epoch without it)."
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A = ids[a] of its own document, B = ids[b] of document `b_document`; spans are (start, stop)."""
+class _Pair:
+    """A = ids[a] of its own document, B = ids[b] of document ``b_document``; spans are (start, stop)."""
 
     a: tuple[int, int]
     b: tuple[int, int]
@@ -106,23 +106,23 @@ def make_pairs(
     """Make the pairs of a group of documents; random next sentences come from the same group.
 
     Args:
-        documents: Documents with at least one sentence each.
-        config: How pairs are made.
-        cls_id: Id of [CLS].
-        sep_id: Id of [SEP].
-        rng: Where all chance comes from.
+        documents: documents with at least one sentence each.
+        config: how pairs are made.
+        cls_id: id of [CLS].
+        sep_id: id of [SEP].
+        rng: where all chance comes from.
 
     Returns:
-        The pairs, in the order of the documents, `dupe_factor` times over.
+        The pairs, in the order of the documents, ``dupe_factor`` times over.
 
     Raises:
-        ValueError: There is one document and it needs a random next sentence from another.
+        ValueError: there is one document and it needs a random next sentence from another.
     """
     pairs = [
         (index, pair)
         for _ in range(config.dupe_factor)
         for index in range(len(documents))
-        for pair in pairs_of_document(documents, index, config, rng)
+        for pair in _pairs_of_document(documents, index, config, rng)
     ]
     lengths = [3 + pair.a[1] - pair.a[0] + pair.b[1] - pair.b[0] for _, pair in pairs]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
@@ -140,23 +140,10 @@ def make_pairs(
     )
 
 
-def pairs_of_document(
+def _pairs_of_document(
     documents: Sequence[TokenDocument], index: int, config: PairConfig, rng: np.random.Generator
-) -> Iterator[Pair]:
-    """The pairs whose segment A is in one document.
-
-    Args:
-        documents: The group that random next sentences come from.
-        index: The document.
-        config: How pairs are made.
-        rng: Where all chance comes from.
-
-    Yields:
-        Spans of A and B, at most `max_seq_length - 3` tokens together.
-
-    Raises:
-        ValueError: A random next sentence is needed and there is no other document.
-    """
+) -> Iterator[_Pair]:
+    """The pairs whose A is in document ``index``: spans of at most ``max_seq_length - 3`` tokens together."""
     most = config.max_seq_length - 3
     target = int(rng.integers(2, most + 1)) if rng.random() < config.short_seq_prob else most
     document = documents[index]
@@ -172,38 +159,31 @@ def pairs_of_document(
             b_document = _other(len(documents), index, rng)
             b = _random_span(documents[b_document], target - (a[1] - a[0]), rng)
             last = split  # sentences of the chunk that were not used are put back
-        yield Pair(*truncate_pair(a, b, most, rng), b_document, bool(is_random))
+        from_a, from_b = _tokens_to_remove(a[1] - a[0], b[1] - b[0], most)
+        yield _Pair(_shorten(a, from_a, rng), _shorten(b, from_b, rng), b_document, bool(is_random))
         first = last
 
 
 def _other(count: int, index: int, rng: np.random.Generator) -> int:
-    """A random document that is not `index`."""
+    """A random document that is not ``index``."""
     if count < 2:
         raise ValueError(
             "a random next sentence must come from another document, but there is only one; give at least 2 documents "
-            "(in a .txt file a blank line separates them)"
+            "(in a .txt file a blank line separates them)."
         )
     draw = int(rng.integers(count - 1))
     return draw + (draw >= index)
 
 
 def _random_span(document: TokenDocument, wanted: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Sentences from a random one on, until `wanted` tokens are there or the document ends; at least one sentence."""
+    """Sentences from a random one on, until ``wanted`` tokens are there or the document ends; at least one sentence."""
     bounds = document.bounds
     first = int(rng.integers(document.sentences))
     last = min(bisect_left(bounds, bounds[first] + wanted, lo=first + 1), document.sentences)
     return bounds[first], bounds[last]
 
 
-def truncate_pair(
-    a: tuple[int, int], b: tuple[int, int], most: int, rng: np.random.Generator
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shorten the longer span token by token, at its front or back, until both have at most `most` tokens together."""
-    from_a, from_b = tokens_to_remove(a[1] - a[0], b[1] - b[0], most)
-    return _shorten(a, from_a, rng), _shorten(b, from_b, rng)
-
-
-def tokens_to_remove(length_a: int, length_b: int, most: int) -> tuple[int, int]:
+def _tokens_to_remove(length_a: int, length_b: int, most: int) -> tuple[int, int]:
     """How many tokens A and B lose when each step takes one from the longer of the two, from B when they are equal."""
     excess = max(0, length_a + length_b - most)
     lead = min(excess, abs(length_a - length_b))  # these all come from the longer one; then B and A take turns
@@ -213,6 +193,6 @@ def tokens_to_remove(length_a: int, length_b: int, most: int) -> tuple[int, int]
 
 
 def _shorten(span: tuple[int, int], count: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Take `count` tokens off a span; each leaves at the front or at the back with equal probability."""
+    """Take ``count`` tokens off a span; each leaves at the front or at the back with equal probability."""
     front = int(rng.binomial(count, 0.5)) if count else 0
     return span[0] + front, span[1] - (count - front)

@@ -1,7 +1,7 @@
-"""Corpus -> a prepared folder of next-sentence pairs (prepared_folder.py has its layout).
+"""Corpus -> a prepared folder of next-sentence pairs (``folder`` has its layout).
 
 The corpus is cut into shards of whole documents by rules that look at the documents alone, and every shard has its own
-generator, keyed with (seed, split, number of the shard). So the result depends on the seed, never on `num_proc`. The
+generator, keyed with (seed, split, number of the shard). So the result depends on the seed, never on ``num_proc``. The
 folder is built beside its final place and renamed at the end: an interrupted run leaves nothing that looks finished.
 """
 
@@ -18,32 +18,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_soo.bert.data.corpus import Cleaning, Corpus
-from hf_soo.bert.data.folder import FORMAT, MANIFEST, VOCABULARY, Prepared, SplitWriter, load_prepared, sha256_of
+from hf_soo.bert.data.cleaning import Cleaning
+from hf_soo.bert.data.corpus import Corpus
+from hf_soo.bert.data.folder import FORMAT, MANIFEST, VOCABULARY, SplitWriter, sha256_of
 from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
 from hf_soo.bert.data.pairs import PairConfig
 from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, special_ids, train_wordpiece
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
 from hf_soo.files import built_beside, clear_leftovers, write_atomically
 
-__all__ = ["PrepareConfig", "Prepared", "load_prepared", "prepare"]
-
 logger = logging.getLogger(__name__)
 
-
-# The settings that pairs made elsewhere cannot follow.
-TEXT_ONLY = (
-    "vocab_size",
-    "short_seq_prob",
-    "random_next",
-    "dupe_factor",
-    "max_documents",
-    "min_document_characters",
-    "keep_duplicates",
-    "keep_headings",
-    "text_column",
-    "split",
-)
+TEXT_ONLY = (  # the settings that pairs made elsewhere cannot follow
+    "vocab_size", "short_seq_prob", "random_next", "dupe_factor", "max_documents", "min_document_characters",
+    "keep_duplicates", "keep_headings", "text_column", "split",
+)  # fmt: skip
 
 
 def _flag(text: str, **default: Any) -> Any:
@@ -89,20 +78,20 @@ class PrepareConfig:
         """Check the values.
 
         Raises:
-            ValueError: A value is out of its range.
+            ValueError: a value is out of its range.
         """
         self.pairs()
         self.cleaning()
         if self.vocab is not None and self.vocab_size is not None:
-            raise ValueError(f"vocab is {self.vocab!r} and vocab_size is {self.vocab_size}; give one of them")
+            raise ValueError(f"vocab is {self.vocab!r} and vocab_size is {self.vocab_size}; give one of them.")
         if not 0.0 <= self.eval_documents <= 0.5:
-            raise ValueError(f"eval_documents is {self.eval_documents}; it must be a share between 0 and 0.5")
+            raise ValueError(f"eval_documents is {self.eval_documents}; it must be a share between 0 and 0.5.")
         if self.max_documents is not None and self.max_documents < 2:
-            raise ValueError(f"max_documents is {self.max_documents}; random next sentences need at least 2 documents")
+            raise ValueError(f"max_documents is {self.max_documents}; random next sentences need at least 2 documents.")
         if self.num_proc < 1:
-            raise ValueError(f"num_proc is {self.num_proc}; it must be at least 1")
+            raise ValueError(f"num_proc is {self.num_proc}; it must be at least 1.")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**63)")
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**63).")
 
     def pairs(self) -> PairConfig:
         """The part that the pairs depend on."""
@@ -124,16 +113,16 @@ class _Job(NamedTuple):
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Prepare a corpus.
 
-    With `num_proc` above 1 it starts processes: call it under `if __name__ == "__main__":`.
+    With ``num_proc`` above 1 it starts processes: call it under ``if __name__ == "__main__":``.
 
     Args:
-        config: What to prepare, and where.
+        config: what to prepare, and where.
 
     Returns:
         The manifest.
 
     Raises:
-        ValueError: The corpus, the vocabulary or the output folder cannot be used.
+        ValueError: the corpus, the vocabulary or the output folder cannot be used.
     """
     clock = _Clock()
     output = Path(config.output)
@@ -150,7 +139,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         cleaning=config.cleaning(),
     )
     if config.split != "train" and not shards and not corpus.on_hub:
-        raise ValueError(f"split is {config.split!r}; source {config.source!r} is no hub data set: leave it out")
+        raise ValueError(f"split is {config.split!r}; source {config.source!r} is no hub data set: leave it out.")
     with built_beside(output) as partial:
         vocab_file = partial / VOCABULARY
         if config.vocab is None:
@@ -210,21 +199,21 @@ def _check_counts(config: PrepareConfig, counts: dict[str, dict[str, Any]]) -> N
     if not counts["train"]["examples"]:
         raise ValueError(
             f"source {config.source!r} gives no pair to train on; its documents hold no word piece of the vocabulary, "
-            "or there are none: look at the source"
+            "or there are none: look at the source."
         )
     if config.eval_documents and not counts["eval"]["examples"]:
         raise ValueError(
-            f"eval_documents={config.eval_documents} keeps nothing for evaluation; raise it, or set it to 0"
+            f"eval_documents={config.eval_documents} keeps nothing for evaluation; raise it, or set it to 0."
         )
 
 
 def _check_shard_settings(config: PrepareConfig) -> None:
     """Refuse settings of the text pipeline for pairs that are made already."""
     if config.vocab is None:
-        raise ValueError("vocab is None; HDF5 shards hold ids, so give the vocabulary that they were made with")
+        raise ValueError("vocab is None; HDF5 shards hold ids, so give the vocabulary that they were made with.")
     for setting in fields(PrepareConfig):
         if setting.name in TEXT_ONLY and (value := getattr(config, setting.name)) != setting.default:
-            raise ValueError(f"{setting.name} is {value}; the pairs of HDF5 shards are made already: leave it out")
+            raise ValueError(f"{setting.name} is {value}; the pairs of HDF5 shards are made already: leave it out.")
 
 
 def _check_output(output: Path, config: PrepareConfig) -> None:
@@ -232,15 +221,15 @@ def _check_output(output: Path, config: PrepareConfig) -> None:
     name = repr(str(output))
     source = Path(config.source).expanduser()
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"output {name} lies in the source {config.source!r}; choose a folder outside of it")
+        raise ValueError(f"output {name} lies in the source {config.source!r}; choose a folder outside of it.")
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output {name} is a file; give a folder")
+        raise ValueError(f"output {name} is a file; give a folder.")
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / MANIFEST).is_file():
-        raise ValueError(f"output {name} holds files that are no prepared data set; choose another folder")
+        raise ValueError(f"output {name} holds files that are no prepared data set; choose another folder.")
     if not config.overwrite:
-        raise ValueError(f"output {name} is a finished data set already; choose another folder or set overwrite")
+        raise ValueError(f"output {name} is a finished data set already; choose another folder or set overwrite.")
 
 
 def _manifest(config: PrepareConfig, ids: SpecialIds, vocab_file: Path, written: dict[str, Any]) -> dict[str, Any]:

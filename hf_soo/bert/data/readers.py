@@ -24,7 +24,7 @@ _WIKITEXT_TITLE = re.compile(r"\s*= [^=].* =\s*")
 
 
 def read_embedded() -> Iterator[RawDocument]:
-    """`pydoc_data.topics`: one document a topic; paragraphs are wrapped lines between blank lines."""
+    """``pydoc_data.topics``: one document a topic; paragraphs are wrapped lines between blank lines."""
     from pydoc_data.topics import topics
 
     for text in dict.fromkeys(topics[name] for name in sorted(topics)):  # two names may share a text
@@ -35,21 +35,21 @@ def read_path(path: Path, text_column: str) -> Iterator[RawDocument]:
     """The documents of a file, or of the files under a folder by name.
 
     Args:
-        path: File or folder.
-        text_column: Column or key of the text.
+        path: file or folder.
+        text_column: column or key of the text.
 
     Yields:
         Documents as they are written.
 
     Raises:
-        ValueError: No file is text, or one cannot be read.
+        ValueError: no file is text, or one cannot be read.
     """
     files = _text_files(path)
     for file in files:
-        if kind_of(file) == "parquet":
+        if _kind_of(file) == "parquet":
             _open_parquet(file, text_column).close()  # the last of a hundred shows now, not after hours
     for file in files:
-        kind = kind_of(file)
+        kind = _kind_of(file)
         if kind == "parquet":
             yield from _read_parquet(file, text_column)
         elif kind == "wiki":
@@ -60,11 +60,11 @@ def read_path(path: Path, text_column: str) -> Iterator[RawDocument]:
             yield from _read_text(file)
         else:
             raise ValueError(
-                f"file {str(file)!r} is of unknown kind; allowed are WikiExtractor files, *.txt, *.jsonl and *.parquet"
+                f"file {str(file)!r} is of unknown kind; allowed are WikiExtractor files, *.txt, *.jsonl and *.parquet."
             )
 
 
-def kind_of(file: Path) -> str:
+def _kind_of(file: Path) -> str:
     """Layout of a file, by its suffix or its first bytes: wiki, txt, jsonl, parquet, or "" for unknown."""
     if file.suffix == ".parquet":
         return "parquet"
@@ -87,19 +87,19 @@ def _text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = visible_files(path)
-    known = [file for file in files if kind_of(file)]
+    known = [file for file in files if _kind_of(file)]
     if not known:
         raise ValueError(
             f"folder {str(path)!r} holds {len(files)} files and none is text; "
-            "allowed are WikiExtractor files, *.txt, *.jsonl and *.parquet"
+            "allowed are WikiExtractor files, *.txt, *.jsonl and *.parquet."
         )
-    if skipped := [file.name for file in files if not kind_of(file)]:
+    if skipped := [file.name for file in files if not _kind_of(file)]:
         logger.warning("%s: left out %d files of unknown kind: %s", path, len(skipped), ", ".join(skipped[:5]))
     return known
 
 
 def _read_wiki(file: Path) -> Iterator[RawDocument]:
-    """WikiExtractor: `<doc ...>`, the title on a line, then a paragraph a line, `</doc>`."""
+    """WikiExtractor: ``<doc ...>``, the title on a line, then a paragraph a line, ``</doc>``."""
     lines: list[str] | None = None
     began = 0
     for number, line in enumerate(read_lines(file), start=1):
@@ -107,12 +107,12 @@ def _read_wiki(file: Path) -> Iterator[RawDocument]:
             if lines is not None:
                 raise ValueError(
                     f"file {str(file)!r}, line {number} begins a <doc> inside that of line {began}, "
-                    "which has no </doc>: extract it again"
+                    "which has no </doc>: extract it again."
                 )
             lines, began = [], number
         elif lines is None:
             if line.strip():
-                raise ValueError(f"file {str(file)!r}, line {number} is outside any <doc>; extract it again")
+                raise ValueError(f"file {str(file)!r}, line {number} is outside any <doc>; extract it again.")
         elif line.startswith("</doc>"):
             yield RawDocument(lines[1:])  # the first is the title
             lines = None
@@ -120,14 +120,14 @@ def _read_wiki(file: Path) -> Iterator[RawDocument]:
             lines.append(line)
     if lines is not None:
         raise ValueError(
-            f"file {str(file)!r} ends inside the <doc> block of line {began}; it was cut off: extract it again"
+            f"file {str(file)!r} ends inside the <doc> block of line {began}; it was cut off: extract it again."
         )
 
 
 def _read_text(file: Path) -> Iterator[RawDocument]:
     """Plain text: lines are paragraphs or sentences, blank lines separate documents.
 
-    A file whose first line of text is ` = Title = ` is WikiText: there such lines after a blank one begin documents,
+    A file whose first line of text is `` = Title = `` is WikiText: there such lines after a blank one begin documents,
     and blank lines alone do not.
     """
     lines: list[str] = []
@@ -157,7 +157,7 @@ def _read_jsonl(file: Path, text_column: str) -> Iterator[RawDocument]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"file {str(file)!r}, line {number} is not JSON ({error.msg}); "
-                f"each line must be an object with {text_column!r}"
+                f"each line must be an object with {text_column!r}."
             ) from error
         yield _document_of(row, text_column, f"file {str(file)!r}, line {number}")
 
@@ -171,7 +171,7 @@ def _open_parquet(file: Path, text_column: str) -> Any:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"file {str(file)!r} is not Parquet ({reason}); write it again") from error
+        raise ValueError(f"file {str(file)!r} is not Parquet ({reason}); write it again.") from error
     _require_column(text_column, parquet.schema_arrow.names, f"file {str(file)!r}")
     return parquet
 
@@ -189,22 +189,22 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[RawDocument]:
                 yield _document_of(row, text_column, f"file {str(file)!r}, row {number}")
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"file {str(file)!r} is not Parquet after row {number} ({reason}); write it again") from error
+        raise ValueError(f"file {str(file)!r} is not Parquet after row {number} ({reason}); write it again.") from error
 
 
 def read_hub(name: str, text_column: str, split: str) -> Iterator[RawDocument]:
     """The rows of a hub data set, memory-mapped, a batch at a time.
 
     Args:
-        name: `name` or `name:configuration`.
-        text_column: Column of the text.
-        split: Split to read.
+        name: ``name`` or ``name:configuration``.
+        text_column: column of the text.
+        split: split to read.
 
     Yields:
         Documents as they are written.
 
     Raises:
-        ValueError: It does not load, or lacks the column.
+        ValueError: it does not load, or lacks the column.
     """
     import datasets
 
@@ -212,14 +212,10 @@ def read_hub(name: str, text_column: str, split: str) -> Iterator[RawDocument]:
     logger.info("no file or folder %s here: reading the hub's data set of that name", name)
     try:
         rows = datasets.load_dataset(path, configuration or None, split=split)
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-    ) as error:  # not found, no network, no such configuration or split
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # no network, configuration or split
         raise ValueError(
-            f"source {name!r} is no local path, and does not load as a hub data set with split {split!r}: {reason}"
+            f"source {name!r} is no local path, and does not load as a hub data set with split {split!r}: "
+            f"{' '.join(str(error).split())}"
         ) from error
     _require_column(text_column, rows.column_names, f"data set {name!r}")
     columns = [column for column in dict.fromkeys((text_column, "title")) if column in rows.column_names]
@@ -234,13 +230,13 @@ def read_hub(name: str, text_column: str, split: str) -> Iterator[RawDocument]:
 def _document_of(row: Any, text_column: str, where: str) -> RawDocument:
     """The text and the title of a record."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is a JSON {type(row).__name__}; it must be an object with {text_column!r}")
+        raise ValueError(f"{where} is a JSON {type(row).__name__}; it must be an object with {text_column!r}.")
     _require_column(text_column, list(row), where)
     text, title = row[text_column], row.get("title")
     if not isinstance(text, str | None):
-        raise ValueError(f"{where}: {text_column!r} is a {type(text).__name__}; it must be text")
+        raise ValueError(f"{where}: {text_column!r} is a {type(text).__name__}; it must be text.")
     if is_broken(text or ""):
-        raise ValueError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no text; write it again")
+        raise ValueError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no text; write it again.")
     return RawDocument((text or "").splitlines(), title.strip() if isinstance(title, str) else "", record=True)
 
 
@@ -248,5 +244,5 @@ def _require_column(column: str, names: list[str], where: str) -> None:
     """Refuse data without the text column."""
     if column not in names:
         raise ValueError(
-            f"{where} has no column {column!r}; it has {', '.join(map(str, names))}: choose one with text_column"
+            f"{where} has no column {column!r}; it has {', '.join(map(str, names))}: choose one with text_column."
         )

@@ -29,25 +29,27 @@ class SpecialIds:
 def train_wordpiece(documents: Iterable[Document], vocab_size: int, out_file: str | Path) -> int:
     """Train an uncased WordPiece vocabulary and write it, one piece a line; the same text gives the same file.
 
-    `WordPieceTrainer` numbers the pieces "##c" in the order of a hash map, and breaks ties by number, so that two runs
-    differ. Fixing the alphabet and every "##c" beforehand removes that, and lets any word of known characters be
+    ``WordPieceTrainer`` numbers the pieces "##c" in the order of a hash map, and breaks ties by number, so that two
+    runs differ. Fixing the alphabet and every "##c" beforehand removes that, and lets any word of known characters be
     spelled.
 
     Args:
-        documents: Read twice; a generator is kept in memory.
-        vocab_size: Entries wanted; a small corpus may give fewer.
-        out_file: Where the vocabulary goes; written whole or not at all.
+        documents: read twice; a generator is kept in memory.
+        vocab_size: entries wanted; a small corpus may give fewer.
+        out_file: where the vocabulary goes; written whole or not at all.
 
     Returns:
         The number of entries written.
 
     Raises:
-        ValueError: The size is below 100 or the documents hold no text.
+        ValueError: the size is below 100 or the documents hold no text.
     """
     from tokenizers import Tokenizer, models, trainers
 
     if vocab_size < 100:
-        raise ValueError(f"vocab_size is {vocab_size}; a WordPiece vocabulary needs at least 100 entries (BERT: 30522)")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; a WordPiece vocabulary needs at least 100 entries (BERT: 30522)."
+        )
     if iter(documents) is documents:
         documents = list(documents)
     tokenizer = _uncased(Tokenizer(models.WordPiece(unk_token="[UNK]")))
@@ -68,7 +70,7 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int, out_file: st
 
 
 def _alphabet(documents: Iterable[Document], tokenizer: Any, limit: int) -> list[str]:
-    """The most frequent characters after normalisation, at most `limit`, sorted; white space is not one."""
+    """The most frequent characters after normalisation, at most ``limit``, sorted; white space is not one."""
     raw: Counter[str] = Counter()
     for document in documents:
         raw.update("".join(document))
@@ -77,23 +79,23 @@ def _alphabet(documents: Iterable[Document], tokenizer: Any, limit: int) -> list
         for normal in set(tokenizer.normalizer.normalize_str(character)) - set(" \t\n\r"):
             counts[normal] += count
     if not counts:
-        raise ValueError("the corpus holds no text to train a vocabulary on; give documents with words")
+        raise ValueError("the corpus holds no text to train a vocabulary on; give documents with words.")
     return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:limit])
 
 
 def load_tokenizer(vocab_file: str | Path) -> Any:
-    """An uncased BERT tokenizer (`tokenizers.Tokenizer`) that has exactly this vocabulary; it adds no special tokens.
+    """An uncased BERT tokenizer (``tokenizers.Tokenizer``) that has exactly this vocabulary; it adds no special tokens.
 
-    `BertTokenizerFast(vocab_file=...)` of transformers 5 takes the argument, ignores it, and yields five tokens.
+    ``BertTokenizerFast(vocab_file=...)`` of transformers 5 takes the argument, ignores it, and yields five tokens.
 
     Args:
-        vocab_file: One piece a line.
+        vocab_file: one piece a line.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: The file is missing or not UTF-8, repeats a piece, or lacks a special token.
+        ValueError: the file is missing or not UTF-8, repeats a piece, or lacks a special token.
     """
     from tokenizers import Tokenizer, models
 
@@ -101,7 +103,7 @@ def load_tokenizer(vocab_file: str | Path) -> Any:
 
 
 def special_ids(vocab_file: str | Path) -> SpecialIds:
-    """Size and special ids of a vocabulary file; errors as `read_vocabulary`."""
+    """Size and special ids of a vocabulary file; errors as ``read_vocabulary``."""
     vocabulary = read_vocabulary(vocab_file)
     return SpecialIds(len(vocabulary), *(vocabulary[token] for token in SPECIAL_TOKENS))
 
@@ -110,26 +112,26 @@ def read_vocabulary(vocab_file: str | Path) -> dict[str, int]:
     """Read and check a vocabulary.
 
     Args:
-        vocab_file: One piece a line.
+        vocab_file: one piece a line.
 
     Returns:
         piece -> id, in the order of the lines.
 
     Raises:
-        ValueError: The file is missing or not UTF-8, repeats a piece, or lacks a special token.
+        ValueError: the file is missing or not UTF-8, repeats a piece, or lacks a special token.
     """
     path = Path(vocab_file)
     if not path.is_file():
-        raise ValueError(f"vocabulary {str(path)!r} is no file; give a text file with one word piece a line")
+        raise ValueError(f"vocabulary {str(path)!r} is no file; give a text file with one word piece a line.")
     pieces = list(read_lines(path))
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
         raise ValueError(
-            f"vocabulary {str(path)!r} lacks {', '.join(missing)}; it needs {' '.join(SPECIAL_TOKENS)}, each on a line"
+            f"vocabulary {str(path)!r} lacks {', '.join(missing)}; it needs {' '.join(SPECIAL_TOKENS)}, each on a line."
         )
     if len(vocabulary) != len(pieces):
         repeated = next(piece for i, piece in enumerate(pieces) if vocabulary[piece] != i)
-        raise ValueError(f"vocabulary {str(path)!r} has {repeated!r} on two lines; each piece must be there once")
+        raise ValueError(f"vocabulary {str(path)!r} has {repeated!r} on two lines; each piece must be there once.")
     return vocabulary
 
 

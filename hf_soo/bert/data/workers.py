@@ -37,7 +37,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Texts of whole documents of one split, a paragraph a line; `number` counts the shards of the split."""
+    """Texts of whole documents of one split, a paragraph a line; ``number`` counts the shards of the split."""
 
     split: str
     number: int
@@ -80,7 +80,7 @@ class _Grouper:
         if len(self.ready) == 1:  # the only one of its split
             raise ValueError(
                 f"the {self.split} split has one document and needs at least 2, as random next sentences come from "
-                "another; give more documents (in a .txt file a blank line separates them) or change eval_documents"
+                "another; give more documents (in a .txt file a blank line separates them) or change eval_documents."
             )
         yield from self._next()
         self.ready = self.current
@@ -104,15 +104,15 @@ def make_shards(documents: Iterable[str], eval_share: float, seed: int) -> Itera
     """Cut a corpus into shards of training and of evaluation documents.
 
     Args:
-        documents: Texts of the corpus.
-        eval_share: Share of the documents for evaluation, evenly spread; the seed decides where the first one is.
-        seed: See `eval_share`.
+        documents: texts of the corpus.
+        eval_share: share of the documents for evaluation, evenly spread; the seed decides where the first one is.
+        seed: see ``eval_share``.
 
     Yields:
         Shards of "train" and of "eval", as they are complete.
 
     Raises:
-        ValueError: A split has exactly one document.
+        ValueError: a split has exactly one document.
     """
     groups = {split: _Grouper(split) for split in ("train", "eval")}
     is_eval = np.empty(0, dtype=np.bool_)
@@ -156,18 +156,18 @@ def _tokenizer(vocab_file: str) -> Any:
 
 
 def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], num_proc: int) -> Iterator[_Result]:
-    """Like `map`, on several processes; takes items only a little ahead of the results, so memory stays bounded.
+    """Like ``map``, on several processes; takes items only a little ahead of the results, so memory stays bounded.
 
     Args:
-        function: What to do; it must pickle.
-        items: Inputs; they must pickle.
-        num_proc: Number of processes; 1 works in this one.
+        function: what to do; it must pickle.
+        items: inputs; they must pickle.
+        num_proc: number of processes; 1 works in this one.
 
     Yields:
         The results, in the order of the items.
 
     Raises:
-        ChildProcessError: A process was killed.
+        ChildProcessError: a process was killed.
     """
     if num_proc == 1:
         yield from map(function, items)
@@ -185,7 +185,7 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], n
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            f"one of num_proc={num_proc} worker processes was killed, perhaps for its memory; use fewer"
+            f"one of num_proc={num_proc} worker processes was killed, perhaps for its memory; use fewer."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
