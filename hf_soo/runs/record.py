@@ -17,6 +17,7 @@ had a loss to stop at, whether it stopped there before its last step. Numbers th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -24,42 +25,27 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from hf_soo.files import write_atomically
-from hf_soo.runs import machine
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["completed", "diverged", "oom", "stopped", "failed"]
-_STATUSES: tuple[str, ...] = ("completed", "diverged", "oom", "stopped", "failed")
+_STATUSES: tuple[str, ...] = get_args(Status)
 CurvePoint = dict[str, Any]
 # Settings of the method itself; all others of a run are its workload.
-_METHOD = frozenset(
-    {
-        "learning_rate",
-        "optim_args",
-        "base_optim_args",
-        "max_grad_norm",
-        "weight_decay",
-        "precondition_include",
-        "precondition_exclude",
-        "moments",  # whether its base could take those of the phase before
-    }
-)
+_METHOD = frozenset({
+    "learning_rate", "optim_args", "base_optim_args", "max_grad_norm", "weight_decay", "precondition_include",
+    "precondition_exclude", "moments",  # whether its base could take those of the phase before
+})  # fmt: skip
 # The key, in itself or in its settings, by which a JSON is known that was written before each said its kind.
 _OLD_KINDS = {
-    "bench": "preset",
-    "plan": "layout",
-    "prepare": "vocab_sha256",
-    "equality": "tolerance",
-    "glue": "task",
-    "squad": "version_2",
-    "vision": "dataset",
-    "pretraining": "seq_length",
-}
+    "bench": "preset", "plan": "layout", "prepare": "vocab_sha256", "equality": "tolerance",
+    "glue": "task", "squad": "version_2", "vision": "dataset", "pretraining": "seq_length",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True)
@@ -71,9 +57,7 @@ class RunRecord:
     base: str
     config: dict[str, Any]
     seed: int
-    status: str = (
-        "failed"  # until something better is known: a record written in the middle of a crash is not a success
-    )
+    status: str = "failed"  # until something better is known: one written in the middle of a crash is no success
     kind: str = "run"
     device: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -103,12 +87,6 @@ class RunRecord:
         """Workload and method in one mapping, as they are read back from a file."""
         settings: dict[str, Any] = jsonable(self.method | self.workload)
         return settings
-
-    def describe_machine(self, device: torch.device) -> None:
-        """Fill ``device``, ``versions`` and ``commit`` from where this process runs."""
-        self.device = machine.device_name(device)
-        self.versions = machine.versions()
-        self.commit = machine.commit()
 
     def write(self, folder: str | Path) -> Path:
         """Write ``folder/NAME.json`` atomically (a reader sees the old file or the whole new one) and return its path.
@@ -143,17 +121,17 @@ def differing(*settings: Mapping[str, Any], free: Collection[str] = ()) -> list[
 def check_same(
     before: Mapping[str, Any], now: Mapping[str, Any], whose: str, way_out: str, free: Collection[str] = ()
 ) -> None:
-    """Refuse to go on from, or to take for one's own, what a run with other settings wrote.
+    """Refuse what a run with other settings wrote.
 
     Args:
         before: that run's settings.
         now: those of the run to come.
-        whose: what is found: "FILE is".
+        whose: what was found: "FILE is".
         way_out: what the user can do.
         free: settings that may differ.
 
     Raises:
-        ValueError: they differ; names the first that does.
+        ValueError: another setting differs.
     """
     if changed := differing(before, now, free=free):
         was, wanted = before.get(changed[0]), now.get(changed[0])
@@ -282,15 +260,12 @@ def status_of(error: BaseException) -> Status:
     Args:
         error: what the run raised.
     """
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return "oom"
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     # The CPU allocator raises a plain RuntimeError ("can't allocate memory"), CUDA libraries "... out of memory".
-    said = str(error).lower()
-    if isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said):
-        return "oom"
-    return "failed"
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    memory = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    return "oom" if memory or "out of memory" in said or "can't allocate memory" in said else "failed"
 
 
 def reach(curve: Sequence[CurvePoint], eval_loss: float) -> dict[str, float | None]:
@@ -303,19 +278,11 @@ def reach(curve: Sequence[CurvePoint], eval_loss: float) -> dict[str, float | No
     Returns:
         The ``target`` entry of a run: the loss asked for, and the steps and seconds it took (None: not reached).
     """
-    before: CurvePoint | None = None
-    for point in curve:
-        loss = point["eval_loss"]
-        if loss is None:
-            continue
-        if loss <= eval_loss:
-            last = before or point
-            return {
-                "eval_loss": eval_loss,
-                "steps": _between(last, point, "step", eval_loss),
-                "seconds": _between(last, point, "seconds", eval_loss),
-            }
-        before = point
+    points = [point for point in curve if point["eval_loss"] is not None]
+    for before, point in itertools.pairwise([*points[:1], *points]):
+        if point["eval_loss"] <= eval_loss:
+            steps, seconds = (_between(before, point, key, eval_loss) for key in ("step", "seconds"))
+            return {"eval_loss": eval_loss, "steps": steps, "seconds": seconds}
     return {"eval_loss": eval_loss, "steps": None, "seconds": None}
 
 

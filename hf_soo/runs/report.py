@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,14 @@ from hf_soo.files import write_atomically
 from hf_soo.runs.record import RunRecord, differing, reach
 
 # The method the others' steps are counted against: the first of these that is there.
-BASELINES = ("lamb", "adamw", "sgd", "muon", "rmsprop")
-HEADER = ("optimizer", "base", "learning rate", "final eval loss")
-HEADER_END = ("steps to {}", "s/step", "status")  # between them the other metrics of an evaluation, where there are any
-LOSSES = ("train_loss", "eval_loss")
+_BASELINES = ("lamb", "adamw", "sgd", "muon", "rmsprop")
+_HEADER = ("optimizer", "base", "learning rate", "final eval loss")
+_HEADER_END = ("steps to {}", "s/step", "status")  # between them an evaluation's other metrics, where there are any
+_LOSSES = ("train_loss", "eval_loss")
+_Method = list[RunRecord]  # the runs of one optimizer, base and configuration, best first; their learning rates differ
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """The runs of one optimizer, base and configuration, best first; they differ in learning rates only."""
-
-    runs: tuple[RunRecord, ...]
-
-    @property
-    def best(self) -> RunRecord:
-        """The run with the lowest final evaluation loss."""
-        return self.runs[0]
-
-    @property
-    def label(self) -> str:
-        """For a legend: "mkor over lamb (update_period=5)"."""
-        run = self.best
-        over = "" if run.base == run.optimizer else f" over {run.base}"
-        return f"{run.optimizer}{over}{_settings(run)}"
-
-
-def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[Method]:
+def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_Method]:
     """Group runs by optimizer, base and configuration, each group and the list of groups best first.
 
     Args:
@@ -52,18 +33,28 @@ def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[Me
     Raises:
         ValueError: the runs are of different workloads.
     """
-    _check_one_workload(records, free)
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        groups.setdefault(_configuration(record), []).append(record)
-    found = [Method(tuple(sorted(group, key=final_loss))) for group in groups.values()]
-    return sorted(found, key=lambda method: final_loss(method.best))
+    first = records[0]
+    groups: dict[str, _Method] = {}
+    for run in records:
+        if changed := differing(first.workload, run.workload, free=free):
+            ours, theirs = (each.workload.get(changed[0]) for each in (first, run))
+            raise ValueError(
+                f"Runs {first.name} and {run.name} differ in {changed[0]} ({ours!r}, {theirs!r}); "
+                "one table compares runs of one workload, so keep each workload's runs in a folder of its own."
+            )
+        decay_and_clip = [run.method.get(key) for key in ("weight_decay", "max_grad_norm")]
+        groups.setdefault(f"{label(run)}|{run.base}|{decay_and_clip}", []).append(run)
+    return sorted((sorted(group, key=final_loss) for group in groups.values()), key=lambda group: final_loss(group[0]))
 
 
-def _configuration(run: RunRecord) -> str:
-    """What two runs of one method share: everything but their learning rates."""
-    decay_and_clip = [run.config.get(key) for key in ("weight_decay", "max_grad_norm")]
-    return f"{run.optimizer}|{run.base}|{_settings(run)}|{decay_and_clip}"
+def label(run: RunRecord) -> str:
+    """A run's method, for a legend: "mkor over lamb (update_period=5)".
+
+    Args:
+        run: any of the method's.
+    """
+    over = "" if run.base == run.optimizer else f" over {run.base}"
+    return f"{run.optimizer}{over}{_settings(run)}"
 
 
 def final_loss(record: RunRecord) -> float:
@@ -86,28 +77,28 @@ def table(records: Sequence[RunRecord]) -> str:
         ValueError: the runs are of different workloads.
     """
     found = methods(records)
-    baseline = _baseline(found)
-    target = final_loss(baseline.best) if baseline else math.inf
-    goal = f"{baseline.label}'s {target:.3f}" if baseline else "the baseline"
-    metrics = tuple(dict.fromkeys(key for method in found for key in method.best.final if key not in LOSSES))
-    header = " | ".join((*HEADER, *metrics, *HEADER_END)).format(goal)
+    bests = [method[0] for method in found]
+    finished = {run.optimizer: run for run in reversed(bests) if math.isfinite(final_loss(run))}
+    baseline = next((finished[name] for name in _BASELINES if name in finished), None)
+    target = final_loss(baseline) if baseline else math.inf
+    goal = f"{label(baseline)}'s {target:.3f}" if baseline else "the baseline"
+    metrics = tuple(dict.fromkeys(key for run in bests for key in run.final if key not in _LOSSES))
+    header = " | ".join((*_HEADER, *metrics, *_HEADER_END)).format(goal)
     lines = [f"| {header} |", "|" + "---|" * 3 + "---:|" * (3 + len(metrics)) + "---|"]
-    for method in found:
-        lines.append("| " + " | ".join(_row(method.best, target, metrics)) + " |")
-    others = [f"{method.label}: {_tried(method.runs[1:])}" for method in found if len(method.runs) > 1]
-    if others:
+    lines += ["| " + " | ".join(_row(run, target, metrics)) + " |" for run in bests]
+    tried = [[f"{_rates(run)} → {_outcome(run)}" for run in method[1:]] for method in found]
+    if others := [f"{label(run)}: {', '.join(each)}" for run, each in zip(bests, tried, strict=True) if each]:
         lines += ["", "Other learning rates tried (final eval loss). " + "; ".join(others) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _row(run: RunRecord, target: float, metrics: Sequence[str] = ()) -> list[str]:
+def _row(run: RunRecord, target: float, metrics: Sequence[str]) -> list[str]:
     steps = reach(run.curve, target)["steps"] if math.isfinite(target) else None
-    loss = final_loss(run)
     return [
         f"{run.optimizer}{_settings(run)}",
         "" if run.base == run.optimizer else run.base,
         _rates(run),
-        f"{loss:.3f}" if math.isfinite(loss) else "",
+        _outcome(run, ""),
         *("" if (value := run.final.get(metric)) is None else f"{value:.3f}" for metric in metrics),
         "" if steps is None else f"{steps:.0f}",
         f"{run.seconds / run.steps:.3f}" if run.steps else "",
@@ -115,12 +106,10 @@ def _row(run: RunRecord, target: float, metrics: Sequence[str] = ()) -> list[str
     ]
 
 
-def _tried(runs: Sequence[RunRecord]) -> str:
-    def outcome(run: RunRecord) -> str:
-        loss = final_loss(run)
-        return f"{loss:.3f}" if math.isfinite(loss) else run.status
-
-    return ", ".join(f"{_rates(run)} → {outcome(run)}" for run in runs)
+def _outcome(run: RunRecord, otherwise: str | None = None) -> str:
+    """The final loss; where there is none, the status, or what else stands for it."""
+    loss = final_loss(run)
+    return f"{loss:.3f}" if math.isfinite(loss) else run.status if otherwise is None else otherwise
 
 
 def _rates(run: RunRecord) -> str:
@@ -147,26 +136,6 @@ def chosen(run: RunRecord) -> dict[str, Any]:
     return given | {key: patterns for key, patterns in layers.items() if patterns}
 
 
-def _baseline(found: Sequence[Method]) -> Method | None:
-    finished = [method for method in found if math.isfinite(final_loss(method.best))]
-    for name in BASELINES:
-        for method in finished:
-            if method.best.optimizer == name:
-                return method
-    return None
-
-
-def _check_one_workload(records: Sequence[RunRecord], free: Collection[str]) -> None:
-    first = records[0]
-    for other in records[1:]:
-        if changed := differing(first.workload, other.workload, free=free):
-            ours, theirs = (run.workload.get(changed[0]) for run in (first, other))
-            raise ValueError(
-                f"Runs {first.name} and {other.name} differ in {changed[0]} ({ours!r}, {theirs!r}); "
-                "one table compares runs of one workload, so keep each workload's runs in a folder of its own."
-            )
-
-
 def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, free: Collection[str] = ()) -> None:
     """Draw evaluation loss over steps and over seconds of training, one line a method, the best run of each.
 
@@ -187,7 +156,7 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, 
     panels = figure.subplots(1, 2, sharey=True)
     found = methods(records, free)
     for index, method in enumerate(found):
-        _draw(panels, method, index)
+        _draw(panels, method[0], index)
     for axis, name in zip(panels, ("optimizer steps", "seconds of training"), strict=True):
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
@@ -204,20 +173,17 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, 
 
 
 # Wong's palette (Nature Methods 2011), told apart also without colour vision; the markers serve print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-MARKERS = "osD^vPX"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vPX"
 
 
-def _draw(panels: Any, method: Method, index: int) -> None:
-    run = method.best
+def _draw(panels: Any, run: RunRecord, index: int) -> None:
     points = _evaluations(run)
-    loss = final_loss(run)
-    outcome = f"{loss:.3f}" if math.isfinite(loss) else run.status
     style = {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4,
-        "label": f"{method.label}, lr {_rates(run)}: {outcome}",
+        "label": f"{label(run)}, lr {_rates(run)}: {_outcome(run)}",
     }
     for axis, key in zip(panels, ("step", "seconds"), strict=True):
         axis.plot([point[key] for point in points], [point["eval_loss"] for point in points], **style)
@@ -231,10 +197,10 @@ def _evaluations(run: RunRecord) -> list[dict[str, float]]:
     ]
 
 
-def _limits(found: Sequence[Method]) -> tuple[float, float] | None:
+def _limits(found: Sequence[_Method]) -> tuple[float, float] | None:
     """Show what the methods differ in: from the lowest loss to the highest after the first evaluation of each."""
-    later = [point["eval_loss"] for method in found for point in _evaluations(method.best) if point["step"] > 0]
-    start = [points[0]["eval_loss"] for method in found if (points := _evaluations(method.best))]
+    later = [point["eval_loss"] for method in found for point in _evaluations(method[0]) if point["step"] > 0]
+    start = [points[0]["eval_loss"] for method in found if (points := _evaluations(method[0]))]
     if not later:
         return None
     low, high = min(later), min(max(later), max(start))

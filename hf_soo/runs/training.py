@@ -249,10 +249,11 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         **{key: _plain(getattr(args, key)) for key in SETTINGS},
         **{key: getattr(args.parsed, key) for key in METHOD_SETTINGS},
     }
-    record = RunRecord(run_name(job), optimizer_name(args), base_name(args), config, args.seed, kind=task.kind)
-    record.parameters = sum(parameter.numel() for parameter in model.parameters())
-    record.describe_machine(args.device)
-    return record
+    return RunRecord(
+        run_name(job), optimizer_name(args), base_name(args), config, args.seed, kind=task.kind,
+        device=machine.device_name(args.device), versions=machine.versions(), commit=machine.commit(),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )  # fmt: skip
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -63,8 +63,8 @@ def test_only_learning_rates_are_searched_over() -> None:
     decayed = run("lamb", "lamb", 0.01, [10.0, 8.0, 7.2], config={"weight_decay": 0.1})
     found = report.methods([*runs(), other, decayed])
     labels = ["mkor over lamb (update_period=5)", "mkor over lamb", "lamb", "lamb", "muon"]
-    assert [method.label for method in found] == labels
-    assert [len(method.runs) for method in found] == [1, 3, 1, 1, 1]
+    assert [report.label(method[0]) for method in found] == labels
+    assert [len(method) for method in found] == [1, 3, 1, 1, 1]
 
 
 def test_a_method_that_never_finished_has_empty_cells() -> None:
