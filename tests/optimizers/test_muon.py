@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import hf_soo
 from hf_soo.optimizers.muon import Muon
 from tests.methods.twin_runs import batches, run_library, twins
+from tests.optimizers.given import parameters, run, set_grads, two_groups
 from tests.oracles import core as oracles
 from tests.oracles import training as oracle_training
 from tests.oracles.core import Array, assert_close_report
@@ -153,3 +154,102 @@ def test_muon_lowers_the_loss_as_the_oracle_does() -> None:
     # bf16 noise of each step averages out: the losses agree far better than any one step
     assert float(loss) == pytest.approx(mlp.loss(*data[0]), rel=1e-2)
     assert losses[-1] < 0.8 * losses[0]
+
+
+# ---- groups, schedulers and refusals --------------------------------------------------------------------------------
+
+
+def make_muon(params: list[nn.Parameter], **config: Any) -> Muon:
+    return Muon(two_groups(params), lr=0.02, **{"rest_lr": 0.003, "matrices": params[:1], **config})
+
+
+def test_muon_is_torchs_two_optimizers() -> None:
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    run(
+        make_muon(params, rest_betas=(0.8, 0.99), rest_eps=1e-5, momentum=0.9, nesterov=False, ns_steps=4),
+        params,
+        range(5),
+    )
+    muon = torch.optim.Muon(
+        others[:1], lr=0.02, momentum=0.9, weight_decay=0.01, nesterov=False, ns_steps=4, adjust_lr_fn="original"
+    )
+    rest = [{"params": others[1:2], "weight_decay": 0.01}, {"params": others[2:], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(rest, lr=0.003, betas=(0.8, 0.99), eps=1e-5, fused=True)
+    for step in range(5):
+        set_grads(others, step)
+        muon.step()
+        adamw.step()
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_splits_groups_and_keeps_their_values() -> None:
+    params = parameters()
+    matrices = iter([params[0], params[1], nn.Parameter(torch.zeros(2, 2))])  # the last is in no group
+    groups = [{"params": params[:1], "lr": 0.01, "weight_decay": 0.1, "name": "low"}, {"params": params[1:]}]
+    optimizer = Muon(groups, lr=0.02, rest_lr=0.004, matrices=matrices, weight_decay=0.3)
+    seen = [
+        (g["algorithm"], g["lr"], g["weight_decay"], len(g["params"]), g.get("name")) for g in optimizer.param_groups
+    ]
+    assert seen == [("muon", 0.01, 0.1, 1, "low"), ("muon", 0.02, 0.3, 1, None), ("adamw", 0.004, 0.3, 2, None)]
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(3)), "lr": 0.01})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": 0.01, "algorithm": "adamw"})
+    assert [g["lr"] for g in optimizer.param_groups[3:]] == [0.002, 0.01]
+    assert all(g["fused"] for g in optimizer.param_groups[2:])
+
+
+def test_muon_obeys_schedulers_and_replaced_parameters() -> None:
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    scheduled = make_muon(params)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 1 / (step + 1))
+    run(scheduled, params, range(1))
+    scheduler.step()
+    run(scheduled, params, range(1, 2))
+
+    replaced = make_muon(parameters(torch.float32))
+    table = dict(zip([id(p) for g in two_groups(params) for p in g["params"]], others, strict=True))
+    order = [[params[0]], [params[1]], params[2:]]
+    for group, mine in zip(replaced.param_groups, order, strict=True):
+        group["params"] = [table[id(p)] for p in mine]  # as accelerate does under FSDP2
+    run(replaced, others, range(1))
+    for group in replaced.param_groups:
+        group["lr"] /= 2
+    run(replaced, others, range(1, 2))
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_rest_lr_falls_back_to_lr() -> None:
+    params = parameters()
+    assert [g["lr"] for g in make_muon(params, rest_lr=None).param_groups] == [0.02] * 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"rest_lr": -1.0}, "rest_lr=-1.0"),
+        ({"momentum": 1.0}, "momentum=1.0"),
+        ({"ns_steps": 100}, "ns_steps=100"),
+        ({"matrices": []}, "pass the hidden layers"),
+    ],
+)
+def test_muon_names_the_bad_value(bad: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make_muon(parameters(), **bad)
+
+
+def test_muon_refuses_what_it_would_get_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match="two dimensions"):
+        Muon(params, matrices=[params[2]])
+    with pytest.raises(ValueError, match="'sgd' is unknown"):
+        make_muon(params).add_param_group({"params": [nn.Parameter(torch.zeros(3))], "algorithm": "sgd"})
+    low = parameters(torch.bfloat16)
+    with pytest.raises(ValueError, match="nesterov=True"):
+        make_muon(low, nesterov=False)
+    state = torch.optim.AdamW(two_groups(params)).state_dict()
+    with pytest.raises(ValueError, match="same optimizer"):
+        make_muon(params).load_state_dict(state)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RuntimeError, match="upgrade torch"):
+        make_muon(params)

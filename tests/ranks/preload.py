@@ -1,5 +1,6 @@
 """What ranks import, imported once: the server that ranks are forked from loads it when the first one is wanted."""
 
+import gc
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -12,5 +13,7 @@ import hf_soo.integrations.deepspeed
 import tests.ranks.equality
 
 tests.ranks.equality.stay_on_gloo()  # no rank shall wait for a compiler
+gc.collect()
+gc.freeze()  # as in conftest.py: each Trainer.train collects, and would go through all of the libraries
 
 __all__ = ["accelerate", "deepspeed", "hf_soo", "tests", "transformers"]
