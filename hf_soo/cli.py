@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.preconditioner import Method
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
+
+if TYPE_CHECKING:
+    from hf_soo.runs.record import RunRecord
 
 # Command -> the module whose main() it is, which a script calls as well, and a line about it. None is imported before
 # its command is given: they need transformers, which takes seconds.
@@ -29,6 +32,10 @@ RUNS = {
     "bench": ("hf_soo.bench.command", "time optimizers against AdamW"),
     "reproduce": ("hf_soo.reproduce.reproduce", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
 }
+
+# Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table; of several kinds, the first. Runs of all
+# others have one table and one picture.
+REPORTS = {"bench": "hf_soo.bench.report", "glue": "hf_soo.glue.table"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,11 +167,10 @@ def _plan(options: argparse.Namespace) -> str:
 
 
 def _report(options: argparse.Namespace) -> str:
-    from hf_soo import reports
     from hf_soo.files import write_atomically
     from hf_soo.runs import report
 
-    records, text = reports.report_of(options.folder)
+    records, text = report_of(options.folder)
     if options.table:
         write_atomically(Path(options.table), text)
     if options.readme:
@@ -176,6 +182,31 @@ def _report(options: argparse.Namespace) -> str:
     if options.picture:
         report.picture(records, options.picture, options.title)
     return text
+
+
+def report_of(folder: str | Path) -> tuple[list[RunRecord], str]:
+    """The table of a folder, and its runs where one picture can show them.
+
+    Args:
+        folder: of run JSONs of one workload, or of runs on GLUE, or of JSONs of ``hf-soo bench``; or OUTPUT/results of
+            ``hf-soo reproduce``.
+
+    Raises:
+        ValueError: nothing of these is there, or runs of different workloads.
+    """
+    from hf_soo.reproduce import table as reproduce_table
+    from hf_soo.runs import record, report
+
+    folder = Path(folder)
+    if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
+        return [], reproduce_table.text_of(folder)
+    kinds = {record.kind_of(document) for document in record.read_documents(folder).values()}
+    for kind, module in REPORTS.items():
+        if kind in kinds:
+            text: str = importlib.import_module(module).text_of(folder)
+            return [], text
+    records = record.read_runs(folder)
+    return records, report.table(records)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from hf_soo.reports import report_of
+from hf_soo.cli import report_of
 from tests.ranks.distributed import run_ranks
 from tests.ranks.equality import markdown, stay_on_gloo, table_of
 from tests.trainer.test_trainer import Examples, bert

@@ -17,7 +17,6 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list only; parts that share a line are siblings and never import each other.
 LAYERS = (
     ("cli",),
-    ("reports",),
     ("reproduce", "search"),
     ("plan",),
     ("bench",),

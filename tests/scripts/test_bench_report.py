@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_soo.bench.report import COLUMNS, line, table
-from hf_soo.reports import report_of
+from hf_soo.cli import report_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"optimizer": "mkor", "base": "lamb", "step_ratio": 1.224, "refresh_step_ratio": None, "step_to_bare_ratio": 1.5}

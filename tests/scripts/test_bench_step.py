@@ -17,9 +17,9 @@ from hf_soo.bench.bench import Pair, adamw, parse_pairs, peak_memory, peak_memor
 from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.bench.workload import BenchConfig, Workload
+from hf_soo.cli import report_of
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.reports import report_of
 from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import ROOT
 

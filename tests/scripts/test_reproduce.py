@@ -12,8 +12,8 @@ import pytest
 
 from hf_soo.bert.data.prepare import PrepareConfig
 from hf_soo.bert.inputs import DataArguments, ModelArguments
+from hf_soo.cli import report_of
 from hf_soo.glue import sweep as glue_runs
-from hf_soo.reports import report_of
 from hf_soo.reproduce import reproduce
 from hf_soo.reproduce import table as reproduce_table
 from hf_soo.reproduce.reproduce import ReproduceArguments, stages
