@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from tests.compare.side import PARTS, Result
-
+Result = dict[str, torch.Tensor] | str  # weights by name, or the type and words of what was raised
+PARTS = ("contract", "loop")
 ROOT = Path(__file__).resolve().parents[2]
 
 

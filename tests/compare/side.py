@@ -17,8 +17,7 @@ import torch
 import hf_soo
 from tests.compare import contract
 
-PARTS = ("contract", "loop")
-Result = dict[str, torch.Tensor] | str  # weights by name, or the type of what was raised
+Result = dict[str, torch.Tensor] | str  # weights by name, or the type and words of what was raised
 
 
 def chosen(row: str, parts: list[str], names: list[str]) -> bool:
