@@ -78,15 +78,7 @@ class Settings:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> Settings:
-        """Check what ``build_optimizer`` is given.
-
-        Args:
-            name: see ``build_optimizer``.
-            settings: its ``config``.
-            base: see ``build_optimizer``.
-            base_args: see ``build_optimizer``.
-            include: see ``build_optimizer``.
-            exclude: see ``build_optimizer``.
+        """Check what ``build_optimizer`` is given; ``settings`` are its ``config``.
 
         Raises:
             ValueError: an unknown name, key or base, a value out of range, or no regular expression.
@@ -110,11 +102,7 @@ class Settings:
         return takes_batch_size(self.name) and self.config is not None and self.config.batch_size is None
 
     def with_batch_size(self, batch_size: int) -> Settings:
-        """The same for a global batch.
-
-        Args:
-            batch_size: loss terms averaged in a step, over all processes and micro-batches.
-        """
+        """The same for a global batch: loss terms averaged in a step, over all processes and micro-batches."""
         assert self.config is not None
         return dataclasses.replace(self, config=dataclasses.replace(self.config, batch_size=batch_size))
 
@@ -193,11 +181,7 @@ def build_optimizer(
 
 
 def takes_batch_size(name: str) -> bool:
-    """Whether a method's curvature is scaled with the batch size, and its gradients must come unclipped.
-
-    Args:
-        name: one of ``available()``.
-    """
+    """Whether a method's curvature is scaled with the batch size, and its gradients must come unclipped."""
     config = METHODS[name].config
     return config is not None and any(field.name == "batch_size" for field in dataclasses.fields(config))
 
@@ -220,13 +204,7 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model without its DistributedDataParallel wrapper.
-
-    Args:
-        model: a model.
-
-    Returns:
-        The module whose layers are hooked.
+    """The model without its DistributedDataParallel wrapper: the module whose layers are hooked.
 
     Raises:
         NotImplementedError: it is wrapped in DataParallel or compiled.

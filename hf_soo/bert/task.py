@@ -19,7 +19,7 @@ from hf_soo.integrations.checkpoints import CHECKPOINT_NAME
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
 from hf_soo.runs.run_arguments import RunTrainingArguments
-from hf_soo.runs.training import Task, base_name, optimizer_name
+from hf_soo.runs.training import Task
 
 EVAL_SEED = 0  # of the masks of every evaluation, whatever the run's seed: losses of different seeds compare
 
@@ -80,7 +80,7 @@ class PretrainingTask(Task):
         if self.phase is None:
             return {}
         _check_phase(self.asked, args)
-        return self.phase.describe(base_name(args))
+        return self.phase.describe(args.base_name)
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
@@ -206,9 +206,9 @@ def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
             f"model_name_or_path={model.model_name_or_path!r} and previous_phase={model.previous_phase!r}; give one: "
             "weights alone, or weights and moments."
         )
-    if optimizer_name(args) not in METHODS:
+    if args.optimizer_name not in METHODS:
         raise ValueError(
-            f"previous_phase with optim={optimizer_name(args)!r}, which is transformers' own and cannot take moments "
+            f"previous_phase with optim={args.optimizer_name!r}, which is transformers' own and cannot take moments "
             "over; use model_name_or_path for the weights alone, or one of hf_soo's optimizers."
         )
     before = Path(model.previous_phase).resolve()

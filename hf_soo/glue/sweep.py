@@ -22,7 +22,7 @@ from hf_soo.runs import arguments, script
 from hf_soo.runs.record import RunRecord, check_same, read_run, read_runs
 from hf_soo.runs.resume import is_finished
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.runs.training import Job, describe, run_name, train
+from hf_soo.runs.training import Job, describe, train
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Planned:
     @property
     def file(self) -> Path:
         """The run's JSON."""
-        return self.job.results_dir / f"{run_name(self.job)}.json"
+        return self.job.results_dir / f"{self.job.name}.json"
 
 
 def run(flags: list[str], description: str) -> None:
@@ -161,7 +161,7 @@ def plan(job: Job, fine_tunings: Sequence[GlueFineTuning], seeds: list[int] | No
 def _method(job: Job) -> str:
     """What a run's name says besides task and seed; an evaluation must not replace the JSON of a training run."""
     if job.training.do_train:
-        return run_name(job)
+        return job.name
     return "-".join(filter(None, (job.run.name, "evaluation" if job.training.do_eval else "prediction")))
 
 

@@ -148,9 +148,6 @@ def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, An
         what: where the text came from, for the message.
         text: the settings; values are read as Python literals ("none" is None), else as strings.
 
-    Returns:
-        Key -> value.
-
     Raises:
         ValueError: the text is neither form.
     """

@@ -27,7 +27,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bool:
-    """Load the weights of a checkpoint that has them under other names than the model; else do nothing.
+    """Load the weights of a checkpoint that has them under other names than the model; whether it has.
 
     ``save_pretrained`` writes some models (ViT among them) under the names that their checkpoints on the hub have.
     Trainer reads a checkpoint as if the names were the model's, warns, and goes on with weights that it did not load
@@ -36,9 +36,6 @@ def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bo
     Args:
         folder: a checkpoint folder.
         model: the bare model.
-
-    Returns:
-        Whether the weights had other names, and are loaded now.
     """
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not isinstance(model, PreTrainedModel) or not files:
@@ -94,13 +91,10 @@ def strategy_in(folder: str | os.PathLike[str]) -> str | None:
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that is whole; others are named in a warning, with the reason.
+    """The newest checkpoint of a run that is whole, or None; others are named in a warning, with the reason.
 
     Args:
         folder: the run's output folder.
-
-    Returns:
-        The checkpoint's path, or None.
     """
     numbered = {
         int(match[1]): path
@@ -165,9 +159,6 @@ def load_whole(folder: str | os.PathLike[str], name: str, *, mmap: bool = False)
         folder: a checkpoint folder.
         name: the file's.
         mmap: read a tensor only when it is used, for callers that want something else of the file.
-
-    Returns:
-        What was saved.
 
     Raises:
         ValueError: the file is damaged.

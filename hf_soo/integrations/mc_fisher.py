@@ -13,15 +13,12 @@ from hf_soo.engine.fisher import IGNORED, sampled_cross_entropy, sampled_squared
 
 
 def sampled_loss(model: nn.Module, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Tensor:
-    """A head's loss with labels drawn from its outputs, averaged as the head averages.
+    """A head's loss with labels drawn from its outputs, averaged as the head averages: 0-d, on the outputs' graph.
 
     Args:
         model: the bare model.
         inputs: what it got, with its labels.
         outputs: what it returned for them.
-
-    Returns:
-        A 0-d tensor on the graph of the outputs.
 
     Raises:
         NotImplementedError: the head's outputs are none that this knows.

@@ -67,9 +67,6 @@ class ResumingMixin(_Base):
             *args: Trainer's.
             **kwargs: Trainer's.
 
-        Returns:
-            Trainer's TrainOutput.
-
         Raises:
             ValueError: the folder is not whole; or True, and there is no whole checkpoint.
         """

@@ -48,12 +48,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
     args: SecondOrderTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer.
-
-        Args:
-            *args: Trainer's.
-            **kwargs: Trainer's.
-        """
+        """As Trainer."""
         super().__init__(*args, **kwargs)
         self._check_deepspeed_config()
         others = {c for c in type(self).__mro__ if "compute_loss" in vars(c)} - {SecondOrderTrainerMixin, Trainer}
@@ -83,14 +78,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
         config.setdefault("gradient_clipping", self.args.max_grad_norm or 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Build ours if ``args.optim`` names one, over Trainer's decay and no-decay groups.
-
-        Args:
-            model: the model, if it is not ``self.model``.
-
-        Returns:
-            The optimizer.
-        """
+        """Build ours if ``args.optim`` names one, over Trainer's decay and no-decay groups."""
         if self._names_ours and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.optimizer = self._build(bare_model(model or self.model))  # type: ignore[arg-type]
         optimizer: Optimizer = super().create_optimizer(model)
@@ -121,17 +109,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As Trainer's; where the optimizer wants a sampled loss (``fisher="mc"``), its backward pass runs here.
-
-        Args:
-            model: Trainer's.
-            inputs: Trainer's.
-            return_outputs: Trainer's.
-            num_items_in_batch: Trainer's.
-
-        Returns:
-            Trainer's loss, or loss and outputs.
-        """
+        """As Trainer's; where the optimizer wants a sampled loss (``fisher="mc"``), its backward pass runs here."""
         optimizer = self.second_order
         if optimizer is None or not (optimizer.wants_sampled_loss and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -145,17 +123,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """As Trainer's; tells the optimizer what is padding, and the loss.
-
-        Args:
-            model: Trainer's.
-            inputs: Trainer's.
-            *args: Trainer's.
-            **kwargs: Trainer's.
-
-        Returns:
-            The loss.
-        """
+        """As Trainer's; tells the optimizer what is padding, and the loss."""
         # only where it will be read: on a GPU the mask is a copy of its own to the device, in every micro-batch
         if self.second_order is not None and self.second_order.stages.capture.collecting:
             self.second_order.mask_rows(self._padding_mask(inputs))
@@ -190,15 +158,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
         return settings.with_batch_size(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Add "poly_warmup" to Trainer's schedules.
-
-        Args:
-            num_training_steps: the length of the schedule.
-            optimizer: the optimizer, if it is not ``self.optimizer``.
-
-        Returns:
-            The scheduler.
-        """
+        """Add "poly_warmup" to Trainer's schedules."""
         if self.lr_scheduler is None and self.args.lr_scheduler_type == POLY_WARMUP:
             self.lr_scheduler = poly_warmup(
                 optimizer or self.optimizer,  # type: ignore[arg-type]
@@ -211,12 +171,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
         return scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the run's health to each training log, as "soo/...".
-
-        Args:
-            logs: what Trainer logs.
-            start_time: Trainer's.
-        """
+        """Add the run's health to each training log, as "soo/..."."""
         if self.second_order is not None and "loss" in logs:
             logs = logs | {f"soo/{key}": value for key, value in self.second_order.health().items()}
         super().log(logs, start_time)
@@ -268,9 +223,6 @@ def optimizer_factory(name: str, **kwargs: Any) -> tuple[type[_Factory], dict[st
     Args:
         name: one of ``hf_soo.available()``.
         **kwargs: ``hf_soo.build_optimizer``'s.
-
-    Returns:
-        The value of Trainer's argument.
 
     Raises:
         ValueError: the name is unknown or lr is missing.

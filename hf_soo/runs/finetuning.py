@@ -36,20 +36,12 @@ class FineTuningTrainer(SecondOrderTrainer):
     """Evaluates all examples in their order, whatever the training's sampling does with its own."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation batches.
-
-        Args:
-            eval_dataset: see `Trainer`.
-        """
+        """The evaluation batches."""
         with _all_in_order(self.args):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """The test batches.
-
-        Args:
-            test_dataset: see `Trainer`.
-        """
+        """The test batches."""
         with _all_in_order(self.args):
             return super().get_test_dataloader(test_dataset)
 

@@ -100,18 +100,24 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
         self.gradient_accumulation_steps = steps
 
     @property
+    def optimizer_name(self) -> str:
+        """``optim`` as text, also where the Trainer made an enum of it."""
+        return str(getattr(self.optim, "value", self.optim))
+
+    @property
+    def base_name(self) -> str:
+        """The base that steps: the one asked for, else the method's own; the optimizer itself where it has none."""
+        settings = self.parsed.optimizer
+        return str(settings.base) if settings is not None else self.optimizer_name
+
+    @property
     def folder(self) -> Path:
         """`output_dir`, which the Trainer has set by now."""
         assert self.output_dir is not None
         return Path(self.output_dir)
 
     def compared(self, run: RunArguments, output_dir: str) -> RunTrainingArguments:
-        """The same for the second optimizer.
-
-        Args:
-            run: says which one.
-            output_dir: where its checkpoints go.
-        """
+        """The same for the second optimizer, which ``run`` names."""
         assert run.compare_with is not None
         method = METHODS.get(run.compare_with)
         layers: dict[str, Any] = (

@@ -20,7 +20,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from hf_soo.registry import METHODS
 from hf_soo.runs import machine
 from hf_soo.runs.callbacks import RecordCallback
 from hf_soo.runs.record import RunRecord, reach, recording
@@ -118,6 +117,18 @@ class Job:
         """Where the run's JSON goes."""
         return Path(self.run.results_dir or self.training.folder / "runs")
 
+    @property
+    def name(self) -> str:
+        """The name given, or one made of optimizer, base, learning rate and their settings: "mkor-lamb-lr0.02"."""
+        if self.run.name is not None:
+            return self.run.name
+        args = self.training
+        names = dict.fromkeys((args.optimizer_name, args.base_name))
+        settings = [item for key in METHOD_SETTINGS for item in getattr(args.parsed, key).items()]
+        parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
+        parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
+        return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+
 
 def train(job: Job, task: Task) -> list[RunRecord]:
     """One run, or two that are compared; writes their JSONs.
@@ -161,14 +172,14 @@ def compared(job: Job) -> tuple[Job, Job]:
         ValueError: settings of the second optimizer that cannot be, or both runs are the same.
     """
     output, run = job.training.folder, dataclasses.replace(job.run, results_dir=str(job.results_dir))
-    first = dataclasses.replace(job.training, output_dir=str(output / f"1-{optimizer_name(job.training)}"))
+    first = dataclasses.replace(job.training, output_dir=str(output / f"1-{job.training.optimizer_name}"))
     second = job.training.compared(job.run, str(output / f"2-{job.run.compare_with}"))
     jobs = (
         dataclasses.replace(job, run=run, training=first),
         # the second run is the reference: it has its whole length, and its whole curve
         dataclasses.replace(job, run=dataclasses.replace(run, name=None, target_eval_loss=None), training=second),
     )
-    names = [run_name(each) for each in jobs]
+    names = [each.name for each in jobs]
     if names[0] == names[1]:
         raise ValueError(f"compare_with: both runs are {names[0]!r}; change the optimizer or a compare_* setting.")
     return jobs
@@ -250,7 +261,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         **{key: getattr(args.parsed, key) for key in METHOD_SETTINGS},
     }
     return RunRecord(
-        run_name(job), optimizer_name(args), base_name(args), config, args.seed, kind=task.kind,
+        job.name, args.optimizer_name, args.base_name, config, args.seed, kind=task.kind,
         device=machine.device_name(args.device), versions=machine.versions(), commit=machine.commit(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )  # fmt: skip
@@ -267,41 +278,6 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def optimizer_name(args: RunTrainingArguments) -> str:
-    """The optimizer as text, also where the Trainer made an enum of it.
-
-    Args:
-        args: the settings.
-    """
-    return str(_plain(args.optim))
-
-
-def base_name(args: RunTrainingArguments) -> str:
-    """The base that steps: the one asked for, else the method's own; the optimizer itself where it has none.
-
-    Args:
-        args: the settings.
-    """
-    method = METHODS.get(optimizer_name(args))
-    return args.base_optim or (method.base if method else optimizer_name(args))
-
-
-def run_name(job: Job) -> str:
-    """The name given, or one made of optimizer, base, learning rate and their settings: "mkor-lamb-lr0.02".
-
-    Args:
-        job: all settings.
-    """
-    if job.run.name is not None:
-        return job.run.name
-    args = job.training
-    names = dict.fromkeys((optimizer_name(args), base_name(args)))
-    settings = [item for key in METHOD_SETTINGS for item in getattr(args.parsed, key).items()]
-    parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
-    parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
-    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from hf_soo.integrations.trainer import SecondOrderTrainer, SecondOrderTrainingA
 from hf_soo.runs.arguments import parse
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.script import check
-from hf_soo.runs.training import Job, Task, describe, run_name
+from hf_soo.runs.training import Job, Task, describe
 
 FLAGS = ["--optim", "mkor", "--report_to", "none", "--use_cpu", "true", "--max_steps", "4"]
 
@@ -71,7 +71,7 @@ def test_each_text_is_read_once_from_the_command_line_to_the_optimizer(
     assert record.config["optim_args"] == {"history": 8}
     assert record.config["base_optim_args"] == {"betas": [0.8, 0.9]}
     assert trainer.lr_scheduler.lr_lambdas[0].keywords["degree"] == 0.25
-    assert run_name(job).startswith("mkor-lamb-lr5e-05-history8-betas")
+    assert job.name.startswith("mkor-lamb-lr5e-05-history8-betas")
     texts = ("optim_args", "base_optim_args", "lr_scheduler_kwargs")
     assert sorted(calls) == sorted(["make_config(mkor)", *(f"parse_settings({what})" for what in texts)])
 
