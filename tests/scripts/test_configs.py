@@ -52,16 +52,15 @@ def flags_of(workload: str, optimizer: str) -> list[str]:
     return [item for name in (workload, optimizer) for item in ("--config", str(PRETRAIN / f"{name}.yaml"))]
 
 
-def settings_of(*flags: str) -> dict[str, Any]:
+def settings_of(parsed: tuple[Any, ...]) -> dict[str, Any]:
     """Every setting by name, the optimizer's own as mappings."""
-    parsed = arguments.parse(CLASSES, [*flags, "--use_cpu", "true"])
     found = {field.name: getattr(each, field.name) for each in parsed for field in dataclasses.fields(each)}
     return found | {key: parse_settings(key, found[key]) for key in ("optim_args", "base_optim_args")}
 
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    return settings_of()
+    return settings_of(parse([]))
 
 
 def test_every_file_belongs_to_a_recipe() -> None:
@@ -72,9 +71,10 @@ def test_every_file_belongs_to_a_recipe() -> None:
 
 @pytest.mark.parametrize(("workload", "optimizer"), RECIPES)
 def test_a_recipe_has_the_settings_that_it_always_had(workload: str, optimizer: str, defaults: dict[str, Any]) -> None:
-    """Those of the file that it was when each workload and optimizer had one: runs made by it can be resumed."""
-    settings = settings_of(*flags_of(workload, optimizer))
-    assert settings == defaults | SETTINGS[workload]["every"] | SETTINGS[workload][optimizer]
+    """Those of the one file that it was, so that its runs can be resumed; and its optimizer is built."""
+    parsed = parse(flags_of(workload, optimizer))
+    assert settings_of(parsed) == defaults | SETTINGS[workload]["every"] | SETTINGS[workload][optimizer]
+    check_pretraining(parsed)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
@@ -89,20 +89,19 @@ def test_the_order_of_the_files_does_not_matter(workload: Path, optimizer: Path)
             read_recipe(files)
 
 
-@pytest.mark.parametrize(("workload", "optimizer"), RECIPES)
-def test_builds_its_optimizer(workload: str, optimizer: str) -> None:
-    check_pretraining(flags_of(workload, optimizer))
-
-
 @pytest.mark.parametrize("path", SMOKE, ids=ids)
 def test_a_smoke_run_parses_and_builds_its_optimizer(path: Path) -> None:
-    flags = ["--config", str(path)]
-    check_values(path, *arguments.parse(CLASSES, [*flags, "--use_cpu", "true"]))
-    check_pretraining(flags)
+    parsed = parse(["--config", str(path)])
+    check_values(path, *parsed)
+    check_pretraining(parsed)
 
 
-def check_pretraining(flags: list[str]) -> None:
-    _, data, _, training = arguments.parse(CLASSES, [*flags, "--use_cpu", "true"])
+def parse(flags: list[str]) -> tuple[Any, ...]:
+    return arguments.parse(CLASSES, [*flags, "--use_cpu", "true"])
+
+
+def check_pretraining(parsed: tuple[Any, ...]) -> None:
+    _, data, _, training = parsed
     assert (data.data_dir is None) != (data.corpus is None)
     torch.manual_seed(0)
     model = GatheredBertForPreTraining(
