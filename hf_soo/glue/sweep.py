@@ -19,19 +19,18 @@ from hf_soo.glue.task import GlueFineTuning
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
 from hf_soo.runs import arguments, script
-from hf_soo.runs.record import RunRecord, check_same, read_run, read_runs
-from hf_soo.runs.resume import is_finished
+from hf_soo.runs.record import RunRecord, check_same, read_runs
+from hf_soo.runs.resume import is_finished, kept_record
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, describe, train
 
 logger = logging.getLogger(__name__)
 
-TABLE_FILE = "table.md"
-ENDED = ("completed", "diverged")  # runs that the same command would only repeat
+_TABLE_FILE = "table.md"
 
 
 @dataclass
-class GlueSeedArguments:
+class _SeedArguments:
     """How often each task is run."""
 
     _argument_group_name = "seeds"
@@ -50,11 +49,11 @@ class GlueSeedArguments:
             raise ValueError(f"seeds={self.seeds} has one twice; each must be there once.")
 
 
-CLASSES = (GlueModelArguments, GlueDataArguments, GlueSeedArguments, RunArguments, RunTrainingArguments)
+CLASSES = (GlueModelArguments, GlueDataArguments, _SeedArguments, RunArguments, RunTrainingArguments)
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class _Planned:
     """A run to come, or one that is there already."""
 
     job: Job
@@ -82,7 +81,7 @@ def run(flags: list[str], description: str) -> None:
     tasks = find_tasks(data.names)
     job = Job(settings, training)
     script.check(job)
-    check_sweep(data, seeds, job, tasks)
+    _check_sweep(data, seeds, job, tasks)
     pretrained = find_classifier(model, data.max_seq_length)
     fine_tunings = [GlueFineTuning(task, pretrained, data, training) for task in tasks]
     for folder in (job.results_dir, training.folder):
@@ -90,42 +89,27 @@ def run(flags: list[str], description: str) -> None:
     if settings.compare_with is not None:
         script.present(job, train(job, fine_tunings[0]), fine_tunings[0].title)
         return
-    planned = plan(job, fine_tunings, seeds.seeds)
-    ended = [ended_record(each) for each in planned]  # all of them before the first is trained: it may refuse
+    planned = _plan(job, fine_tunings, seeds.seeds)
+    ended = [_ended_record(each) for each in planned]  # all of them before the first is trained: it may refuse
     if any(job.results_dir.glob("*.json")):
         read_runs(job.results_dir)  # the table is of all of them: one that cannot be read shows now
-    records = [record or train_anew(each) for record, each in zip(ended, planned, strict=True)]
+    records = [record or _train_anew(each) for record, each in zip(ended, planned, strict=True)]
     if training.process_index == 0:
-        present(job, records)
+        _present(job, records)
 
 
-def present(job: Job, records: Sequence[RunRecord]) -> None:
-    """Print the table, and write that of all runs of the folder; of evaluations alone, print the metrics.
-
-    Args:
-        job: says where the JSONs are.
-        records: of this command.
-    """
+def _present(job: Job, records: Sequence[RunRecord]) -> None:
+    """Print the table, and write that of all runs of the folder; of evaluations alone, print the metrics."""
     if not job.training.do_train:
         for record in records:
             print(f"{record.name}: {', '.join(f'{key} {value}' for key, value in record.final.items())}")
         return
     print(glue_table.table(records), end="")
-    write_atomically(job.results_dir / TABLE_FILE, glue_table.table(read_runs(job.results_dir)))
+    write_atomically(job.results_dir / _TABLE_FILE, glue_table.table(read_runs(job.results_dir)))
 
 
-def check_sweep(data: GlueDataArguments, seeds: GlueSeedArguments, job: Job, tasks: Sequence[GlueTask]) -> None:
-    """Refuse flags that mean one run where several are asked for.
-
-    Args:
-        data: has the files of one task.
-        seeds: of the runs.
-        job: has the other flags.
-        tasks: all of them.
-
-    Raises:
-        ValueError: such a flag is given.
-    """
+def _check_sweep(data: GlueDataArguments, seeds: _SeedArguments, job: Job, tasks: Sequence[GlueTask]) -> None:
+    """Refuse flags that mean one run where several are asked for."""
     if len(tasks) == 1 and len(seeds.seeds or [0]) == 1:
         return
     single = {"compare_with": job.run.compare_with, "resume_from_checkpoint": job.training.resume_from_checkpoint}
@@ -137,14 +121,8 @@ def check_sweep(data: GlueDataArguments, seeds: GlueSeedArguments, job: Job, tas
             raise ValueError(f"{name}={value!r} is for one run, and there are {count}; leave it out, or give one each.")
 
 
-def plan(job: Job, fine_tunings: Sequence[GlueFineTuning], seeds: list[int] | None) -> list[Planned]:
-    """All runs: task by task, seed by seed, each with a name and, where there are several, a folder of its own.
-
-    Args:
-        job: the settings that they share.
-        fine_tunings: one a task.
-        seeds: None: the one of the settings.
-    """
+def _plan(job: Job, fine_tunings: Sequence[GlueFineTuning], seeds: list[int] | None) -> list[_Planned]:
+    """All runs: task by task, seed by seed, each with a name and, where there are several, a folder of its own."""
     several = len(fine_tunings) > 1 or seeds is not None
     planned = []
     for fine_tuning in fine_tunings:
@@ -154,7 +132,7 @@ def plan(job: Job, fine_tunings: Sequence[GlueFineTuning], seeds: list[int] | No
             training = dataclasses.replace(job.training, output_dir=str(folder), seed=seed)
             name = job.run.name if job.run.name and not several else f"{task}-{_method(job)}-seed{seed}"
             settings = dataclasses.replace(job.run, name=name, results_dir=str(job.results_dir))
-            planned.append(Planned(Job(settings, training), fine_tuning))
+            planned.append(_Planned(Job(settings, training), fine_tuning))
     return planned
 
 
@@ -165,20 +143,11 @@ def _method(job: Job) -> str:
     return "-".join(filter(None, (job.run.name, "evaluation" if job.training.do_eval else "prediction")))
 
 
-def ended_record(planned: Planned) -> RunRecord | None:
-    """The record of a run that has ended before, with the same settings; None where there is something to do.
-
-    Args:
-        planned: the run.
-
-    Raises:
-        ValueError: a run of that name had other settings.
-    """
+def _ended_record(planned: _Planned) -> RunRecord | None:
+    """The record of a run that has ended before, with the same settings; None where there is something to do."""
     job = planned.job
-    if job.run.restart or not job.training.do_train or not planned.file.is_file():
-        return None
-    found = read_run(planned.file)
-    if found.status not in ENDED:
+    found = kept_record(planned.file) if job.training.do_train and not job.run.restart else None
+    if found is None:
         return None
     new = describe(job, planned.task, planned.task.make_model(job.training.seed))
     way_out = "give another --results_dir or --name, or --restart to replace it"
@@ -189,12 +158,8 @@ def ended_record(planned: Planned) -> RunRecord | None:
     return found
 
 
-def train_anew(planned: Planned) -> RunRecord:
-    """Train, from the last checkpoint of an interrupted run where there is one.
-
-    Args:
-        planned: the run.
-    """
+def _train_anew(planned: _Planned) -> RunRecord:
+    """Train, from the last checkpoint of an interrupted run where there is one."""
     job = planned.job
     if job.training.do_train and not job.run.restart:
         with job.training.main_process_first(desc="looking for checkpoints"):

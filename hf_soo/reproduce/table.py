@@ -14,7 +14,7 @@ from hf_soo.runs import report
 from hf_soo.runs.record import RunRecord, reach, read_runs
 
 PHASE_2_FOLDER = "phase2"
-REFERENCE = "lamb"
+_REFERENCE = "lamb"
 # MKOR (NeurIPS 2023), BERT-Large phase 2: steps, and SQuAD v1.1 F1 after fine-tuning.
 PAPER = {
     "lamb": (1563, 90.44),
@@ -23,8 +23,8 @@ PAPER = {
     "mkor_h": (600, 90.64),
     "eva": (1000, 90.55),
 }
-STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")  # the examples of one
-PHASE_2 = ("steps", "eval loss", "masked acc.", "NSP acc.", "steps to LAMB's loss", "s/step")
+_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")  # the examples of one
+_PHASE_2 = ("steps", "eval loss", "masked acc.", "NSP acc.", "steps to LAMB's loss", "s/step")
 
 
 def write(results: Path, scale: str) -> str:
@@ -56,27 +56,21 @@ def text_of(results: Path) -> str:
     phase_2 = {record.name: record for record in _read(results / PHASE_2_FOLDER)}
     squad = {record.name: record for record in _read(results / "squad")}
     glue = {name: _read(results / "glue" / name) for name in phase_2}
-    return table(phase_2, squad, glue) + notes(_read(results / "phase1"), phase_2, squad, glue)
+    return _table(phase_2, squad, glue) + _notes(_read(results / "phase1"), phase_2, squad, glue)
 
 
 def _read(folder: Path) -> list[RunRecord]:
     return read_runs(folder) if any(folder.glob("*.json")) else []
 
 
-def table(
+def _table(
     phase_2: Mapping[str, RunRecord], squad: Mapping[str, RunRecord], glue: Mapping[str, Sequence[RunRecord]]
 ) -> str:
-    """A row an optimizer of phase 2, best evaluation loss first.
-
-    Args:
-        phase_2: name -> run.
-        squad: name -> the run that fine-tuned it.
-        glue: name -> the runs that fine-tuned it, of all tasks and seeds.
-    """
+    """A row an optimizer of phase 2, best evaluation loss first; what fine-tuned it, by the same name."""
     tasks = [name for name in TASKS if any(run.config.get("task") == name for runs in glue.values() for run in runs)]
-    heads = ("phase 2", *PHASE_2, "SQuAD EM", "F1", *(_head(name) for name in tasks), "GLUE avg", "paper: steps", "F1")
+    heads = ("phase 2", *_PHASE_2, "SQuAD EM", "F1", *(_head(name) for name in tasks), "GLUE avg", "paper: steps", "F1")
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
-    target = report.final_loss(phase_2[REFERENCE]) if REFERENCE in phase_2 else math.inf
+    target = report.final_loss(phase_2[_REFERENCE]) if _REFERENCE in phase_2 else math.inf
     for name, run in sorted(phase_2.items(), key=lambda item: report.final_loss(item[1])):
         steps, f1 = PAPER.get(name, (None, None))
         cells = [
@@ -98,7 +92,7 @@ def _head(name: str) -> str:
 
 def _phase_2_cells(run: RunRecord, target: float) -> list[str]:
     if run.status != "completed":
-        return [f"{run.steps:,} ({run.status})", *[""] * (len(PHASE_2) - 1)]
+        return [f"{run.steps:,} ({run.status})", *[""] * (len(_PHASE_2) - 1)]
     reached = reach(run.curve, target)["steps"] if math.isfinite(target) else None
     return [
         f"{run.steps:,}",
@@ -115,9 +109,8 @@ def _squad_cells(run: RunRecord | None) -> list[str]:
 def _glue_cells(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[str]:
     cells, means = [], []
     for name in tasks:
-        values = (
-            list(glue_table.medians(mine).values()) if (mine := [r for r in runs if r.config["task"] == name]) else []
-        )
+        mine = [run for run in runs if run.config["task"] == name]
+        values = list(glue_table.medians(mine).values()) if mine else []
         cells.append("/".join(f"{100 * value:.1f}" for value in values))
         means += [sum(values) / len(values)] if values else []
     whole = len(means) == len(tasks) and means
@@ -128,20 +121,13 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def notes(
+def _notes(
     phase_1: Sequence[RunRecord],
     phase_2: Mapping[str, RunRecord],
     squad: Mapping[str, RunRecord],
     glue: Mapping[str, Sequence[RunRecord]],
 ) -> str:
-    """What the numbers are of, as the JSONs say it: batches, steps and samples.
-
-    Args:
-        phase_1: its run.
-        phase_2: name -> run.
-        squad: name -> run.
-        glue: name -> runs.
-    """
+    """What the numbers are of, as the JSONs say it: batches, steps and samples."""
     lines = [f"Phase 1: {_pretraining(run)}, final eval loss {_number(run.final.get('eval_loss'))}." for run in phase_1]
     lines += [f"Phase 2: {_pretraining(run)}." for run in list(phase_2.values())[:1]]
     lines += [f"SQuAD v1.1: {_fine_tuning(run)}." for run in list(squad.values())[:1]]
@@ -162,7 +148,7 @@ def _fine_tuning(run: RunRecord) -> str:
     data, config = run.config["data"], run.config
     optimizer = f"{run.optimizer} at {config['learning_rate']:g}"
     examples = f"{_count(data, 'train'):,} training and {_count(data, 'eval'):,} dev examples"
-    batch = math.prod(config.get(key, 1) for key in STEP)
+    batch = math.prod(config.get(key, 1) for key in _STEP)
     return f"{examples}, {run.steps:,} steps of {batch}, {optimizer}"
 
 

@@ -100,7 +100,7 @@ def is_finished(checkpoint: str | None, args: RunTrainingArguments, target: floa
 
 
 def kept_record(file: Path) -> RunRecord | None:
-    """The JSON of a run that is through; None: it was not written, or says that something failed after the training.
+    """The record of a run that the same command would only repeat; None: there is none, or it was stopped or failed.
 
     Args:
         file: the JSON.
