@@ -5,7 +5,7 @@
     phase2_NAME                       from phase 1's weights and moments, by bert_SCALE_phase2.yaml and NAME.yaml
     squad_NAME, glue_NAME             fine-tuned by AdamW, the same for all: what is compared is the pretraining
 
-Every stage is one of the project's scripts with flags, which --dry_run prints. OUTPUT/results has the run JSONs, the
+Every stage is one of hf-soo's commands with flags, which --dry_run prints. OUTPUT/results has the run JSONs, the
 table and the pictures. A pipeline that was stopped, in whatever way, goes on where it was when it is started again.
 """
 
@@ -35,7 +35,7 @@ from hf_soo.runs.recipes import optimizer_names
 from hf_soo.runs.script import guarded
 from hf_soo.squad.files import read_questions
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ("-m", "hf_soo.cli")
 PHASE_1 = "lamb"
 
 
@@ -48,7 +48,7 @@ class ReproduceArguments:
     scale: Literal["mini", "small", "base", "large"] = option(
         "mini", "mini: 2 CPU cores, two to three hours; small, base: one GPU; large: the paper's."
     )
-    text: str = option("wikimedia/wikipedia:20231101.en", "Corpus: what prepare_pretraining.py takes as --source.")
+    text: str = option("wikimedia/wikipedia:20231101.en", "Corpus: what `hf-soo prepare` takes as --source.")
     vocab: str | None = option(None, "WordPiece vocabulary, one piece a line; None: trained on the corpus.")
     squad_train: str | None = option(None, "SQuAD's train JSON; None: from the hub.")
     squad_dev: str | None = option(None, "SQuAD's dev JSON; None: from the hub.")
@@ -63,10 +63,11 @@ class ReproduceArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Of the fine-tuning on GLUE; the table has medians."}
     )
+    configs: str = option("configs", "Folder of the recipes: configs/ of a clone of hf_soo.")
     output: str | None = option(None, "Folder for everything; None: out/reproduce_SCALE.")
     num_proc: int = option(1, "Processes that prepare the text.")
     jobs: int = option(1, "Stages that run at once; on CPUs they share the cores.")
-    launch: str = option("accelerate launch", "How training scripts are started, with a --config_file for example.")
+    launch: str = option("accelerate launch", "How training is started, with a --config_file for example.")
     dry_run: bool = option(False, "Print the commands and run nothing.")
 
     def __post_init__(self) -> None:
@@ -82,25 +83,25 @@ class ReproduceArguments:
             raise ValueError(
                 f"squad_train={self.squad_train!r} and squad_dev={self.squad_dev!r}; give both or neither."
             )
-        for name in ("vocab", "squad_train", "squad_dev", "glue_dir"):
+        for name in ("vocab", "squad_train", "squad_dev", "glue_dir", "configs"):
             value = getattr(self, name)
             if value is not None and not Path(value).exists():
                 raise ValueError(f"{name}={value!r} does not exist; give an existing path.")
-        known = optimizer_names(self.configs("pretrain", "phase2")[0])
+        known = optimizer_names(self.recipe("pretrain", "phase2")[0])
         for name in self.optimizers:
             if name not in known:
                 raise ValueError(f"optimizers has {name!r}; allowed are {', '.join(known)}.")
 
-    def configs(self, kind: str, workload: str, *optimizer: str) -> tuple[Path, ...]:
+    def recipe(self, kind: str, workload: str, *optimizer: str) -> tuple[Path, ...]:
         """A recipe of this scale.
 
         Args:
-            kind: folder under configs/.
+            kind: folder under ``configs``.
             workload: name of its file after "bert_SCALE_".
             optimizer: the name of its file.
         """
         names = (f"bert_{self.scale}_{workload}", *optimizer)
-        return tuple(ROOT / "configs" / kind / f"{name}.yaml" for name in names)
+        return tuple(Path(self.configs) / kind / f"{name}.yaml" for name in names)
 
     @property
     def folder(self) -> Path:
@@ -133,11 +134,11 @@ def stages(of: ReproduceArguments) -> list[Stage]:
             results / "squad",
         )
         need = (f"phase2_{name}",)
-        found.append(_script(of, f"squad_{name}", "run_squad", of.configs("squad", "adamw"), squad, need))
+        found.append(_script(of, f"squad_{name}", "squad", of.recipe("squad", "adamw"), squad, need))
         local = ("--data_dir", of.glue_dir) if of.glue_dir else ()
         tasks = ("--task_name", *of.glue_tasks, "--seeds", *of.seeds)
         glue = (*model, *local, *tasks, "--results_dir", results / "glue" / name)
-        found.append(_script(of, f"glue_{name}", "run_glue", of.configs("glue", "adamw"), glue, need))
+        found.append(_script(of, f"glue_{name}", "glue", of.recipe("glue", "adamw"), glue, need))
     return found
 
 
@@ -146,7 +147,7 @@ def _prepare(of: ReproduceArguments, phase: int, vocab: tuple[str, ...]) -> Stag
     lengths = {1: ("128", "0.1"), 2: ("512", "0")}[phase]
     flags = ("--max_seq_length", lengths[0], "--short_seq_prob", lengths[1], "--eval_documents", "0.01")
     given = tuple(item for file in vocab for item in ("--vocab", file))
-    command = (sys.executable, ROOT / "scripts" / "prepare_pretraining.py", "--source", of.text, "--output", output)
+    command = (sys.executable, *COMMAND, "prepare", "--source", of.text, "--output", output)
     needs = ("prepare_phase1",) if phase == 2 else ()  # its vocabulary
     how = ("--num_proc", str(of.num_proc))
     everything = tuple(map(str, (*command, *flags, *given)))
@@ -162,20 +163,20 @@ def _pretrain(of: ReproduceArguments, phase: int, name: str, needs: tuple[str, .
         "--results_dir",
         of.folder / "results" / f"phase{phase}",
     )
-    configs = of.configs("pretrain", f"phase{phase}", name)
-    return _script(of, stage, "pretrain_bert", configs, (*places, *before, "--name", name), needs)
+    configs = of.recipe("pretrain", f"phase{phase}", name)
+    return _script(of, stage, "pretrain", configs, (*places, *before, "--name", name), needs)
 
 
 def _script(
     of: ReproduceArguments,
     stage: str,
-    script: str,
+    name: str,
     configs: tuple[Path, ...],
     flags: tuple[object, ...],
     needs: tuple[str, ...],
 ) -> Stage:
     recipe = (item for file in configs for item in ("--config", file))
-    command = (*shlex.split(of.launch), ROOT / "scripts" / f"{script}.py", *recipe, "--output_dir", of.folder / stage)
+    command = (*shlex.split(of.launch), *COMMAND, name, *recipe, "--output_dir", of.folder / stage)
     return Stage(stage, tuple(map(str, (*command, *flags))), needs, configs=configs)
 
 

@@ -25,11 +25,18 @@ from hf_soo.squad.inputs import QaDataArguments
 from tests.scripts.script_runs import ROOT, check_error
 
 FLAGS = {
-    "prepare_pretraining": (PrepareConfig,),
-    "pretrain_bert": (ModelArguments, DataArguments, RunArguments, RunTrainingArguments),
-    "run_squad": (PretrainedArguments, QaDataArguments, RunArguments, RunTrainingArguments),
-    "run_glue": glue_runs.CLASSES,
+    "prepare": (PrepareConfig,),
+    "pretrain": (ModelArguments, DataArguments, RunArguments, RunTrainingArguments),
+    "squad": (PretrainedArguments, QaDataArguments, RunArguments, RunTrainingArguments),
+    "glue": glue_runs.CLASSES,
 }
+
+
+@pytest.fixture(autouse=True)
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder of recipes lies where the command is given, and nothing else does."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -45,11 +52,8 @@ def local(tmp_path: Path) -> dict[str, str]:
 def test_every_command_is_understood(scale: Any, local: dict[str, str]) -> None:
     of = ReproduceArguments(scale=scale, output="out/here", seeds=[0, 1], **local)  # type: ignore[arg-type]
     for stage in stages(of):
-        script = next(part for part in stage.command if part.endswith(".py"))
-        flags = list(stage.whole[stage.whole.index(script) + 1 :])
-        *_, last = arguments.parse(
-            FLAGS[Path(script).stem], [*flags, *(["--use_cpu", "true"] if "--config" in flags else [])]
-        )
+        command, *flags = stage.whole[stage.whole.index("hf_soo.cli") + 1 :]
+        *_, last = arguments.parse(FLAGS[command], [*flags, *(["--use_cpu", "true"] if "--config" in flags else [])])
         assert Path(getattr(last, "output_dir", None) or last.output).parts[:2] == ("out", "here")
 
 
@@ -79,6 +83,7 @@ def test_from_the_hub_without_local_files() -> None:
     ("flags", "message"),
     [
         (["--jobs", "0"], "jobs=0 must be 1 or more"),
+        (["--configs", "none"], "configs='none' does not exist; give an existing path"),
         (["--squad_train", "{folder}"], "give both or neither"),
         (["--vocab", "{folder}/none.txt"], "does not exist; give an existing path"),
         (["--optimizers", "lamb", "adam"], "optimizers has 'adam'; allowed are adamw, eva, kaisa, lamb"),
@@ -91,10 +96,7 @@ def test_from_the_hub_without_local_files() -> None:
         (["--scales", "mini"], "unknown flag '--scales'; did you mean '--scale'?"),
     ],
 )
-def test_refused_at_once(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_refused_at_once(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text("{")
     given = [flag.format(folder=tmp_path) for flag in flags]
     text = [] if "--text" in given else ["--text", "embedded"]
@@ -103,11 +105,8 @@ def test_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stage_that_fails_is_named_and_its_dependents_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_fails_is_named_and_its_dependents_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`false` in place of the launcher: the text is prepared, and nothing can be trained."""
-    monkeypatch.chdir(tmp_path)
     data = tmp_path / "out" / "reproduce_mini" / "data"
     for phase in ("phase1", "phase2"):  # as if prepared
         (data / phase).mkdir(parents=True)
@@ -162,14 +161,11 @@ def test_table(tmp_path: Path) -> None:
     assert (tmp_path / "phase2.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_dry_run_prints_the_commands_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["--scale", "base", "--optimizers", "eva", "--num_proc", "3", "--dry_run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and "configs/pretrain/bert_base_phase2.yaml" in printed[3]
-    assert printed[0].endswith("--num_proc 3") and not list(tmp_path.iterdir())
+    assert printed[0].endswith("--num_proc 3") and [each.name for each in tmp_path.iterdir()] == ["configs"]
 
 
 def test_the_shell_script_passes_its_flags_on(tmp_path: Path) -> None:
@@ -181,4 +177,5 @@ def test_the_shell_script_passes_its_flags_on(tmp_path: Path) -> None:
     printed = subprocess.run(
         command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
     ).stdout
-    assert printed.splitlines() == ["-m", "hf_soo.reproduce.reproduce", "--scale", "base", "--text", "two words"]
+    places = ["--configs", str(ROOT / "configs")]
+    assert printed.splitlines() == ["-m", "hf_soo.cli", "reproduce", *places, "--scale", "base", "--text", "two words"]
