@@ -110,11 +110,7 @@ class Preconditioner(ABC):
     watches_loss: bool = False
 
     def __init__(self, config: Any) -> None:
-        """Take the settings.
-
-        Args:
-            config: they, checked.
-        """
+        """Take the settings."""
         self.config = config
 
     def updates_at(self, step: int) -> bool:
@@ -252,11 +248,7 @@ class Periodic:
     warmup_updates: int = 10
 
     def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: a field is out of range.
-        """
+        """Check the fields."""
         require_count("update_period", self.update_period, 1)
         require_count("warmup_updates", self.warmup_updates, 0)
 

@@ -62,11 +62,7 @@ class EvaConfig(Periodic):
     rescale: RescaleName = "kl_clip"
 
     def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: a field is out of range, or two contradict each other.
-        """
+        """Check the fields."""
         Periodic.__post_init__(self)
         require_range("damping", self.damping, 0, float("inf"), open_low=True)
         require_range("kv_new_weight", self.kv_new_weight, 0, 1 + 1e-12, open_low=True)
@@ -131,11 +127,7 @@ class Eva(RowWise):
     config: EvaConfig
 
     def __init__(self, config: EvaConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings.
-        """
+        """Take the settings."""
         super().__init__(config)
         outputs = Side.OUTPUT in self.sides
         self.recorder = SumRecorder(inputs=True, outputs=outputs, noise=outputs and config.kv_scale == "unit")

@@ -201,11 +201,7 @@ class EvaS(RowWise):
     config: EvaSConfig
 
     def __init__(self, config: EvaSConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings.
-        """
+        """Take the settings."""
         super().__init__(config)
         self.rescale = make_rescale(config.rescale, config.kl_clip)
 

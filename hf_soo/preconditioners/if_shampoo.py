@@ -95,11 +95,7 @@ class IFShampooConfig:
     state_dtype: StateDtype = "float32"
 
     def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: a field is out of range.
-        """
+        """Check the fields."""
         check_batch(self.batch_size, self.state_dtype)
         require_range("factor_lr", self.factor_lr, 0, 1)
         require_range("riemannian_momentum", self.riemannian_momentum, 0, 1)
@@ -124,11 +120,7 @@ class IFShampoo(Preconditioner):
     config: IFShampooConfig
 
     def __init__(self, config: IFShampooConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings, with a batch size.
-        """
+        """Take the settings, with a batch size."""
         super().__init__(config)
         self.batch_size = config.batch_size or 1
 

@@ -51,7 +51,7 @@ from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated, keep_where
 from hf_soo.engine.rescale import make_rescale
 from hf_soo.preconditioners.kfac_config import FactorConfig, FOOFConfig, KAISAConfig, KFACConfig
-from hf_soo.preconditioners.kfac_inverse import Cholesky, Curvature, Eigen, Inverse, side_key
+from hf_soo.preconditioners.kfac_inverse import Cholesky, Eigen, side_key
 from hf_soo.preconditioners.kronecker import by_side, sizes_of
 
 
@@ -64,14 +64,10 @@ class KFAC(RowWise):
     stacks = False
 
     def __init__(self, config: FactorConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings.
-        """
+        """Take the settings."""
         super().__init__(config)
         self.row_wise = self.sides == (Side.INPUT,)  # the output side's inverse needs all rows
-        self.form: Inverse = Cholesky(config) if config.inverse == "cholesky" else Eigen(config)
+        self.form: Cholesky | Eigen = Cholesky(config) if config.inverse == "cholesky" else Eigen(config)
         self.shared = self.form.names
         self.rescale = make_rescale(config.rescale, config.kl_clip)
         self.recorder = config.recorder(outputs=Side.OUTPUT in self.sides, reduce=self.reduce)
@@ -147,7 +143,7 @@ class KFAC(RowWise):
         """New inverses of the layers that have been updated; a side that does not decompose keeps its old one."""
         factors = {side: self._corrected(state[side_key(side)]) for side in self.sides}
         means = {side: F.diagonal(dim1=-2, dim2=-1).mean(-1) for side, F in factors.items()}
-        new, ok = self.form.refresh(Curvature(factors, means))
+        new, ok = self.form.refresh(factors, means)
         outcomes = torch.zeros(len(means[Side.INPUT]), 2, dtype=torch.int64, device=means[Side.INPUT].device)
         for side in self.sides:
             own = state[side_key(side)]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -15,42 +12,13 @@ from hf_soo.preconditioners import spd
 from hf_soo.preconditioners.kfac_config import FactorConfig
 from hf_soo.preconditioners.kronecker import identity
 
+BySide = dict[Side, Tensor]
+
 LEAST_DAMPING, LEAST_SIDE = 1e-12, 1e-20  # of λ, and of one side's part of it
 LEAST_SHARE = 1e-8  # of a factor's mean eigenvalue, under which absolute damping may not fall
 
 
-@dataclass(slots=True)
-class Curvature:
-    """Both factors of a group of layers, ready to be inverted.
-
-    Args:
-        factor: side -> F̂ [L, d, d].
-        mean: side -> its mean eigenvalue tr F̂/d, [L].
-    """
-
-    factor: dict[Side, Tensor]
-    mean: dict[Side, Tensor]
-
-
-class Inverse(Protocol):
-    """How the damped inverse is held: its tensors, how they are made, and how they are applied."""
-
-    names: frozenset[str]
-
-    def init(self, d: int, like: Tensor) -> Factor:
-        """P = G."""
-
-    def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
-        """The tensors of each side, and whether each layer's succeeded, bool [L]."""
-
-    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
-        """G -> P in place."""
-
-    def distance(self, factor: Factor) -> Tensor:
-        """|F/(tr F/d) - I| of a side's inverse F: how far it is from a mere scale, [L]."""
-
-
-class Cholesky(Inverse):
+class Cholesky:
     """One inverse [d, d] for each side, the damping split between them."""
 
     names = frozenset({"inverse"})
@@ -63,15 +31,23 @@ class Cholesky(Inverse):
         """The identity."""
         return {"inverse": identity(d, like)}
 
-    def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
-        """By Cholesky, with retries."""
-        damping, new, ok = self._damping(curvature.mean), {}, {}
-        for side, factor in curvature.factor.items():
+    def refresh(self, factors: BySide, means: BySide) -> tuple[dict[Side, Factor], BySide]:
+        """By Cholesky, with retries.
+
+        Args:
+            factors: F̂ of each side, [L, d, d].
+            means: its mean eigenvalue tr F̂/d, [L].
+
+        Returns:
+            The tensors of each side, and whether each layer's succeeded, bool [L].
+        """
+        damping, new, ok = self._damping(means), {}, {}
+        for side, factor in factors.items():
             inverse, ok[side] = spd.damped_inverse(factor, damping[side].clamp(min=LEAST_SIDE))
             new[side] = {"inverse": inverse}
         return new, ok
 
-    def _damping(self, mean: dict[Side, Tensor]) -> dict[Side, Tensor]:
+    def _damping(self, mean: BySide) -> BySide:
         """λ of each side."""
         damping = self.config.damping
         if Side.OUTPUT not in mean:  # FOOF
@@ -90,14 +66,14 @@ class Cholesky(Inverse):
         return grad.multiply_(left, state[side_key(Side.INPUT)]["inverse"])
 
     def distance(self, factor: Factor) -> Tensor:
-        """See ``Inverse``."""
+        """|F/(tr F/d) - I| of a side's inverse F: how far it is from a mere scale, [L]."""
         F = factor["inverse"]
         scaled = F / F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         distance: Tensor = torch.linalg.matrix_norm(scaled - identity(F.shape[-1], F))
         return distance
 
 
-class Eigen(Inverse):
+class Eigen:
     """Eigenvectors and eigenvalues of each side, and λ: (B ⊗ A + λI)⁻¹ exactly."""
 
     names = frozenset({"vectors", "values", "damping"})
@@ -115,15 +91,15 @@ class Eigen(Inverse):
             "damping": torch.zeros((), dtype=dtype, device=device),
         }
 
-    def refresh(self, curvature: Curvature) -> tuple[dict[Side, Factor], dict[Side, Tensor]]:
-        """By eigh; λ is kept with each side."""
-        mean = torch.stack(list(curvature.mean.values())).prod(0)
+    def refresh(self, factors: BySide, means: BySide) -> tuple[dict[Side, Factor], BySide]:
+        """By eigh; λ is kept with each side. As of ``Cholesky``."""
+        mean = torch.stack(list(means.values())).prod(0)
         relative = self.config.damping_mode == "relative"
         damping = (self.config.damping * mean if relative else torch.full_like(mean, self.config.damping)).clamp(
             min=LEAST_DAMPING
         )
         new, ok = {}, {}
-        for side, factor in curvature.factor.items():
+        for side, factor in factors.items():
             values, vectors, ok[side] = spd.eigen(factor)
             new[side] = {"vectors": vectors, "values": values.clamp(min=0), "damping": damping}
         return new, ok
@@ -139,7 +115,7 @@ class Eigen(Inverse):
         )
 
     def distance(self, factor: Factor) -> Tensor:
-        """See ``Inverse``, with √λ as the side's damping."""
+        """As of ``Cholesky``, with √λ as the side's damping."""
         F = 1 / (factor["values"] + factor["damping"].sqrt()[:, None])
         distance: Tensor = torch.linalg.vector_norm(F / F.mean(-1, keepdim=True) - 1, dim=-1)
         return distance

@@ -31,7 +31,7 @@ Deviation: the first statistics are used (the released code discards them), aver
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -137,11 +137,7 @@ class MKORConfig(Periodic):
     stabilizer_blend: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: a field is out of range, or two contradict each other.
-        """
+        """Check the fields."""
         Periodic.__post_init__(self)
         require_range("factor_decay", self.factor_decay, 0, 1, open_low=True)
         require_in("representation", self.representation, ("lowrank", "dense"))
@@ -174,22 +170,6 @@ class MKORConfig(Periodic):
             require_range("stabilizer_threshold", self.stabilizer_threshold, 1, float("inf"))
         if self.stabilizer_blend is not None:
             require_range("stabilizer_blend", self.stabilizer_blend, 0, 1)
-
-
-class _Representation(Protocol):
-    """How an inverse factor F is held: its tensors, its update with vectors V [L, r, d], and P = F_b Ĝ F_a."""
-
-    def init(self, d: int, like: Tensor) -> Factor:
-        """F = I."""
-
-    def update(self, factor: Factor, V: Tensor, valid: Tensor) -> Factor:
-        """The factor after V, where ``valid`` [L]."""
-
-    def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
-        """Ĝ -> P in place; a side that is None is the identity."""
-
-    def distance(self, factor: Factor) -> Tensor:
-        """|F - I|_F, [L]."""
 
 
 class LowRank:
@@ -244,14 +224,10 @@ class MKOR(RowWise):
     config: MKORConfig
 
     def __init__(self, config: MKORConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings.
-        """
+        """Take the settings."""
         super().__init__(config)
         self.stacks = self.row_wise = config.representation == "lowrank"
-        self.form: _Representation = LowRank(config.history, config.factor_decay)
+        self.form: LowRank | Dense = LowRank(config.history, config.factor_decay)
         if config.representation == "dense":
             self.form = Dense(
                 config.update_rule, config.factor_decay, config.stabilizer_threshold, config.stabilizer_blend

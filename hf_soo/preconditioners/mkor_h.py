@@ -51,11 +51,7 @@ class MKORHConfig(MKORConfig):
     min_steps: int = 100
 
     def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: a field is out of range, or two contradict each other.
-        """
+        """Check the fields."""
         MKORConfig.__post_init__(self)
         require_range("rate_decay", self.rate_decay, 0, 1)
         require_range("rate_fraction", self.rate_fraction, 0, float("inf"), open_low=True)
@@ -70,11 +66,7 @@ class MKORH(MKOR):
     config: MKORHConfig
 
     def __init__(self, config: MKORHConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings.
-        """
+        """Take the settings."""
         super().__init__(config)
         # the sums of both averages, losses seen, t₀, S at t₀, checks in a row
         self.watch = torch.zeros(6, dtype=torch.float64)

@@ -85,11 +85,7 @@ class RMSProp(RowWise):
     config: RMSPropConfig
 
     def __init__(self, config: RMSPropConfig) -> None:
-        """Make the transform.
-
-        Args:
-            config: its settings, with a batch size.
-        """
+        """Take the settings, with a batch size."""
         super().__init__(config)
         self.batch_size = config.batch_size or 1
 
