@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in RUNS:
         command, *flags = given
-        if arguments is None:  # --help and the launchers' children are told the whole name
-            sys.argv = [f"{sys.argv[0]} {command}", *flags]
+        if arguments is None:  # --help says the whole name
+            sys.argv = [f"hf-soo {command}", *flags]
         code: int = importlib.import_module(RUNS[command][0]).main(flags)
         return code
     parser = _parser(given[:1])

@@ -23,11 +23,7 @@ from hf_soo.runs.script import guarded
 
 
 def main(flags: list[str] | None = None) -> int:
-    """Measure and print a row a method; 1 with one line on stderr for an error, 130 after Ctrl-C.
-
-    Args:
-        flags: None: those of the process.
-    """
+    """Measure and print a row a method; 1 with one line on stderr for an error, 130 after Ctrl-C."""
     return guarded(_measure, flags, stopped="error: interrupted; the methods measured so far are kept")
 
 

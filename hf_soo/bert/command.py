@@ -18,9 +18,5 @@ from hf_soo.runs.script import run_script
 
 
 def main(flags: list[str] | None = None) -> int:
-    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C.
-
-    Args:
-        flags: None: those of the process.
-    """
+    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
     return run_script(PretrainingTask, (ModelArguments, DataArguments), __doc__ or "", flags)

@@ -23,7 +23,7 @@ _READ = (
 
 
 @dataclass(frozen=True, slots=True)
-class ParsedSettings:
+class _Parsed:
     """What the arguments say of optimizer and schedule, read and checked.
 
     Args:
@@ -101,7 +101,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
         self.parsed  # noqa: B018 (a wrong setting shows here, not after an hour of preparing data)
 
     @property
-    def parsed(self) -> ParsedSettings:
+    def parsed(self) -> _Parsed:
         """The optimizer's and the schedule's settings; read once, and again when one of them was set to another value.
 
         Raises:
@@ -112,7 +112,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
             self._parsed, self._parsed_of = self._parse(), copy.deepcopy(given)
         return self._parsed
 
-    def _parse(self) -> ParsedSettings:
+    def _parse(self) -> _Parsed:
         optim_args = parse_settings("optim_args", self.optim_args)
         base_args = parse_settings("base_optim_args", self.base_optim_args)
         schedule: dict[str, Any] = {}
@@ -131,14 +131,14 @@ class SecondOrderTrainingArguments(TrainingArguments):
                 include=self.precondition_include,
                 exclude=self.precondition_exclude,
             )
-            return ParsedSettings(optim_args, base_args, schedule, optimizer)
+            return _Parsed(optim_args, base_args, schedule, optimizer)
         for name in ("base_optim", "base_optim_args", "precondition_include", "precondition_exclude"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with optim={str(self.optim)!r}, which is "
                     f"transformers' own; leave it out, or use one of {', '.join(METHODS)}."
                 )
-        return ParsedSettings(optim_args, base_args, schedule, None)
+        return _Parsed(optim_args, base_args, schedule, None)
 
 
 def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, Any]:

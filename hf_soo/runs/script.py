@@ -83,7 +83,7 @@ def check(job: Job) -> None:
 
     Raises:
         ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, or processes that
-            would each train alone.
+            would each train alone: what torchrun starts without a GPU, unless the Trainer is told.
     """
     if job.run.target_eval_loss is not None and job.training.eval_strategy == "no":
         raise ValueError(
@@ -96,18 +96,6 @@ def check(job: Job) -> None:
                 "compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'."
             )
         compared(job)  # refuses settings of the second optimizer
-    check_processes(job)
-
-
-def check_processes(job: Job) -> None:
-    """Refuse processes that would each train alone: what torchrun starts without a GPU, unless the Trainer is told.
-
-    Args:
-        job: all settings.
-
-    Raises:
-        ValueError: the launcher and the Trainer do not agree.
-    """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != job.training.world_size:
         way_out = "--ddp_backend gloo" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "--use_cpu true"

@@ -141,14 +141,14 @@ def train(job: Job, task: Task) -> list[RunRecord]:
         The record of the run, and that of the one it was compared with.
 
     Raises:
-        ValueError: settings that cannot be.
+        ValueError: settings that cannot be, or checkpoints of another run in the output folder.
         RuntimeError: the two runs did not start from the same weights.
     """
     if job.run.compare_with is None:
-        return [train_one(job, task)]
+        return [_train_one(job, task)]
     first, second = compared(job)
     task.describe_start(second.training)  # refuses what it must before the first run has taken its hours
-    records = [train_one(first, task), train_one(second, task)]
+    records = [_train_one(first, task), _train_one(second, task)]
     hashes = [record.config["initial_weights"] for record in records]
     if hashes[0] != hashes[1]:
         raise RuntimeError(f"The runs started from different weights ({hashes[0]}, {hashes[1]}); nothing to compare.")
@@ -185,16 +185,8 @@ def compared(job: Job) -> tuple[Job, Job]:
     return jobs
 
 
-def train_one(job: Job, task: Task) -> RunRecord:
-    """Train, resuming where there is a checkpoint, and write the run's JSON, however it ends.
-
-    Args:
-        job: all settings.
-        task: what is trained.
-
-    Raises:
-        ValueError: settings that cannot be, or checkpoints of another run in the output folder.
-    """
+def _train_one(job: Job, task: Task) -> RunRecord:
+    """Train, resuming where there is a checkpoint, and write the run's JSON, however it ends."""
     args = job.training
     model = task.make_model(args.seed)
     record = describe(job, task, model)

@@ -20,11 +20,7 @@ from hf_soo.squad.score import is_asked_for, score_main
 
 
 def main(flags: list[str] | None = None) -> int:
-    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C.
-
-    Args:
-        flags: None: those of the process.
-    """
+    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
     given = sys.argv[1:] if flags is None else flags
     if is_asked_for(given):
         return score_main(given)

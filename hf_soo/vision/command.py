@@ -21,9 +21,5 @@ from hf_soo.vision.task import VisionTask
 
 
 def main(flags: list[str] | None = None) -> int:
-    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C.
-
-    Args:
-        flags: None: those of the process.
-    """
+    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
     return run_script(VisionTask, (ImageModelConfig, ImageDataConfig), __doc__ or "", flags)

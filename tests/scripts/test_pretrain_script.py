@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,8 +19,8 @@ from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.bert.task import PretrainingTrainer
 from hf_soo.runs import arguments
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.runs.script import check_processes
-from hf_soo.runs.training import weights_hash
+from hf_soo.runs.script import check
+from hf_soo.runs.training import Job, weights_hash
 from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import check_error, load_script, only_run, prepare_corpus
 
@@ -269,10 +269,11 @@ def test_bad_input_is_one_line_and_no_run(
         script.main([*flags, *more, "--traceback"])
 
 
-def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_would_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(RunArguments(), RunTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"started 2 processes, the Trainer sees 1; .* --use_cpu true"):
-        check_processes(SimpleNamespace(training=SimpleNamespace(world_size=1)))
+        check(job)
 
 
 def parse(*flags: str) -> tuple[ModelArguments, DataArguments, RunTrainingArguments]:

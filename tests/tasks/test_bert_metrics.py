@@ -18,7 +18,7 @@ from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.metrics import METRICS, prediction_sums, pretraining_metrics
 from hf_soo.bert.task import PretrainingTask
 from hf_soo.runs import arguments
-from hf_soo.runs.training import Job, train_one
+from hf_soo.runs.training import Job, train
 from tests.ranks.distributed import run_ranks
 from tests.scripts.launch_runs import CLASSES
 from tests.scripts.script_runs import prepare_corpus
@@ -43,7 +43,7 @@ def evaluate(rank: int, world: int, folder: Path, flags: list[str]) -> tuple[dic
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PretrainingTask, "finish", lambda task, trainer: kept.append(trainer) or {})
-        record = train_one(Job(run, training), PretrainingTask(model, data, training))
+        (record,) = train(Job(run, training), PretrainingTask(model, data, training))
     for key in METRICS:
         assert record.curve[-1][key] == record.final[key] == kept[0].state.log_history[-2][f"eval_{key}"]
     return record.final, kept[0].accelerator.unwrap_model(kept[0].model).state_dict()

@@ -45,11 +45,7 @@ class _LookArguments:
 
 
 def main(flags: list[str] | None = None) -> int:
-    """Prepare, or look at what was prepared; 1 with one line on stderr for an error, 130 after Ctrl-C.
-
-    Args:
-        flags: None: those of the process.
-    """
+    """Prepare, or look at what was prepared; 1 with one line on stderr for an error, 130 after Ctrl-C."""
     from hf_soo.runs.script import guarded  # here: worker processes import this file too, and do not need it
 
     return guarded(_run, flags, stopped="error: interrupted; nothing was kept")
