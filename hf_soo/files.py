@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,28 @@ def read_lines(file: Path) -> Iterator[str]:
                 ) from error
             yield line.rstrip("\r\n").removeprefix("\ufeff" if offset == 0 else "")
             offset += len(raw)
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """The number of every line that is not blank, from 1 on, and its value; a line that is no JSON is named.
+
+    Args:
+        file: one value a line.
+
+    Yields:
+        Number and value.
+
+    Raises:
+        ValueError: a line is no JSON, or no UTF-8.
+    """
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: no JSON ({error.msg}); give one object a line.") from error
+        yield number, value
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from hf_soo.bert.previous_phase import PreviousPhase, find_phase, take_moments
 from hf_soo.integrations.checkpoints import CHECKPOINT_NAME
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
+from hf_soo.runs.pretrained import sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
 
@@ -51,32 +52,17 @@ class PretrainingTask(Task):
         self.data: PretrainingData = load_data(data, args)
 
     def make_model(self, seed: int) -> nn.Module:
-        """A BERT for the vocabulary of the data.
-
-        Args:
-            seed: of the initial weights.
-        """
+        """A BERT for the vocabulary of the data."""
         return make_model(self.model, self.data, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """The model's shape and dropout, and the data.
-
-        Args:
-            model: a BERT.
-        """
+        """The model's shape and dropout, and the data."""
         # the weights at hand are no longer those it began with, once the phase before has been deleted
         began = {} if self.phase is None or self.phase.began is None else {"initial_weights": self.phase.began}
-        return {"model": model_description(model), "data": self.data.description, **began}
+        return {"model": sizes(model.config, "hidden_dropout_prob"), "data": self.data.description, **began}
 
     def describe_start(self, args: RunTrainingArguments) -> dict[str, Any]:
-        """The phase before, and whether this optimizer takes its moments.
-
-        Args:
-            args: the run's.
-
-        Raises:
-            ValueError: this run cannot go on from a phase before.
-        """
+        """The phase before, and whether this optimizer takes its moments."""
         if self.phase is None:
             return {}
         _check_phase(self.asked, args)
@@ -85,13 +71,7 @@ class PretrainingTask(Task):
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
     ) -> PretrainingTrainer:
-        """The Trainer of a run, its callbacks and both collators.
-
-        Args:
-            model: with its initial weights.
-            args: the Trainer's settings.
-            callbacks: besides the one that tells the collator the epoch.
-        """
+        """The Trainer of a run, its callbacks and both collators."""
         training = self._collator(args.seed)
         trainer = PretrainingTrainer(
             model=model,
@@ -100,7 +80,7 @@ class PretrainingTask(Task):
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
             compute_metrics=pretraining_metrics,
-            callbacks=[EpochCallback(training), *callbacks],
+            callbacks=[_EpochCallback(training), *callbacks],
             processing_class=BertTokenizer(vocab=self.data.vocab_file),  # kept with every checkpoint
         )
         trainer.eval_collator = self._collator(EVAL_SEED)
@@ -143,11 +123,7 @@ class PretrainingTrainer(SecondOrderTrainer):
         return LengthGroupedSampler(lengths, round_size, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation batches.
-
-        Args:
-            eval_dataset: see `Trainer`.
-        """
+        """The evaluation batches."""
         training, self.data_collator = self.data_collator, self.eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -161,17 +137,7 @@ class PretrainingTrainer(SecondOrderTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As Trainer's, with each example's `prediction_sums` for the logits, which are too large to keep.
-
-        Args:
-            model: Trainer's.
-            inputs: Trainer's.
-            prediction_loss_only: Trainer's.
-            ignore_keys: Trainer's.
-
-        Returns:
-            The loss, the sums [B, 4], and the labels that the Trainer wants beside predictions.
-        """
+        """As Trainer's: the loss; instead of logits, which are too large to keep, the sums [B, 4]; and labels."""
         step: tuple[Tensor | None, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         loss, logits, labels = step
         if logits is None:  # the loss alone was asked for
@@ -180,15 +146,10 @@ class PretrainingTrainer(SecondOrderTrainer):
         return loss, sums, labels[1]
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the collator which epoch's masks to draw."""
+class _EpochCallback(TrainerCallback):
+    """Tells the collator of the training batches which epoch's masks to draw."""
 
     def __init__(self, collator: PretrainingCollator) -> None:
-        """Keep the collator.
-
-        Args:
-            collator: of the training batches.
-        """
         self.collator = collator
 
     def on_epoch_begin(
@@ -217,13 +178,3 @@ def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
             f"previous_phase={model.previous_phase!r} is this run's output_dir, and its checkpoints would be taken for "
             "this run's own; give another output_dir."
         )
-
-
-def model_description(model: nn.Module) -> dict[str, int | float]:
-    """Shape and dropout, as the model's configuration has them.
-
-    Args:
-        model: a BERT.
-    """
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    return {key: getattr(model.config, key) for key in (*keys, "hidden_dropout_prob")}

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_soo.glue.files import SUFFIXES, Examples, Row, collect, read_examples
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.arguments import option
+from hf_soo.runs.arguments import check_positive, option
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ class GlueDataArguments:
         Raises:
             ValueError: a value is not allowed, or two exclude each other.
         """
-        for key in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{key}={value} must be 1 or more, or left out.")
+        check_positive(self, "max_train_samples", "max_eval_samples", "max_predict_samples")
         if self.max_seq_length < 8:
             raise ValueError(f"max_seq_length={self.max_seq_length} must be 8 or more.")
         if self.task_name and self.task:

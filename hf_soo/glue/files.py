@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.files import is_broken, read_lines
+from hf_soo.files import is_broken, read_json_lines, read_lines
 from hf_soo.glue.tasks import SCORE_RANGE, GlueTask
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def collect(task: GlueTask, rows: Iterator[Row], source: str, place: str, *, lab
         if not all(values[name].strip() for name in task.texts):
             empty.append(where)
         if labelled:
-            labels.append(read_label(task, values["label"], where))
+            labels.append(_label(task, values["label"], where))
     if not texts[0]:
         raise ValueError(f"{place} holds no examples; {task.title} needs at least one.")
     if empty:
@@ -137,17 +137,8 @@ def _named(task: GlueTask, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_label(task: GlueTask, value: Any, where: str) -> int | float:
-    """A label's number: a class, or the score of a regression.
-
-    Args:
-        task: says which labels there are.
-        value: a word, a number, or a number as text.
-        where: for the message.
-
-    Raises:
-        ValueError: it is none of the task's labels.
-    """
+def _label(task: GlueTask, value: Any, where: str) -> int | float:
+    """The class, or the score of a regression, that a word, a number or a number as text stands for."""
     text = str(value).strip()
     if task.regression:
         low, high = SCORE_RANGE
@@ -228,14 +219,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            yield _object(json.loads(line), where)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: no JSON ({error.msg}).") from error
+    yield from (_object(row, f"{path}, line {number}") for number, row in read_json_lines(path))
 
 
 def _object(row: Any, where: str) -> Row:

@@ -50,47 +50,32 @@ def score(task: GlueTask, predictions: Array, labels: Array) -> dict[str, float]
             f"{task.title}: predictions have shape {predictions.shape}, labels {labels.shape}; both must be [N], N > 0."
         )
     if task.regression:
-        values = correlations(predictions, labels)
+        values = _correlations(predictions, labels)
     elif task.metrics[0] == "matthews_correlation":
-        return {"matthews_correlation": matthews(predictions, labels)}
+        return {"matthews_correlation": _matthews(predictions, labels)}
     elif "f1" in task.metrics:
-        values = {"accuracy": accuracy(predictions, labels), "f1": f1(predictions, labels)}
+        values = {"accuracy": _accuracy(predictions, labels), "f1": _f1(predictions, labels)}
     else:
-        return {"accuracy": accuracy(predictions, labels)}
+        return {"accuracy": _accuracy(predictions, labels)}
     return {**values, "combined_score": float(np.mean(list(values.values())))}
 
 
-def accuracy(predictions: Array, labels: Array) -> float:
-    """The share of predictions that are right.
-
-    Args:
-        predictions: classes [N].
-        labels: classes [N].
-    """
+def _accuracy(predictions: Array, labels: Array) -> float:
+    """The share of classes [N] that are right."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(labels, predictions))
 
 
-def f1(predictions: Array, labels: Array) -> float:
-    """The harmonic mean of precision and recall of class 1; 0 where nothing is found.
-
-    Args:
-        predictions: classes 0 and 1 [N].
-        labels: classes 0 and 1 [N].
-    """
+def _f1(predictions: Array, labels: Array) -> float:
+    """The harmonic mean of precision and recall of class 1; 0 where nothing is found."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, zero_division=0.0))
 
 
-def matthews(predictions: Array, labels: Array) -> float:
-    """Matthews's correlation coefficient; 0 where predictions or labels are all of one class.
-
-    Args:
-        predictions: classes [N].
-        labels: classes [N].
-    """
+def _matthews(predictions: Array, labels: Array) -> float:
+    """Matthews's correlation coefficient of classes [N]; 0 where predictions or labels are all of one class."""
     from sklearn.metrics import matthews_corrcoef
 
     if _constant(predictions, labels):
@@ -98,12 +83,10 @@ def matthews(predictions: Array, labels: Array) -> float:
     return float(matthews_corrcoef(labels, predictions))
 
 
-def correlations(predictions: Array, labels: Array) -> dict[str, float]:
-    """Pearson's correlation, and Spearman's, which is that of the ranks; 0 where either side is constant.
+def _correlations(predictions: Array, labels: Array) -> dict[str, float]:
+    """Pearson's correlation, and Spearman's, which is that of the ranks, of numbers [N].
 
-    Args:
-        predictions: numbers [N]; where one is not finite, both correlations are NaN.
-        labels: numbers [N].
+    Both are 0 where either side is constant, and NaN where a prediction is not finite.
     """
     from scipy.stats import pearsonr, spearmanr
 

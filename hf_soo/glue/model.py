@@ -35,7 +35,7 @@ def make_classifier(found: Pretrained, task: GlueTask, seed: int) -> nn.Module:
     """
     assert isinstance(found.arguments, GlueModelArguments)
     replaced = found.arguments.ignore_mismatched_sizes
-    config = task_config(found.config, task)
+    config = _task_config(found.config, task)
     return found.load(AutoModelForSequenceClassification, config, seed, ignore_mismatched_sizes=replaced)
 
 
@@ -69,13 +69,8 @@ def check_head(found: Pretrained, task: GlueTask) -> None:
         )
 
 
-def task_config(config: PretrainedConfig, task: GlueTask) -> PretrainedConfig:
-    """A copy of the configuration with the task's labels; dropout and everything else stay.
-
-    Args:
-        config: of the pretrained model.
-        task: says which labels.
-    """
+def _task_config(config: PretrainedConfig, task: GlueTask) -> PretrainedConfig:
+    """A copy of the configuration with the task's labels; dropout and everything else stay."""
     kept = copy.deepcopy(config)
     kept.problem_type = "regression" if task.regression else "single_label_classification"
     labels = task.labels or ("score",)

@@ -16,8 +16,8 @@ from hf_soo.glue.files import Examples, digest
 from hf_soo.glue.metrics import file_names, score, write_predictions
 from hf_soo.glue.model import check_head, make_classifier
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
-from hf_soo.runs.pretrained import Pretrained
+from hf_soo.runs.finetuning import FineTuningTrainer, best_class, check_evaluation
+from hf_soo.runs.pretrained import Pretrained, sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
 
@@ -68,22 +68,15 @@ class GlueFineTuning(Task):
         return None if examples is None else examples.head(count)
 
     def make_model(self, seed: int) -> nn.Module:
-        """The pretrained encoder under a new head.
-
-        Args:
-            seed: of the head.
-        """
+        """The pretrained encoder under a new head."""
         return make_classifier(self.pretrained, self.task, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """Model, task, and how many examples of which source.
-
-        Args:
-            model: with its initial weights.
-        """
+        """Model, task, and how many examples of which source."""
         measured = [part for part in (self.train, *self.evaluated) if part is not None]
         parts = measured or self.tested  # predictions change nothing of a run's record
         development = len(self.evaluated[0]) if self.evaluated else 0
+        shape = sizes(model.config, "model_type", "hidden_dropout_prob")
         data = {
             "source": ", ".join(dict.fromkeys(part.source for part in parts)),
             "train_examples": len(self.train) if self.train else 0,
@@ -93,7 +86,7 @@ class GlueFineTuning(Task):
             "digest": digest(parts),
         }
         return {
-            "model": {"name": self.pretrained.name, **shape(model)},
+            "model": {"name": self.pretrained.name, **shape},
             "task": self.task.name,
             "data": data,
             "max_seq_length": self.data.max_seq_length,
@@ -103,13 +96,7 @@ class GlueFineTuning(Task):
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
     ) -> FineTuningTrainer:
-        """The Trainer of a run.
-
-        Args:
-            model: with its initial weights.
-            args: the Trainer's settings.
-            callbacks: all of them.
-        """
+        """The Trainer of a run."""
         return FineTuningTrainer(
             model=model,
             args=args,
@@ -119,7 +106,7 @@ class GlueFineTuning(Task):
             processing_class=self.pretrained.tokenizer,
             callbacks=callbacks,
             compute_metrics=self._scores,
-            preprocess_logits_for_metrics=numbers if self.task.regression else best_class,
+            preprocess_logits_for_metrics=_numbers if self.task.regression else best_class,
         )
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -149,14 +136,7 @@ class GlueFineTuning(Task):
         return Dataset.from_dict(columns).map(tokenise, batched=True, remove_columns=names, desc="tokenising")
 
     def finish(self, trainer: Any) -> dict[str, float]:
-        """MNLI's other part, the best checkpoint's metrics where that is the model now, and the test predictions.
-
-        Args:
-            trainer: holds the model.
-
-        Returns:
-            Metrics for the record.
-        """
+        """MNLI's other part, the best checkpoint's metrics where that is the model now, and the test predictions."""
         metrics: dict[str, float] = {}
         if self.evaluated and trainer.args.load_best_model_at_end and trainer.args.do_train:
             measured = trainer.evaluate(metric_key_prefix=BEST)
@@ -174,32 +154,6 @@ class GlueFineTuning(Task):
         return metrics
 
 
-def shape(model: nn.Module) -> dict[str, Any]:
-    """Kind, size and dropout, as far as the model's configuration says.
-
-    Args:
-        model: with a configuration.
-    """
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-            "hidden_dropout_prob")  # fmt: skip
-    return {key: value for key in keys if (value := getattr(model.config, key, None)) is not None}
-
-
-def best_class(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-    """The class with the largest logit: all that is kept of an evaluation.
-
-    Args:
-        logits: [B, classes]; the first of a tuple, which some models return.
-        labels: [B], not used.
-    """
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
-def numbers(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-    """The predicted number of a regression.
-
-    Args:
-        logits: [B, 1]; the first of a tuple, which some models return.
-        labels: [B], not used.
-    """
+def _numbers(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    """The predicted numbers [B] of a regression, of logits [B, 1], which some models return as the first of a tuple."""
     return (logits[0] if isinstance(logits, tuple) else logits).squeeze(-1)

@@ -95,15 +95,8 @@ TASKS: dict[str, GlueTask] = {
 }  # fmt: skip
 
 
-def find_task(name: str) -> GlueTask:
-    """A task by its name, whichever of the usual spellings: "sst2", "SST-2", "sts_b".
-
-    Args:
-        name: of the task.
-
-    Raises:
-        ValueError: there is no such task.
-    """
+def _find_task(name: str) -> GlueTask:
+    """A task by its name, whichever of the usual spellings: "sst2", "SST-2", "sts_b"."""
     plain = re.sub(r"[\s_-]", "", name).lower()
     if plain not in TASKS:
         near = difflib.get_close_matches(plain, [*TASKS, ALL], n=1)
@@ -124,5 +117,5 @@ def find_tasks(names: Sequence[str]) -> list[GlueTask]:
     parts = [part for name in names for part in name.split(",") if part.strip()]
     if not parts:
         raise ValueError(f"task_name is missing; give one of {', '.join(TASKS)}, several with commas, or {ALL!r}.")
-    found = [task for part in parts for task in (TASKS.values() if part.strip().lower() == ALL else (find_task(part),))]
-    return list(dict.fromkeys(found))
+    groups = (TASKS.values() if part.strip().lower() == ALL else (_find_task(part),) for part in parts)
+    return list(dict.fromkeys(task for group in groups for task in group))

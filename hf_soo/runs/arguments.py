@@ -27,6 +27,21 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse numbers below 1, where they are given.
+
+    Args:
+        settings: has them as attributes.
+        *names: of the attributes; None is allowed.
+
+    Raises:
+        ValueError: one is below 1.
+    """
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more, or left out.")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and a description with the line breaks it has."""
 

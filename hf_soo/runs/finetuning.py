@@ -1,4 +1,4 @@
-"""What fine-tuning on GLUE and on SQuAD has in common: evaluations that must cover every example, in its order."""
+"""What the fine-tuning tasks have in common: evaluations that must cover every example, in its order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -32,16 +33,26 @@ def check_evaluation(args: TrainingArguments, metrics: Sequence[str]) -> None:
         raise ValueError(f"metric_for_best_model={best!r} is not measured; use loss, {' or '.join(metrics)}.")
 
 
+def best_class(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    """The class with the largest logit [B]: all that is kept of an evaluation of classes.
+
+    Args:
+        logits: [B, classes]; the first of a tuple, which some models return.
+        labels: [B], not used.
+    """
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
 class FineTuningTrainer(SecondOrderTrainer):
     """Evaluates all examples in their order, whatever the training's sampling does with its own."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation batches."""
+        """The evaluation batches, of every example in its order."""
         with _all_in_order(self.args):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """The test batches."""
+        """The test batches, of every example in its order."""
         with _all_in_order(self.args):
             return super().get_test_dataloader(test_dataset)
 

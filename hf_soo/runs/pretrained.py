@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, PretrainedConfig
 
 from hf_soo.runs.arguments import option
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
 
 @dataclass
 class PretrainedArguments:
@@ -148,6 +150,16 @@ def check_vocabulary(config: BertConfig, vocab_size: int) -> None:
         "must be equal (or the model's larger by less than 128 and a multiple of 8): build the model with "
         f"vocab_size={vocab_size}, or prepare the data with the model's vocabulary"
     )
+
+
+def sizes(config: Any, *more: str) -> dict[str, int | float]:
+    """What a record says of a model's shape: those of ``SIZES`` that its configuration has.
+
+    Args:
+        config: of the model.
+        *more: settings that it names besides.
+    """
+    return {key: value for key in (*SIZES, *more) if (value := getattr(config, key, None)) is not None}
 
 
 def load_weights(loader: Any, name: str, **settings: Any) -> nn.Module:

@@ -92,7 +92,7 @@ def read_questions(file: str | Path) -> QuestionSet:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); give a JSON file of SQuAD.") from error
-    return collect(str(file), _rows(str(file), text))
+    return _collect(str(file), _rows(str(file), text))
 
 
 def read_hub(name: str, split: str, cache_dir: str | None) -> QuestionSet:
@@ -115,19 +115,11 @@ def read_hub(name: str, split: str, cache_dir: str | None) -> QuestionSet:
         raise ValueError(f"dataset_name={name!r} cannot be loaded from the hub: {error}") from error
     if split not in parts:
         raise ValueError(f"dataset_name={name!r} has the parts {', '.join(parts)}; one named {split!r} is needed.")
-    return collect(f"{name}, {split}", parts[split])
+    return _collect(f"{name}, {split}", parts[split])
 
 
-def collect(source: str, rows: Iterable[Any]) -> QuestionSet:
-    """Check rows and keep them.
-
-    Args:
-        source: their file, for messages.
-        rows: mappings with the keys id, question, context, answers.
-
-    Raises:
-        ValueError: a row that cannot be used, an id that comes twice, or no rows.
-    """
+def _collect(source: str, rows: Iterable[Any]) -> QuestionSet:
+    """Check rows, mappings with the keys id, question, context, answers, and keep them."""
     found: dict[str, Question] = {}
     contexts: dict[str, str] = {}  # one string for all questions on a context, also where each row has a copy
     impossible = False

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
-from hf_soo.runs.arguments import option
+from hf_soo.runs.arguments import check_positive, option
 from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.squad.files import QuestionSet, read_hub, read_questions
@@ -24,8 +24,10 @@ from hf_soo.squad.windows import WindowConfig, Windows
 logger = logging.getLogger(__name__)
 
 
-POSITIVE = ("max_seq_length", "max_query_length", "n_best_size", "max_answer_length")
-COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples")
+POSITIVE = (
+    "max_seq_length", "max_query_length", "n_best_size", "max_answer_length",
+    "max_train_samples", "max_eval_samples", "max_predict_samples",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,10 +62,7 @@ class QaDataArguments:
         Raises:
             ValueError: a length or count below 1, or a negative stride.
         """
-        for name in (*POSITIVE, *COUNTS):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not allowed; give at least 1.")
+        check_positive(self, *POSITIVE)
         if self.doc_stride < 0:
             raise ValueError(f"doc_stride={self.doc_stride} is not allowed; give at least 0.")
 
@@ -94,17 +93,8 @@ class QaData:
         return {name: part for name, part in each.items() if part is not None}
 
 
-def read_files(data: QaDataArguments, args: RunTrainingArguments, cache_dir: str | None) -> dict[str, QuestionSet]:
-    """The questions of every part that the run needs: "train", "validation", "test".
-
-    Args:
-        data: which.
-        args: what is done with them.
-        cache_dir: of downloads.
-
-    Raises:
-        ValueError: a part is needed and not given, or a file that cannot be used.
-    """
+def _read_files(data: QaDataArguments, args: RunTrainingArguments, cache_dir: str | None) -> dict[str, QuestionSet]:
+    """The questions of every part that the run needs: "train", "validation", "test"."""
     needed = {
         "train": (args.do_train, data.train_file, data.max_train_samples),
         "validation": (args.do_eval, data.validation_file, data.max_eval_samples),
@@ -139,7 +129,7 @@ def load_data(data: QaDataArguments, args: RunTrainingArguments, tokenizer: Any,
     Raises:
         ValueError: files, lengths or a tokenizer that cannot be used.
     """
-    files = read_files(data, args, cache_dir)
+    files = _read_files(data, args, cache_dir)
     version_2 = data.version_2_with_negative or any(each.has_impossible for each in files.values())
     for name, each in files.items():
         if name != "test":
@@ -191,11 +181,8 @@ def _report(asked: QuestionSet, labels: Labels, *, training: bool) -> None:
             ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else ""),
         )  # fmt: skip
     if labels.inexact:
-        logger.info(
-            "%s: the tokens of %d answers hold more than the answer ('1973s' for '1973')",
-            asked.source,
-            len(labels.inexact),
-        )
+        more = "%s: the tokens of %d answers hold more than the answer ('1973s' for '1973')"
+        logger.info(more, asked.source, len(labels.inexact))
 
 
 def _digest(asked: QuestionSet) -> str:

@@ -39,22 +39,15 @@ def score_main(flags: Sequence[str]) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        print(score_file(flags))
+        print(_score_file(flags))
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
-def score_file(flags: Sequence[str]) -> str:
-    """The JSON line of a command line of scoring: ``exact_match`` and ``f1`` in percent, and for v2.0 the splits.
-
-    Args:
-        flags: without the program's name.
-
-    Raises:
-        ValueError: a flag or a file that cannot be.
-    """
+def _score_file(flags: Sequence[str]) -> str:
+    """The JSON line of a command line of scoring: ``exact_match`` and ``f1`` in percent, and for v2.0 the splits."""
     args = _parser().parse_args(list(flags))
     if args.score is None:
         raise ValueError("--score needs a file of predictions; --score --help lists the flags of scoring.")

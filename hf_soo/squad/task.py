@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback
 
 from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
-from hf_soo.runs.pretrained import PretrainedArguments
+from hf_soo.runs.pretrained import PretrainedArguments, sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
 from hf_soo.squad.answers import AnswerConfig, Predictions, answer
@@ -20,7 +20,6 @@ from hf_soo.squad.windows import WindowCollator
 
 logger = logging.getLogger(__name__)
 
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 DATA_SETTINGS = ("max_seq_length", "doc_stride", "max_query_length", "pad_to_max_length", "max_answer_length")
 
 
@@ -52,38 +51,23 @@ class SquadTask(Task):
         self.latest: Predictions | None = None  # of the evaluation set
 
     def make_model(self, seed: int) -> nn.Module:
-        """The pretrained encoder with a question-answering head.
-
-        Args:
-            seed: of the head's weights.
-        """
+        """The pretrained encoder with a question-answering head."""
         return self.pretrained.load(AutoModelForQuestionAnswering, self.pretrained.config, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """The model's shape, and the data with a digest of questions and answers.
-
-        Args:
-            model: the model.
-        """
+        """The model's shape, and the data with a digest of questions and answers."""
         config = self.pretrained.config
-        shape = {key: getattr(config, key) for key in SHAPE if hasattr(config, key)}
         data = {
             "version_2": self.data.version_2,
             **{key: getattr(self.settings, key) for key in DATA_SETTINGS},
             **{name: part.description for name, part in self.data.parts.items()},
         }
-        return {"model": {"type": config.model_type, "start": self.pretrained.name, **shape}, "data": data}
+        return {"model": {"type": config.model_type, "start": self.pretrained.name, **sizes(config)}, "data": data}
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
     ) -> FineTuningTrainer:
-        """The Trainer of a run.
-
-        Args:
-            model: with its initial weights.
-            args: the Trainer's settings.
-            callbacks: all of them.
-        """
+        """The Trainer of a run."""
         self.latest = None
         settings, data = self.settings, self.data
         return FineTuningTrainer(
@@ -99,14 +83,7 @@ class SquadTask(Task):
         )
 
     def finish(self, trainer: Trainer) -> dict[str, float]:
-        """Answer the questions of the evaluation set and of the test set; the first process writes the files.
-
-        Args:
-            trainer: holds the model.
-
-        Returns:
-            Exact match and F1 in percent, and for v2.0 the splits and best thresholds.
-        """
+        """Answer the questions of the evaluation set and of the test set; the first process writes the files."""
         folder, first = Path(str(trainer.args.output_dir)), trainer.is_world_process_zero()
         metrics: dict[str, float] = {}
         if self.data.validation is not None:

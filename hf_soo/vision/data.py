@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_soo.runs.arguments import option
+from hf_soo.runs.arguments import check_positive, option
 from hf_soo.vision.images import Shape, decode, fit, shape_of
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ class ImageDataConfig:
         Raises:
             ValueError: a value is not allowed.
         """
-        for key in ("image_size", "max_train_samples", "max_eval_samples"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{key}={value} must be 1 or more, or left out.")
+        check_positive(self, "image_size", "max_train_samples", "max_eval_samples")
         if self.num_channels not in (None, 1, 3):
             raise ValueError(f"num_channels={self.num_channels} is not allowed; use 1 (grey) or 3 (RGB).")
         if not 0 < self.eval_share < 1:
@@ -85,7 +83,7 @@ def load_images(config: ImageDataConfig) -> ImageData:
     """
     parts, classes, shape = _digits(config) if config.dataset == DIGITS else _stored(config)
     if len(parts) == 1:
-        train, held_out = stratified_split(parts[0]["label"], config.eval_share, classes)
+        train, held_out = _stratified_split(parts[0]["label"], config.eval_share, classes)
         parts = [parts[0].select(train), parts[0].select(held_out)]
     else:
         parts = [part.select(np.random.RandomState(SPLIT_SEED).permutation(len(part))) for part in parts]
@@ -100,20 +98,8 @@ def _head(part: Any, count: int | None) -> Any:
     return part if count is None else part.select(range(min(count, len(part))))
 
 
-def stratified_split(labels: Sequence[int], share: float, classes: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out: of each class ``share``, at least one, the same in every run.
-
-    Args:
-        labels: of all examples.
-        share: held out of each class, between 0 and 1.
-        classes: their names.
-
-    Returns:
-        Both in random order, so that the first n of either are a fair sample.
-
-    Raises:
-        ValueError: a class has fewer than two examples.
-    """
+def _stratified_split(labels: Sequence[int], share: float, classes: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Indices to train on and held out: ``share`` of each class, at least one; random, but the same in every run."""
     random = np.random.RandomState(SPLIT_SEED)  # a generator whose numbers numpy has promised never to change
     array, train, held_out = np.asarray(labels), [], []
     for label, name in enumerate(classes):
@@ -249,19 +235,15 @@ class _Encoder:
 
 @dataclass(frozen=True, slots=True)
 class ImageCollator:
-    """Rows to a batch: ``pixel_values`` [B, C, H, W] between -1 and 1, and ``labels`` [B]."""
+    """Samples to a batch: ``pixel_values`` [B, C, H, W] between -1 and 1, and ``labels`` [B]."""
 
     shape: Shape
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Put rows together.
-
-        Args:
-            rows: with ``pixels`` and ``label``.
-        """
-        pixels = np.frombuffer(b"".join(row["pixels"] for row in rows), dtype=np.uint8)
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Put samples, with ``pixels`` and ``label``, together."""
+        pixels = np.frombuffer(b"".join(sample["pixels"] for sample in samples), dtype=np.uint8)
         values = torch.from_numpy(pixels.reshape(-1, *self.shape).astype(np.float32))
-        return {"pixel_values": values / 127.5 - 1, "labels": torch.tensor([row["label"] for row in rows])}
+        return {"pixel_values": values / 127.5 - 1, "labels": torch.tensor([sample["label"] for sample in samples])}
 
 
 def digest(data: ImageData) -> str:

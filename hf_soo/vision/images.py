@@ -31,7 +31,7 @@ def decode(value: Any, where: str) -> Pixels:
     """
     import datasets
 
-    require_pillow()
+    _require_pillow()
     path = value.get("path") if isinstance(value, dict) else None
     named = f"image {str(path)!r}" if path else where
     try:
@@ -61,7 +61,7 @@ def fit(image: Pixels, shape: Shape) -> Pixels:
     if image.ndim == 3 and channels == 1:
         image = np.rint(image @ np.array(LUMA)).astype(np.uint8)
     if list(image.shape[:2]) != size:
-        require_pillow()
+        _require_pillow()
         from PIL import Image
 
         image = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
@@ -88,12 +88,8 @@ def shape_of(image: Pixels, image_size: int | None, num_channels: int | None) ->
     return num_channels or (1 if image.ndim == 2 else 3), side, side
 
 
-def require_pillow() -> None:
-    """Say what to install where PIL is missing.
-
-    Raises:
-        ValueError: it is missing.
-    """
+def _require_pillow() -> None:
+    """Say what to install where PIL is missing."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from transformers import EvalPrediction, TrainerCallback
 
 from hf_soo.integrations.trainer import SecondOrderTrainer
+from hf_soo.runs.finetuning import best_class
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
 from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageDataConfig, digest, load_images
@@ -35,19 +36,11 @@ class VisionTask(Task):
             self.data = load_images(data)
 
     def make_model(self, seed: int) -> nn.Module:
-        """A new classifier for these images.
-
-        Args:
-            seed: of the initial weights.
-        """
+        """A new classifier for these images."""
         return make_image_model(self.model, self.data, seed)
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """All settings of the model's shape, and the data with a hash of its pixels.
-
-        Args:
-            model: the classifier.
-        """
+        """All settings of the model's shape, and the data with a hash of its pixels."""
         data = {
             "dataset": self.dataset,
             "classes": len(self.data.classes),
@@ -62,13 +55,7 @@ class VisionTask(Task):
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
     ) -> SecondOrderTrainer:
-        """The Trainer of a run.
-
-        Args:
-            model: with its initial weights.
-            args: the Trainer's settings.
-            callbacks: all of them.
-        """
+        """The Trainer of a run."""
         return SecondOrderTrainer(
             model=model,
             args=args,
@@ -76,25 +63,11 @@ class VisionTask(Task):
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
             callbacks=callbacks,
-            compute_metrics=accuracy,
+            compute_metrics=_accuracy,
             preprocess_logits_for_metrics=best_class,
         )
 
 
-def best_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """The class with the largest logit: all that the accuracy needs to keep of an evaluation.
-
-    Args:
-        logits: [B, classes].
-        labels: [B], not used.
-    """
-    return logits.argmax(-1)
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of images whose class is right.
-
-    Args:
-        prediction: predicted and true classes.
-    """
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of images whose class is right."""
     return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}

@@ -167,7 +167,7 @@ def test_corpus_can_be_read_twice_and_limited() -> None:
         ("a.txt", b" \n\n \n", "holds no text"),
         ("a.txt", b"good line\nbad \xff byte\n", r"a.txt', line 2 is not UTF-8: byte 0xff at offset 14; convert it"),
         ("a.txt", "ok\nü".encode()[:-1], r"a.txt', line 2 is not UTF-8: byte 0xc3 at offset 3"),
-        ("a.jsonl", b'{"text": "a"}\n{oops\n', r"line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{oops\n', r"line 2: no JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "line 1 has no column 'text'; it has body: choose one with text_column"),
         ("a.jsonl", b"[1]\n", "line 1 is a JSON list"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\\ud800"}\n', "line 3: 'text' holds half of a surrogate pair"),

@@ -13,7 +13,7 @@ import pytest
 
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.files import Examples, read_examples
-from hf_soo.glue.tasks import TASKS, find_task, find_tasks
+from hf_soo.glue.tasks import TASKS, find_tasks
 from tests.tasks.glue_cases import write_archive, write_tests
 
 REAL = Path(os.environ.get("HF_SOO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "glue"
@@ -42,11 +42,11 @@ def wrong(task: str, file: Path, content: str | bytes, message: str) -> None:
 
 def test_names() -> None:
     for spelling in ("SST-2", "sst2", "sst_2", " Sst2"):
-        assert find_task(spelling).name == "sst2"
+        assert find_tasks([spelling])[0].name == "sst2"
     assert [task.name for task in find_tasks(["mrpc,STS-B", "rte", "MRPC"])] == ["mrpc", "stsb", "rte"]
     assert [task.name for task in find_tasks(["all"])] == list(TASKS) and len(TASKS) == 9
     with pytest.raises(ValueError, match=r"'mprc' is no task of GLUE; did you mean 'mrpc'\? Use cola"):
-        find_task("mprc")
+        find_tasks(["mprc"])
     with pytest.raises(ValueError, match="task_name is missing"):
         find_tasks([","])
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_soo.squad.answers import AnswerConfig, answer
-from hf_soo.squad.files import QuestionSet, collect, read_questions
+from hf_soo.squad.files import QuestionSet, _collect, read_questions
 from hf_soo.squad.metrics import score_v1
 from hf_soo.squad.tokens import Labels, find_labels, read_template, tokenize
 from hf_soo.squad.windows import WindowCollator, WindowConfig, Windows
@@ -39,7 +39,7 @@ def test_all_layouts_give_the_same_questions(tmp_path: Path) -> None:
         "rows.jsonl": "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in rows) + "\n",
     }
     read = [read_questions(write(tmp_path / name, content)) for name, content in layouts.items()]
-    assert read[0].questions == read[1].questions == read[2].questions == collect("hub", rows).questions
+    assert read[0].questions == read[1].questions == read[2].questions == _collect("hub", rows).questions
     first, second = read[0].questions
     assert (first.id, first.question, first.context, first.answers) == ("1", "which ?", CONTEXT, ((3, "red"),))
     assert first.context is second.context

@@ -25,8 +25,9 @@ from transformers import (
 from hf_soo.bert.model import GatheredBertForPreTraining, name_bias_once
 from hf_soo.glue.data import GlueDataArguments
 from hf_soo.glue.model import GlueModelArguments, find_classifier, make_classifier
-from hf_soo.glue.task import GlueFineTuning, best_class, numbers
+from hf_soo.glue.task import GlueFineTuning, _numbers
 from hf_soo.glue.tasks import TASKS
+from hf_soo.runs.finetuning import best_class
 from hf_soo.runs.pretrained import Pretrained, check_tokenizer
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from tests.tasks.glue_cases import make_model, write_archive
@@ -96,7 +97,7 @@ def test_configuration_tokenizer_and_revision_are_those_asked_for(
 def test_models_that_return_more_than_logits() -> None:
     logits = torch.tensor([[0.1, 0.7], [0.9, 0.2]])
     assert best_class((logits, logits), None).tolist() == best_class(logits, None).tolist() == [1, 0]
-    assert numbers((logits[:, :1], logits), None).tolist() == numbers(logits[:, :1], None).tolist()
+    assert _numbers((logits[:, :1], logits), None).tolist() == _numbers(logits[:, :1], None).tolist()
 
 
 def test_tokenizers_of_other_kinds_of_model() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_soo.runs.training import weights_hash
-from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, digest, load_images, stratified_split
+from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, _stratified_split, digest, load_images
 from hf_soo.vision.images import Pixels, fit
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
@@ -60,14 +60,14 @@ def test_digits_are_scikit_learns_and_their_split_is_fixed_and_disjoint() -> Non
 
 def test_stratified_split_is_disjoint_complete_and_takes_of_every_class() -> None:
     labels = [0] * 50 + [1] * 2 + [2] * 9
-    train, held_out = stratified_split(labels, 0.2, "abc")
+    train, held_out = _stratified_split(labels, 0.2, "abc")
     assert sorted(train + held_out) == list(range(61))
     assert np.bincount([labels[i] for i in held_out]).tolist() == [10, 1, 2]
-    assert (train, held_out) == stratified_split(labels, 0.2, "abc")
+    assert (train, held_out) == _stratified_split(labels, 0.2, "abc")
     assert train != sorted(train)  # the first n are of all classes
-    assert np.bincount([labels[i] for i in stratified_split(labels, 0.99, "abc")[0]]).tolist() == [1, 1, 1]
+    assert np.bincount([labels[i] for i in _stratified_split(labels, 0.99, "abc")[0]]).tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="class 'd' has 1 images; at least 2"):
-        stratified_split([*labels, 3], 0.2, "abcd")
+        _stratified_split([*labels, 3], 0.2, "abcd")
 
 
 def test_sizes_and_channels_of_digits() -> None:

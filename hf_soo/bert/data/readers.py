@@ -6,7 +6,6 @@ Every error names the file and the line or row. Memory holds one document, or a 
 from __future__ import annotations
 
 import codecs
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.bert.data.cleaning import RawDocument
-from hf_soo.files import is_broken, read_lines
+from hf_soo.files import is_broken, read_json_lines, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -149,16 +148,7 @@ def _read_text(file: Path) -> Iterator[RawDocument]:
 
 def _read_jsonl(file: Path, text_column: str) -> Iterator[RawDocument]:
     """One JSON object a line."""
-    for number, line in enumerate(read_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"file {str(file)!r}, line {number} is not JSON ({error.msg}); "
-                f"each line must be an object with {text_column!r}."
-            ) from error
+    for number, row in read_json_lines(file):
         yield _document_of(row, text_column, f"file {str(file)!r}, line {number}")
 
 
