@@ -1,4 +1,4 @@
-"""BERT pretraining as a task: what `scripts/pretrain_bert.py` trains."""
+"""BERT pretraining as a task: what ``scripts/pretrain_bert.py`` trains."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PretrainingTask(Task):
         Args:
             model: which BERT.
             data: which text, and how it is masked.
-            args: `output_dir` is where a corpus is prepared.
+            args: ``output_dir`` is where a corpus is prepared.
 
         Raises:
             ValueError: two models to start from, or one that is not there.
@@ -95,7 +95,7 @@ class PretrainingTask(Task):
 class PretrainingTrainer(SecondOrderTrainer):
     """Goes on from an earlier phase; evaluates with a collator of its own, which draws the same masks every time.
 
-    Of the logits only sums are kept. `train_sampling_strategy="group_by_length"` is resumed exactly.
+    Of the logits only sums are kept. ``train_sampling_strategy="group_by_length"`` is resumed exactly.
     """
 
     eval_collator: PretrainingCollator

@@ -1,4 +1,4 @@
-"""Fine-tuning on one task of GLUE: what `scripts/run_glue.py` trains."""
+"""Fine-tuning on one task of GLUE: what ``scripts/run_glue.py`` trains."""
 
 from __future__ import annotations
 

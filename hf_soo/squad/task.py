@@ -1,4 +1,4 @@
-"""Question answering on SQuAD as a task: what `scripts/run_squad.py` trains."""
+"""Question answering on SQuAD as a task: what ``scripts/run_squad.py`` trains."""
 
 from __future__ import annotations
 

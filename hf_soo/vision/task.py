@@ -1,4 +1,4 @@
-"""Image classification as a task: what `scripts/run_vision.py` trains."""
+"""Image classification as a task: what ``scripts/run_vision.py`` trains."""
 
 from __future__ import annotations
 
