@@ -23,6 +23,24 @@ import torch
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
 
+LONGEST = (
+    "ranks/test_equality.py", "scripts/test_launch_kit.py", "ranks/test_fsdp.py", "ranks/test_reshard.py",
+    "scripts/test_launch_slurm.py", "ranks/test_faults.py", "trainer/test_trainer.py", "scripts/test_plan_dry_run.py",
+    "ranks/test_distributed.py", "scripts/test_pretrain_script.py", "methods/test_contract_settings.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would start with the files of the most tests; here the longest come first, so that none is left alone."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest, then the others as they come."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
+
+
 def pytest_collection_finish() -> None:
     """The imported libraries are no garbage: each `Trainer.train` collects, and would go through all of them."""
     gc.collect()

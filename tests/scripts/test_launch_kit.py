@@ -178,7 +178,8 @@ SHARDED = 1e-5
 def test_deepspeed_runs_on_two_cpu_processes(
     stage: int, two_processes: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
-    run = launch(f"zero{stage}_8", corpus, tmp_path, "--ddp_backend", "gloo", processes=2)
+    script = "tests/ranks/pretrain_on_gloo.py"
+    run = launch(f"zero{stage}_8", corpus, tmp_path, "--ddp_backend", "gloo", processes=2, script=script)
     assert losses(run) == pytest.approx(losses(two_processes), rel=SHARDED)
 
 
@@ -188,7 +189,7 @@ def test_fsdp_runs_on_two_cpu_processes(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     flags = ["--ddp_backend", "gloo", "--save_strategy", "steps", "--save_steps", "3"]
-    run = launch("fsdp2_8", corpus, tmp_path, *flags, processes=2, script="tests/ranks/fsdp_on_cpu.py")
+    run = launch("fsdp2_8", corpus, tmp_path, *flags, processes=2, script="tests/ranks/pretrain_on_gloo.py")
     assert losses(run) == pytest.approx(losses(two_processes), rel=SHARDED)
     written = {path.name for path in (tmp_path / "checkpoint-3").iterdir()}
     assert {"pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"} < written  # whole, not in shards
