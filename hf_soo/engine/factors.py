@@ -32,7 +32,7 @@ class FactorRecorder:
 
     A layer's buffers, all in the accumulation dtype:
 
-    0. the rows of A, and the rows with g ≠ 0, [2];
+    0. the samples in A, and those with g ≠ 0, [2];
     1. Σ a aᵀ, [d_in (+ 1), d_in (+ 1)];
     2. Σ g gᵀ, [d_out, d_out], empty if not asked for;
     3. Σ |ĝ|² and δ² Σ |g|² (``NOISE_LEVEL``), [2], of "reduce", where a sum may be rounding noise alone.
@@ -99,15 +99,15 @@ class FactorRecorder:
         terms = self._terms(counts[:, 1])
 
         def of(group: Sequence[Layer]) -> Statistics:
-            rows, live = stack([buffers[layer.name][0] for layer in group]).unbind(-1)
-            A = stack([buffers[layer.name][1] for layer in group]) / rows.clamp(min=1)[:, None, None]
+            samples, live = stack([buffers[layer.name][0] for layer in group]).unbind(-1)
+            A = stack([buffers[layer.name][1] for layer in group]) / samples.clamp(min=1)[:, None, None]
             if not self.outputs:
-                return Statistics(samples=rows, inputs=A)
-            scale = window.unit**2 * (1 / rows.clamp(min=1) if self.published else terms.expand_as(rows))
+                return Statistics(samples=samples, inputs=A)
+            scale = window.unit**2 * (1 / samples.clamp(min=1) if self.published else terms.expand_as(samples))
             B = stack([buffers[layer.name][2] for layer in group]) * scale[:, None, None]
             noise = stack([buffers[layer.name][3] for layer in group])
             is_noise = noise[:, 0] <= noise[:, 1] if self.reduce else None
-            return Statistics(samples=torch.where(live > 0, rows, 0.0), inputs=A, outputs=B, noise=is_noise)
+            return Statistics(samples=torch.where(live > 0, samples, 0.0), inputs=A, outputs=B, noise=is_noise)
 
         return lambda groups: [of(group) for group in groups]
 

@@ -32,7 +32,7 @@ class SumRecorder:
 
     A layer's buffers, all in the accumulation dtype:
 
-    0. rows of each group that are no padding, [groups];
+    0. samples (rows that are no padding) of each group, [groups];
     1. Σ input rows, [groups, d_in], empty if not asked for;
     2. Σ output gradients, [groups, d_out], empty if not asked for or given by ``bias.grad``;
     3. Σ over micro-batches of |Σe|² and of δ² Σ|e|² (``NOISE_LEVEL``), [2], empty if not asked for.
@@ -82,12 +82,12 @@ class SumRecorder:
     def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
         """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
         if token_mask is None:
-            inputs, rows = layer.input_sums(x, self.groups)
-            counts = _group_sizes(rows, self.groups, buffers[0])
+            inputs, count = layer.input_sums(x, self.groups)
+            samples = _group_sizes(count, self.groups, buffers[0])
         else:
             inputs, _ = layer.input_sums(x * token_mask[..., None].to(x.dtype), self.groups)
-            counts = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
-        return cast(Tensor, _CommitSums.apply(output, inputs, counts, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
+            samples = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
+        return cast(Tensor, _CommitSums.apply(output, inputs, samples, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -103,10 +103,10 @@ class SumRecorder:
 
         def of(group: Sequence[Layer]) -> Statistics:
             buffers = [window.buffers[layer.name] for layer in group]
-            rows = stack([b[0] for b in buffers])
+            samples = stack([b[0] for b in buffers])
             return Statistics(
-                samples=rows.sum(-1),
-                inputs=_input_means(group, stack([b[1] for b in buffers]), rows) if self.inputs else None,
+                samples=samples.sum(-1),
+                inputs=_input_means(group, stack([b[1] for b in buffers]), samples) if self.inputs else None,
                 outputs=stack([outputs[layer.name] for layer in group]) if self.outputs else None,
                 noise=_is_noise(stack([b[3] for b in buffers])) if self.noise else None,
             )
@@ -117,8 +117,8 @@ class SumRecorder:
         """Mean output gradient of each group of rows, [groups, d_out]; zeros where a layer has no gradient."""
         means = {}
         for layer in window.layers:
-            rows, _, outputs, _ = window.buffers[layer.name]
-            means[layer.name] = outputs * window.unit if outputs.numel() else rows.new_zeros(1, layer.shape[0])
+            samples, _, outputs, _ = window.buffers[layer.name]
+            means[layer.name] = outputs * window.unit if outputs.numel() else samples.new_zeros(1, layer.shape[0])
         of_bias = [
             layer for layer in window.layers if not window.buffers[layer.name][2].numel() and window.strategy.has(layer)
         ]
@@ -131,8 +131,10 @@ class _CommitSums(torch.autograd.Function):
     """The identity on the layer's output; its backward commits the sums of this micro-batch."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, rows: Tensor, channel_dim: int, *buffers: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs, rows)
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, samples: Tensor, channel_dim: int, *buffers: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, samples)
         ctx.channel_dim = channel_dim
         ctx.buffers = buffers
         # detach, not view_as: an output that is a view of a custom function could not be modified in place (relu_).
@@ -141,9 +143,9 @@ class _CommitSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        inputs, rows = ctx.saved_tensors
-        row_buffer, input_buffer, output_buffer, noise_buffer = ctx.buffers
-        row_buffer.add_(rows)
+        inputs, samples = ctx.saved_tensors
+        sample_buffer, input_buffer, output_buffer, noise_buffer = ctx.buffers
+        sample_buffer.add_(samples)
         if input_buffer.numel():
             input_buffer.add_(inputs)
         if output_buffer.numel() or noise_buffer.numel():
@@ -164,17 +166,17 @@ def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
         noise.add_(torch.stack([total, NOISE_LEVEL[grad.dtype] ** 2 * energy]))
 
 
-def _group_sizes(rows: int, groups: int, like: Tensor) -> Tensor:
-    """How many of ``rows`` rows each of ``groups`` parts holds, as ``torch.tensor_split`` does it: [groups]."""
+def _group_sizes(samples: int, groups: int, like: Tensor) -> Tensor:
+    """How many of the samples each of ``groups`` parts holds, as ``torch.tensor_split`` does it: [groups]."""
     part = torch.arange(groups, device=like.device)
-    return rows // groups + (part < rows % groups).to(like.dtype)
+    return samples // groups + (part < samples % groups).to(like.dtype)
 
 
-def _input_means(group: Sequence[Layer], sums: Tensor, rows: Tensor) -> Tensor:
-    means = sums / rows.clamp(min=1)[..., None]  # a group without rows is a zero vector
+def _input_means(group: Sequence[Layer], sums: Tensor, samples: Tensor) -> Tensor:
+    means = sums / samples.clamp(min=1)[..., None]  # a group without samples is a zero vector
     if group[0].bias is None:
         return means
-    return torch.cat([means, (rows > 0).to(means)[..., None]], dim=-1)
+    return torch.cat([means, (samples > 0).to(means)[..., None]], dim=-1)
 
 
 def _is_noise(noise: Tensor) -> Tensor:

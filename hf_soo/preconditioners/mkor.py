@@ -48,62 +48,7 @@ from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronec
 from hf_soo.preconditioners.mkor_dense import Dense
 
 DEFAULT_HISTORY = 32
-
-
-def lowrank_update(C: Tensor, head: Tensor, V: Tensor, factor_decay: float, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The blend rule on F = I - CᵀC, exactly: M = γF + (1-γ)I, then F ← (M⁻¹ + VᵀV)⁻¹.
-
-    With U = VM and I + VUᵀ = TTᵀ (Cholesky), the r rows T⁻¹U join the ring buffer, and the rows that stay are scaled
-    by √γ; the r oldest rows, of weight γ^K, are overwritten.
-
-    Args:
-        C: rows of the factor, [..., K, d].
-        head: the slot of the oldest row, int64 [...].
-        V: the r Kronecker vectors, [..., r, d], r <= K.
-        factor_decay: γ in (0, 1).
-        valid: bool [...]; where False the factor stays as it is, whatever V holds.
-
-    Returns:
-        The new C and head.
-    """
-    history, r = C.shape[-2], V.shape[-2]
-    U = V - factor_decay * ((V @ C.mT) @ C)  # VM = V - γ(VCᵀ)C
-    T, _ = torch.linalg.cholesky_ex(torch.eye(r, dtype=V.dtype, device=V.device) + V @ U.mT)
-    fresh = torch.linalg.solve_triangular(T, U, upper=False)
-    age = (torch.arange(history, device=C.device) - head[..., None]) % history  # slots in ring order, [..., K]
-    replaced = (age < r)[..., None]
-    rows = torch.take_along_dim(fresh, age.clamp(max=r - 1)[..., None], dim=-2)
-    updated = torch.where(replaced, rows, factor_decay**0.5 * C)
-    valid = valid & fresh.isfinite().all(-1).all(-1)
-    return torch.where(valid[..., None, None], updated, C), torch.where(valid, (head + r) % history, head)
-
-
-def lowrank_product(grad: Joint, C_b: Tensor, C_a: Tensor) -> RowSums[TransformNorms]:
-    """In place: Ĝ ← (I - C_bᵀC_b) Ĝ (I - C_aᵀC_a), in thin products; a C without rows is the identity.
-
-    Args:
-        grad: rows of Ĝ, n x m (the bias's column included).
-        C_b: of the left factor, the columns that belong to these rows, [L, K, n].
-        C_a: of the right factor, [L, K', m].
-
-    Yields:
-        Sums over rows: |Ĝ|², |Y|² and X; then |P|².
-
-    Returns:
-        Squared norms and inner product of Ĝ and P.
-    """
-    before, right = grad.squared_norm(), grad.split(C_a)
-    Y, X = grad @ C_a.mT, grad.from_left(C_b)  # ĜC_aᵀ, local to rows; C_bĜ, a sum over them
-    y_norm = squared_norm(Y)
-    yield [before, y_norm, *X.tensors()]
-    Z = X @ C_a.mT
-    # ⟨P, Ĝ⟩ = |Ĝ|² - |X|² - |Y|² + |Z|²
-    inner = before - y_norm - X.squared_norm() + squared_norm(Z)
-    # P = Ĝ - Y C_a - C_bᵀ(X - Z C_a)
-    grad.subtract_((Y, right), (C_b.mT, X.minus(Z, right)))
-    after = grad.squared_norm()
-    yield [after]
-    return TransformNorms(before, after, inner)
+SIDE_NAMES = {Side.INPUT: "right", Side.OUTPUT: "left"}
 
 
 @dataclass(frozen=True)
@@ -172,6 +117,62 @@ class MKORConfig(Periodic):
             require_range("stabilizer_blend", self.stabilizer_blend, 0, 1)
 
 
+def lowrank_update(C: Tensor, head: Tensor, V: Tensor, factor_decay: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The blend rule on F = I - CᵀC, exactly: M = γF + (1-γ)I, then F ← (M⁻¹ + VᵀV)⁻¹.
+
+    With U = VM and I + VUᵀ = TTᵀ (Cholesky), the r rows T⁻¹U join the ring buffer, and the rows that stay are scaled
+    by √γ; the r oldest rows, of weight γ^K, are overwritten.
+
+    Args:
+        C: rows of the factor, [..., K, d].
+        head: the slot of the oldest row, int64 [...].
+        V: the r Kronecker vectors, [..., r, d], r <= K.
+        factor_decay: γ in (0, 1).
+        valid: bool [...]; where False the factor stays as it is, whatever V holds.
+
+    Returns:
+        The new C and head.
+    """
+    history, r = C.shape[-2], V.shape[-2]
+    U = V - factor_decay * ((V @ C.mT) @ C)  # VM = V - γ(VCᵀ)C
+    T, _ = torch.linalg.cholesky_ex(torch.eye(r, dtype=V.dtype, device=V.device) + V @ U.mT)
+    fresh = torch.linalg.solve_triangular(T, U, upper=False)
+    age = (torch.arange(history, device=C.device) - head[..., None]) % history  # slots in ring order, [..., K]
+    replaced = (age < r)[..., None]
+    rows = torch.take_along_dim(fresh, age.clamp(max=r - 1)[..., None], dim=-2)
+    updated = torch.where(replaced, rows, factor_decay**0.5 * C)
+    valid = valid & fresh.isfinite().all(-1).all(-1)
+    return torch.where(valid[..., None, None], updated, C), torch.where(valid, (head + r) % history, head)
+
+
+def lowrank_product(grad: Joint, C_b: Tensor, C_a: Tensor) -> RowSums[TransformNorms]:
+    """In place: Ĝ ← (I - C_bᵀC_b) Ĝ (I - C_aᵀC_a), in thin products; a C without rows is the identity.
+
+    Args:
+        grad: rows of Ĝ, n x m (the bias's column included).
+        C_b: of the left factor, the columns that belong to these rows, [L, K, n].
+        C_a: of the right factor, [L, K', m].
+
+    Yields:
+        Sums over rows: |Ĝ|², |Y|² and X; then |P|².
+
+    Returns:
+        Squared norms and inner product of Ĝ and P.
+    """
+    before, right = grad.squared_norm(), grad.split(C_a)
+    Y, X = grad @ C_a.mT, grad.from_left(C_b)  # ĜC_aᵀ, local to rows; C_bĜ, a sum over them
+    y_norm = squared_norm(Y)
+    yield [before, y_norm, *X.tensors()]
+    Z = X @ C_a.mT
+    # ⟨P, Ĝ⟩ = |Ĝ|² - |X|² - |Y|² + |Z|²
+    inner = before - y_norm - X.squared_norm() + squared_norm(Z)
+    # P = Ĝ - Y C_a - C_bᵀ(X - Z C_a)
+    grad.subtract_((Y, right), (C_b.mT, X.minus(Z, right)))
+    after = grad.squared_norm()
+    yield [after]
+    return TransformNorms(before, after, inner)
+
+
 class LowRank:
     """F = I - CᵀC; ``columns`` [K, d] holds C, ``head`` the slot of its oldest row."""
 
@@ -212,9 +213,6 @@ class LowRank:
 def _no_rows(grad: Joint, d: int) -> Tensor:
     """The C of an identity, [L, 0, d]."""
     return grad.weight.new_zeros(len(grad.weight), 0, d)
-
-
-SIDE_NAMES = {Side.INPUT: "right", Side.OUTPUT: "left"}
 
 
 class MKOR(RowWise):
