@@ -48,7 +48,7 @@ def available() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class OptimizerSettings:
     """What an optimizer is built from, with everything checked that can be checked without a model.
 
     Args:
@@ -77,7 +77,7 @@ class Settings:
         base_args: Mapping[str, Any] | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-    ) -> Settings:
+    ) -> OptimizerSettings:
         """Check what ``build_optimizer`` is given; ``settings`` are its ``config``.
 
         Raises:
@@ -101,7 +101,7 @@ class Settings:
         """Whether the method needs the batch size, and it is not given."""
         return takes_batch_size(self.name) and self.config is not None and self.config.batch_size is None
 
-    def with_batch_size(self, batch_size: int) -> Settings:
+    def with_batch_size(self, batch_size: int) -> OptimizerSettings:
         """The same for a global batch: loss terms averaged in a step, over all processes and micro-batches."""
         assert self.config is not None
         return dataclasses.replace(self, config=dataclasses.replace(self.config, batch_size=batch_size))
@@ -176,7 +176,7 @@ def build_optimizer(
         NotImplementedError: the model is wrapped in a way that cannot work.
     """
     model = bare_model(model)
-    settings = Settings.of(name, config, base=base, base_args=base_args, include=include, exclude=exclude)
+    settings = OptimizerSettings.of(name, config, base=base, base_args=base_args, include=include, exclude=exclude)
     return settings.build(model, decay_groups(model, weight_decay), lr)
 
 

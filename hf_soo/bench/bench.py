@@ -50,23 +50,23 @@ def parse_pairs(text: str, base: str | None = None) -> list[Pair]:
     """Read `NAME[:key=value...][+BASE],...`.
 
     Args:
-        text: The flag's value.
-        base: For methods that name no base and take one.
+        text: the flag's value.
+        base: for methods that name no base and take one.
 
     Returns:
         The pairs.
 
     Raises:
-        ValueError: If a name is unknown or a setting is not `key=value`.
+        ValueError: if a name is unknown or a setting is not `key=value`.
     """
     pairs = []
     for item in text.split(","):
         method, _, own_base = item.strip().partition("+")
         name, *settings = method.split(":")
         if name not in METHODS:
-            raise ValueError(f"optimizer {name!r} is unknown; use one of {', '.join(METHODS)}")
+            raise ValueError(f"optimizer {name!r} is unknown; use one of {', '.join(METHODS)}.")
         if not all("=" in setting for setting in settings):
-            raise ValueError(f"{method!r}: settings are written NAME:key=value:key=value")
+            raise ValueError(f"{method!r}: settings are written NAME:key=value:key=value.")
         values = tuple((key, yaml.safe_load(value)) for key, value in (s.split("=", 1) for s in settings))
         takes_base = METHODS[name].config is not None
         pairs.append(Pair(name, own_base or (base if takes_base else None), values))
@@ -77,14 +77,14 @@ def run(config: BenchConfig, report: Callable[[dict[str, Any]], None]) -> dict[s
     """Measure all methods of a configuration.
 
     Args:
-        config: What to measure.
-        report: Called with the results so far after each method, so that an interruption loses one method at most.
+        config: what to measure.
+        report: called with the results so far after each method, so that an interruption loses one method at most.
 
     Returns:
         The results, as the JSON file has them.
 
     Raises:
-        ValueError: If a method or a setting is unknown.
+        ValueError: if a method or a setting is unknown.
     """
     torch.set_num_threads(config.threads)
     pairs = parse_pairs(config.optim, config.base)
@@ -141,9 +141,9 @@ def measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
     """Time one method.
 
     Args:
-        work: The model and its batch.
-        config: Rounds and steps.
-        pair: The method.
+        work: the model and its batch.
+        config: rounds and steps.
+        pair: the method.
 
     Returns:
         Its row, without the memory ratio.
@@ -198,8 +198,8 @@ def peak_memory(config: BenchConfig, pair: Pair | None) -> int:
     """Bytes that three whole train steps need over what the process held before the model was built.
 
     Args:
-        config: The model and batch.
-        pair: The method, or None for AdamW(foreach).
+        config: the model and batch.
+        pair: the method, or None for AdamW(foreach).
 
     Returns:
         Bytes.

@@ -66,8 +66,8 @@ class Stepper:
         """Take a round: the passes, then a step of each kind in turn with the reference's, again and again.
 
         Args:
-            reference: Stepped between the others.
-            steps: Steps of each kind; those that refresh are taken once.
+            reference: stepped between the others.
+            steps: steps of each kind; those that refresh are taken once.
 
         Returns:
             Its times.
@@ -140,8 +140,8 @@ def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
     Plain steps neither update nor refresh, update steps update alone, refresh steps refresh, with an update or without.
 
     Args:
-        rounds: At least one.
-        cycle: The method's.
+        rounds: at least one.
+        cycle: the method's.
 
     Returns:
         The row's ratios.

@@ -40,12 +40,12 @@ class BenchConfig:
     def __post_init__(self) -> None:
         """Check the values before a model is built."""
         if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}.")
         for name in ("threads", "rounds", "steps", "batch_size", "seq_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}, but torch {torch.__version__} sees no GPU; use --device cpu")
+            raise ValueError(f"device={self.device!r}, but torch {torch.__version__} sees no GPU; use --device cpu.")
 
 
 class Clock:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_soo.engine.checks import require_range, unknown_key
-from hf_soo.registry import METHODS, Settings
+from hf_soo.registry import METHODS, OptimizerSettings
 
 POLY_WARMUP = "poly_warmup"
 # The fields that are read once; whoever sets one later (a search over hyperparameters) has all of them read again.
@@ -36,7 +36,7 @@ class _Parsed:
     optim_args: dict[str, Any]
     base_optim_args: dict[str, Any]
     lr_scheduler_kwargs: dict[str, Any]
-    optimizer: Settings | None
+    optimizer: OptimizerSettings | None
 
 
 @dataclass
@@ -123,7 +123,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
                     raise ValueError(unknown_key(f"argument of {POLY_WARMUP}", key, ["degree"]))
                 require_range(key, value, 0, float("inf"), open_low=True)
         if self.optim in METHODS:
-            optimizer = Settings.of(
+            optimizer = OptimizerSettings.of(
                 self.optim,
                 optim_args,
                 base=self.base_optim,

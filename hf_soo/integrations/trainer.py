@@ -25,7 +25,7 @@ from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
 from hf_soo.integrations.mc_fisher import sampled_loss
 from hf_soo.integrations.resuming import ResumingMixin
 from hf_soo.optimizers.schedules import poly_warmup
-from hf_soo.registry import METHODS, Settings, bare_model, build_optimizer, takes_batch_size
+from hf_soo.registry import METHODS, OptimizerSettings, bare_model, build_optimizer, takes_batch_size
 
 __all__ = [
     "SecondOrderTrainer",
@@ -138,7 +138,7 @@ class SecondOrderTrainerMixin(ResumingMixin):
         encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         return mask.to(self.args.device) if isinstance(mask, torch.Tensor) and not encoder_decoder else None
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> OptimizerSettings:
         """The optimizer's settings; the batch size is filled in for methods that need one."""
         args, settings = self.args, self.args.parsed.optimizer
         assert settings is not None

@@ -121,7 +121,7 @@ def build_base(
         ValueError: the base or one of its arguments is unknown, or it refuses a value.
         NotImplementedError: it cannot step on row shards, and the parameters are (FSDP2).
     """
-    cls, defaults = resolve_base(base)
+    cls, defaults = _resolve_base(base)
     valid = base_arguments(cls)
     for key in args:
         if key not in valid:
@@ -138,7 +138,7 @@ def build_base(
     try:
         optimizer: Optimizer = cls(groups, lr=lr, **settings)  # type: ignore[call-arg]
     except TypeError as error:
-        raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}") from error
+        raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}.") from error
     if any(is_dtensor(p) for group in groups for p in group["params"]):
         check_row_shards(type(optimizer))
     if isinstance(optimizer, torch.optim.SGD):
@@ -233,7 +233,7 @@ def _fused_is_right(cls: type[Optimizer], groups: Groups) -> bool:
     return all(p.device.type in FUSED_DEVICES for p in parameters)
 
 
-def resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping[str, Any]]:
+def _resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping[str, Any]]:
     """The class of a base and our defaults for it.
 
     Args:

@@ -46,7 +46,7 @@ from hf_soo.engine.strategy import Partition
 
 
 @dataclass(slots=True)
-class Job:
+class _Job:
     """Parameters of one group, device and dtype, all with a gradient; ``ranks`` hold the rows of DTensors."""
 
     group: dict[str, Any]
@@ -55,16 +55,16 @@ class Job:
 
 
 @dataclass(slots=True)
-class Share:
+class _Share:
     """Jobs on pieces of tensors, whose norms are summed together; `like` has the sums' device and dtype."""
 
     partition: Partition
-    jobs: list[Job]
+    jobs: list[_Job]
     like: Tensor
 
 
 @dataclass(slots=True)
-class Update:
+class _Update:
     """A bundle whose gradients hold -u; the norms are None where no ratio is wanted."""
 
     group: dict[str, Any]
@@ -93,30 +93,26 @@ class Lamb(Optimizer):
         """Validate the hyperparameters and set up the groups.
 
         Args:
-            params: Parameters or parameter groups.
-            lr: Step size η; the trust ratio multiplies it.
-            betas: Decay of the first and second moment.
-            eps: Added to √v̂.
+            params: parameters or parameter groups.
+            lr: step size η; the trust ratio multiplies it.
+            betas: decay of the first and second moment.
+            eps: added to √v̂.
             weight_decay: κ, decoupled from the moments but inside the trust ratio. Groups with 0 take plain Adam steps.
-            max_grad_norm: Clip the gradient's norm over all groups to this; None: no clip. Do not clip outside too.
-            always_adapt: Apply the trust ratio to groups without weight decay too.
+            max_grad_norm: clip the gradient's norm over all groups to this; None: no clip. Do not clip outside too.
+            always_adapt: apply the trust ratio to groups without weight decay too.
 
         Raises:
-            ValueError: If a value is outside its range.
+            ValueError: if a value is outside its range.
         """
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Lamb: max_grad_norm={max_grad_norm!r} must be positive, or None to switch the clip off")
+            raise ValueError(f"Lamb: max_grad_norm={max_grad_norm!r} must be positive, or None to switch the clip off.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, always_adapt=always_adapt)
         # The clip spans the groups: like apex it is read from the defaults, which a pickled optimizer keeps.
         super().__init__(params, {**defaults, "max_grad_norm": max_grad_norm})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group whose own values have been validated.
-
-        Args:
-            param_group: As for `torch.optim.Optimizer`.
-        """
+        """Add a group whose own values have been validated."""
         super().add_param_group(param_group)
         for param in filter(is_dtensor, self.param_groups[-1]["params"]):
             sharded_dim("a parameter", param)
@@ -127,7 +123,7 @@ class Lamb(Optimizer):
         """Take one step; `.grad` is overwritten.
 
         Args:
-            closure: Re-evaluates the model and returns the loss.
+            closure: re-evaluates the model and returns the loss.
 
         Returns:
             The closure's loss, or None.
@@ -136,21 +132,17 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        whole, shares = divide(self.param_groups, self.partition)
+        whole, shares = _divide(self.param_groups, self.partition)
         excess = self._clip_divisor(whole, shares)
         for job in whole:
             for update in self._updates(job, excess):
-                apply_(update, None if update.norms is None else trust_ratio(update.norms))
+                _apply_(update, None if update.norms is None else _trust_ratio(update.norms))
         for share in shares:
             self._step_pieces(share, excess)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the moments keep the dtype they were saved in (the base class casts them to the parameter's).
-
-        Args:
-            state_dict: What `state_dict` returned.
-        """
+        """Load a state; the moments keep the dtype they were saved in (torch casts them to the parameter's)."""
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         owned = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -158,7 +150,7 @@ class Lamb(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[param][name] = value.to(param.device)
 
-    def _clip_divisor(self, whole: list[Job], shares: list[Share]) -> Tensor | None:
+    def _clip_divisor(self, whole: list[_Job], shares: list[_Share]) -> Tensor | None:
         """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip."""
         limit = self.defaults["max_grad_norm"]
         if limit is None:
@@ -170,16 +162,16 @@ class Lamb(Optimizer):
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return torch.clamp(total / limit, min=1.0)
 
-    def _step_pieces(self, share: Share, excess: Tensor | None) -> None:
+    def _step_pieces(self, share: _Share, excess: Tensor | None) -> None:
         """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
         updates = [update for job in share.jobs for update in self._updates(job, excess, share.partition)]
         known = [(update.slots, update.norms) for update in updates if update.norms is not None]
-        ratios = trust_ratio(whole_norms(known, share.partition, share.like)).unbind()
+        ratios = _trust_ratio(whole_norms(known, share.partition, share.like)).unbind()
         for update in reversed(updates):
             adapt = update.norms is not None
-            apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
+            _apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
 
-    def _updates(self, job: Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[Update]:
+    def _updates(self, job: _Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[_Update]:
         """Update moments bundle by bundle, each when it is asked for: what is applied at once is still in cache."""
         if excess is not None:
             excess = excess.to(job.params[0].device)
@@ -187,10 +179,10 @@ class Lamb(Optimizer):
         size = piece_size(job.params[0])
         scratch = torch.empty(size, dtype=wide_dtype(job.params[0]), device=job.params[0].device)
         for slots, pieces in bundles(slots_of(job.params, self.state, job.ranks is not None, partition), size):
-            found = [update_(piece, scratch, job.group, excess) for piece in pieces]
+            found = [_update_(piece, scratch, job.group, excess) for piece in pieces]
             norms = [norm for norm in found if norm is not None]
             total = torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else None
-            yield Update(job.group, slots, pieces, total)
+            yield _Update(job.group, slots, pieces, total)
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -202,14 +194,14 @@ class Lamb(Optimizer):
         return state
 
 
-def update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: Tensor | None) -> Tensor | None:
+def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: Tensor | None) -> Tensor | None:
     """Update the moments of a piece and leave -u in its gradients.
 
     Args:
-        piece: Slots.
-        scratch: At least as many elements as the piece.
-        group: The hyperparameters.
-        excess: Divisor of the gradients, or None.
+        piece: slots.
+        scratch: at least as many elements as the piece.
+        group: the hyperparameters.
+        excess: divisor of the gradients, or None.
 
     Returns:
         ‖w‖ and ‖u‖ of each slot, [2, slots], or None where no ratio is wanted.
@@ -251,11 +243,11 @@ def update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: T
     return torch.stack(norms).view(2, len(piece)) if adapt else None
 
 
-def apply_(update: Update, ratios: Tensor | None) -> None:
+def _apply_(update: _Update, ratios: Tensor | None) -> None:
     """W ← w - η r u over the pieces of one bundle, the latest first: it is still in cache.
 
     Args:
-        update: Its gradients hold -u.
+        update: its gradients hold -u.
         ratios: r of each slot, [slots]; None: 1.
     """
     lr = update.group["lr"]
@@ -271,15 +263,8 @@ def apply_(update: Update, ratios: Tensor | None) -> None:
             slot.write_back()
 
 
-def trust_ratio(norms: Tensor) -> Tensor:
-    """‖w‖ / ‖u‖ of each tensor, 1 where either is 0.
-
-    Args:
-        norms: ‖w‖ and ‖u‖, [2, tensors].
-
-    Returns:
-        The ratios, [tensors].
-    """
+def _trust_ratio(norms: Tensor) -> Tensor:
+    """‖w‖ / ‖u‖ of each tensor, 1 where either is 0: [2, tensors] -> [tensors]."""
     w_norm, u_norm = norms
     return torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
 
@@ -291,17 +276,17 @@ def _adapts(group: dict[str, Any]) -> bool:
 def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not value >= 0:
-            raise ValueError(f"Lamb: {name}={value!r} must be 0 or more")
+            raise ValueError(f"Lamb: {name}={value!r} must be 0 or more.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"Lamb: betas={betas!r} must be two numbers in [0, 1)")
+        raise ValueError(f"Lamb: betas={betas!r} must be two numbers in [0, 1).")
 
 
-def divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[list[Job], list[Share]]:
+def _divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[list[_Job], list[_Share]]:
     """Tell whole parameters from pieces.
 
     Args:
-        groups: Parameter groups.
-        partition: What the parameters are pieces of; None: each is whole, or a DTensor.
+        groups: parameter groups.
+        partition: what the parameters are pieces of; None: each is whole, or a DTensor.
 
     Returns:
         The jobs on whole parameters, and the shares. A partition has its share even if nothing has a gradient here:
@@ -310,28 +295,28 @@ def divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[l
     jobs = [job for group in groups for job in _alike(group)]
     if partition is not None:
         like = next((param for group in groups for param in group["params"]), torch.empty(0))
-        return [], [Share(partition, jobs, like)]
-    sharded: dict[tuple[Group, torch.device, torch.dtype], list[Job]] = {}
+        return [], [_Share(partition, jobs, like)]
+    sharded: dict[tuple[Group, torch.device, torch.dtype], list[_Job]] = {}
     for job in jobs:
         if job.ranks is not None:
             sharded.setdefault((job.ranks, job.params[0].device, wide_dtype(job.params[0])), []).append(job)
     shares = []
     for (ranks, _, _), together in sharded.items():
         params = [param for job in together for param in job.params]
-        shares.append(Share(MeshPartition(params, ranks), together, params[0]))
+        shares.append(_Share(MeshPartition(params, ranks), together, params[0]))
     return [job for job in jobs if job.ranks is None], shares
 
 
-def _alike(group: dict[str, Any]) -> list[Job]:
+def _alike(group: dict[str, Any]) -> list[_Job]:
     """The parameters that have a gradient, gathered by device, dtype and the ranks that hold their rows."""
-    gathered: dict[tuple[torch.device, torch.dtype, Group], Job] = {}
+    gathered: dict[tuple[torch.device, torch.dtype, Group], _Job] = {}
     for param in group["params"]:
         if param.grad is None:
             continue
         if param.grad.is_sparse:
-            raise ValueError("Lamb: a sparse gradient is not supported; build the embedding with sparse=False")
+            raise ValueError("Lamb: a sparse gradient is not supported; build the embedding with sparse=False.")
         ranks = _ranks_of_rows(param) if is_dtensor(param) else None
-        gathered.setdefault((param.device, param.dtype, ranks), Job(group, [], ranks)).params.append(param)
+        gathered.setdefault((param.device, param.dtype, ranks), _Job(group, [], ranks)).params.append(param)
     return list(gathered.values())
 
 

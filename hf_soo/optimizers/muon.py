@@ -40,26 +40,26 @@ class Muon(Optimizer):
         """Split the groups and build the two rules.
 
         Args:
-            params: Parameters or groups. A group's own `lr` scales the rates of both its parts by `group["lr"] / lr`;
+            params: parameters or groups. A group's own `lr` scales the rates of both its parts by `group["lr"] / lr`;
                 its own `weight_decay` holds for both. A group that names its `algorithm` is taken as it is.
-            lr: Step size of the matrices.
-            matrices: Parameters that are the weights of hidden layers, each of two dimensions; those in no group are
+            lr: step size of the matrices.
+            matrices: parameters that are the weights of hidden layers, each of two dimensions; those in no group are
                 ignored. Embeddings, the vocabulary decoder and heads do not belong here.
             rest_lr: AdamW's step size for everything else; None takes `lr`. Tune it: no value matters more.
             weight_decay: κ, decoupled, for both.
             momentum: μ.
-            nesterov: Whether Newton-Schulz sees (1-μ)G + μB rather than B.
+            nesterov: whether Newton-Schulz sees (1-μ)G + μB rather than B.
             ns_steps: Newton-Schulz iterations.
             rest_betas: AdamW's moment decays.
             rest_eps: AdamW's ε.
 
         Raises:
-            RuntimeError: If torch has no Muon.
-            ValueError: If a value is outside its range, a matrix has not two dimensions, or no parameter is a matrix.
+            RuntimeError: if torch has no Muon.
+            ValueError: if a value is outside its range, a matrix has not two dimensions, or no parameter is a matrix.
         """
         if not hasattr(torch.optim, "Muon"):
             raise RuntimeError(
-                f"muon needs torch.optim.Muon, torch 2.9 or newer, but torch is {torch.__version__}; upgrade torch"
+                f"muon needs torch.optim.Muon, torch 2.9 or newer, but torch is {torch.__version__}; upgrade torch."
             )
         self._lr = lr
         self._rest_lr = lr if rest_lr is None else rest_lr
@@ -83,7 +83,7 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if not any(group["algorithm"] == "muon" for group in self.param_groups):
             raise ValueError(
-                "Muon: none of the parameters is among `matrices`; pass the hidden layers' weights, or use AdamW"
+                "Muon: none of the parameters is among `matrices`; pass the hidden layers' weights, or use AdamW."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,28 +93,18 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by algorithm unless it names its own.
 
-        Args:
-            param_group: As for `torch.optim.Optimizer`.
-
         Raises:
-            ValueError: If `algorithm` is unknown, or a matrix has not two dimensions.
+            ValueError: if `algorithm` is unknown, or a matrix has not two dimensions.
         """
         for part in [param_group] if "algorithm" in param_group else self._split(param_group):
             if part["algorithm"] not in self._rules:
-                raise ValueError(f"Muon: algorithm={part['algorithm']!r} is unknown; allowed: {sorted(self._rules)}")
+                raise ValueError(f"Muon: algorithm={part['algorithm']!r} is unknown; allowed: {sorted(self._rules)}.")
             super().add_param_group(part)
             self._complete(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-        """
+        """Take one step; the loss that ``closure`` returns, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -129,16 +119,13 @@ class Muon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state made by a Muon with the same split.
 
-        Args:
-            state_dict: What `state_dict` returned.
-
         Raises:
-            ValueError: If the groups' algorithms differ.
+            ValueError: if the groups' algorithms differ.
         """
         saved = [group.get("algorithm") for group in state_dict["param_groups"]]
         owned = [group["algorithm"] for group in self.param_groups]
         if saved != owned:
-            raise ValueError(f"Muon: the checkpoint's groups are {saved}, not {owned}; resume with the same optimizer")
+            raise ValueError(f"Muon: the checkpoint's groups are {saved}, not {owned}; resume with the same optimizer.")
         super().load_state_dict(state_dict)
 
     def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -160,7 +147,7 @@ class Muon(Optimizer):
         for param in group["params"] if is_muon else ():
             if param.ndim != 2:
                 raise ValueError(
-                    f"Muon: a matrix of shape {tuple(param.shape)} has not two dimensions; leave it out of `matrices`"
+                    f"Muon: a matrix of shape {tuple(param.shape)} has not two dimensions; leave it out of `matrices`."
                 )
         if not is_muon:  # the fused kernel where all can take it
             group.setdefault(
@@ -171,15 +158,15 @@ class Muon(Optimizer):
         if is_muon and not group["nesterov"] and any(p.dtype == torch.bfloat16 for p in group["params"]):
             # torch 2.9-2.13 normalises the bf16 momentum buffer itself in place.
             raise ValueError(
-                "Muon: nesterov=False with bfloat16 parameters is wrong in torch's Muon; use nesterov=True, or fp32"
+                "Muon: nesterov=False with bfloat16 parameters is wrong in torch's Muon; use nesterov=True, or fp32."
             )
 
 
 def _check(lr: float, rest_lr: float, momentum: float, ns_steps: int) -> None:
     for name, value in (("lr", lr), ("rest_lr", rest_lr)):
         if not value >= 0:
-            raise ValueError(f"Muon: {name}={value!r} must be 0 or more")
+            raise ValueError(f"Muon: {name}={value!r} must be 0 or more.")
     if not 0 <= momentum < 1:
-        raise ValueError(f"Muon: momentum={momentum!r} must lie in [0, 1)")
+        raise ValueError(f"Muon: momentum={momentum!r} must lie in [0, 1).")
     if not 1 <= ns_steps < 100:
-        raise ValueError(f"Muon: ns_steps={ns_steps!r} must lie in [1, 99]")
+        raise ValueError(f"Muon: ns_steps={ns_steps!r} must lie in [1, 99].")

@@ -136,11 +136,11 @@ def check_vocabulary(config: BertConfig, vocab_size: int) -> None:
     A model vocabulary rounded up to a multiple of 8 (30,522 -> 30,528), for the sake of tensor cores, is accepted.
 
     Args:
-        config: The model's configuration.
-        vocab_size: Number of entries of the vocabulary that made the data.
+        config: the model's configuration.
+        vocab_size: number of entries of the vocabulary that made the data.
 
     Raises:
-        ValueError: The two sizes do not belong together.
+        ValueError: the two sizes do not belong together.
     """
     extra = config.vocab_size - vocab_size
     if extra == 0 or (0 < extra < 128 and config.vocab_size % 8 == 0):
