@@ -411,7 +411,7 @@ def main() -> None:
     """Run everything and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--readme", type=Path, metavar="README.md", help="put the table between its markers there")
+    parser.add_argument("--readme", type=Path, metavar="PAGE.md", help="put the table between its markers there")
     options = parser.parse_args()
     path: Path = options.write
     single = run(SINGLE, PLAIN + OTHER_WAYS)

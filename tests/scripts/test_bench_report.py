@@ -35,5 +35,5 @@ def test_rows_are_as_wide_as_the_head() -> None:
 
 def test_readme_shows_the_benchmarks_table() -> None:
     _, text = report_of(ROOT / "results" / "bench")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert f"<!-- results:bench -->\n{text.strip()}\n<!-- /results -->" in readme

@@ -1,0 +1,165 @@
+"""README and docs/ say what is so: snippets run, commands name what exists, tables are those of their JSONs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from hf_soo import cli
+from tests.ranks.distributed import run_ranks
+from tests.ranks.equality import markdown, stay_on_gloo, table_of
+from tests.trainer.test_trainer import Examples, bert
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page}:{number}")
+    for page, text in PAGES.items()
+    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
+COMMANDS = [
+    line
+    for text in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+SCRIPTS = {
+    "prepare_pretraining.py": "prepare", "pretrain_bert.py": "pretrain", "run_glue.py": "glue", "run_squad.py": "squad",
+    "run_vision.py": "vision", "bench_step.py": "bench", "reproduce.sh": "reproduce",
+}  # fmt: skip
+
+
+def snippet_rank(rank: int, world: int, snippet: str) -> None:
+    """In a process of its own: DeepSpeed keeps what it has started."""
+    stay_on_gloo()
+    model = bert()
+    names: dict[str, Any] = {"model": model, "loader": DataLoader(Examples(16), batch_size=4)}
+    before = model.bert.pooler.dense.weight.detach().clone()
+    exec(snippet, names)
+    assert not before.equal(model.bert.pooler.dense.weight) and names["optimizer"].steps == 4
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "deepspeed" in snippet:
+        run_ranks(1, snippet_rank, snippet)
+        return
+    model = bert()
+    before = model.bert.pooler.dense.weight.detach().clone()
+    loader = DataLoader(Examples(16), batch_size=4)
+    names: dict[str, Any] = {"model": model, "train_dataset": Examples(), "loader": loader}
+    exec("import hf_soo\n" + snippet.replace('report_to="none"', 'report_to="none", use_cpu=True'), names)
+    assert not before.equal(model.bert.pooler.dense.weight)
+    if "routing()" in snippet:
+        assert "'bert.pooler.dense.weight': 'mkor -> Lamb'" in capsys.readouterr().out
+
+
+def commands_in(words: list[str]) -> list[tuple[str, list[str]]]:
+    """(command of hf-soo, the words after it) of a shell line, whichever way it is started."""
+    found = []
+    for i, word in enumerate(words):
+        if word.startswith("scripts/"):
+            found.append((SCRIPTS[Path(word).name], words[i + 1 :]))
+        elif word in ("hf-soo", "hf_soo.cli"):
+            found.append((words[i + 1], words[i + 2 :]))
+    return found
+
+
+@cache
+def help_of(command: str) -> str:
+    """What a command says of its flags."""
+    import contextlib
+    import io
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    return text.getvalue()
+
+
+def test_commands_name_files_and_flags_that_exist() -> None:
+    known = {name for name in cli.RUNS} | {"list", "report", "plan"}
+    checked = 0
+    for line in COMMANDS:
+        words = shlex.split(line)
+        for command, rest in commands_in(words):
+            assert command in known, line
+            for flag in (word for word in rest if word.startswith("--")):
+                assert re.search(rf"{flag}\b", help_of(command)), (command, flag)
+                checked += 1
+        for file in (word for word in words if word.startswith(("configs/", "scripts/"))):
+            assert (ROOT / file).is_file(), file
+    assert checked, "no command was found at all"
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_readme_is_short() -> None:
+    readme = PAGES["README.md"]
+    assert len(readme.splitlines()) <= 250 and len(readme.split()) <= 2500
+
+
+def test_the_second_command_is_what_ci_runs() -> None:
+    """The same packages in the same order, then pytest; CI says "python -m pip install --quiet" for "pip install"."""
+    command = next(line for line in COMMANDS if "pytest" in line)
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("${TORCH_VERSION:-2.13.0}", "2.13.0")
+    words = ("python -m pip", "python -m pytest", "DS_ACCELERATOR=cpu python -m pip")
+    steps = [line for line in ci.splitlines() if line.startswith(words)]
+    plain = [line.replace("python -m pip", "pip").replace(" --quiet", "") for line in steps]
+    assert [shlex.split(step) for step in plain] == [shlex.split(step) for step in command.split(" && ")]
+
+
+def tables() -> list[tuple[str, str]]:
+    """(page, name) of each table between markers; the one of the strategies is of another kind."""
+    found = [(page, name) for page, text in PAGES.items() for name in re.findall(r"<!-- results:(\S+) -->", text)]
+    return [(page, name) for page, name in found if name != "equality"]
+
+
+@pytest.mark.parametrize(("page", "name"), tables())
+def test_tables_are_those_of_their_run_jsons(page: str, name: str) -> None:
+    """Records of every script, as they were really written, are read."""
+    _, table = cli.report_of(ROOT / "results" / name)
+    assert f"<!-- results:{name} -->\n{table.strip()}\n<!-- /results -->" in PAGES[page]
+    kept = ROOT / "results" / name / "table.md"
+    assert not kept.exists() or kept.read_text(encoding="utf-8").strip() == table.strip()
+
+
+def test_the_table_of_strategies_is_that_of_the_results() -> None:
+    written = json.loads((ROOT / "results" / "equality" / "equality.json").read_text(encoding="utf-8"))
+    text = markdown(table_of(written)).strip()
+    assert f"<!-- results:equality -->\n{text}\n<!-- /results -->" in PAGES["docs/guides/many_processes.md"]
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_methods_pages_and_tables_are_those_of_the_registry() -> None:
+    """Each has a page, and its line in the navigation."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path, text in hooks().written().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is stale: run python docs/hooks.py"
+        page = path.relative_to(ROOT / "docs").as_posix() if path.is_relative_to(ROOT / "docs") else None
+        assert page is None or page in navigation, f"{page} is not in mkdocs.yml"
