@@ -11,7 +11,7 @@ from transformers import BertConfig, BertTokenizer, set_seed
 
 from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.prepare import PrepareConfig, prepare
-from hf_soo.bert.data.wordpiece import SpecialIds, special_ids
+from hf_soo.bert.data.wordpiece import SpecialIds
 from hf_soo.bert.model import SIZES, GatheredBertForPreTraining, name_bias_once
 from hf_soo.runs.arguments import option
 from hf_soo.runs.pretrained import check_vocabulary, load_weights
@@ -77,42 +77,46 @@ class PretrainingData:
     seq_length: int
     description: dict[str, Any]
 
+    @classmethod
+    def load(cls, data: DataArguments, args: RunTrainingArguments) -> PretrainingData:
+        """Load the prepared folder, preparing the corpus first when that is what was asked for.
 
-def load_data(data: DataArguments, args: RunTrainingArguments) -> PretrainingData:
-    """Load the prepared folder, preparing the corpus first when that is what was asked for.
+        Args:
+            data: which text.
+            args: ``output_dir`` is where a corpus is prepared; one process of several does it.
 
-    Args:
-        data: which text.
-        args: ``output_dir`` is where a corpus is prepared; one process of several does it.
-
-    Raises:
-        ValueError: neither or both of data_dir and corpus, nothing to evaluate on, or a folder that cannot be used.
-    """
-    if (data.data_dir is None) == (data.corpus is None):
-        raise ValueError(
-            f"data_dir is {data.data_dir!r} and corpus is {data.corpus!r}; give one: a prepared folder, or a corpus."
+        Raises:
+            ValueError: neither or both of data_dir and corpus, nothing to evaluate on, or a folder that cannot be used.
+        """
+        if (data.data_dir is None) == (data.corpus is None):
+            raise ValueError(
+                f"data_dir is {data.data_dir!r} and corpus is {data.corpus!r}; give one: a prepared folder, or a "
+                "corpus."
+            )
+        folder = data.data_dir
+        if folder is None:
+            with args.main_process_first(desc="preparing the corpus"):
+                folder = _prepare_once(data, args.folder / "data")
+        prepared = load_prepared(folder)
+        if prepared["train"] is None or prepared["eval"] is None:
+            raise ValueError(
+                f"{folder!r} has no examples to train or to evaluate on; prepare it with eval_documents above 0."
+            )
+        train, evaluation = (
+            _head(prepared["train"], data.max_train_samples),
+            _head(prepared["eval"], data.max_eval_samples),
         )
-    folder = data.data_dir
-    if folder is None:
-        with args.main_process_first(desc="preparing the corpus"):
-            folder = _prepare_once(data, args.folder / "data")
-    prepared = load_prepared(folder)
-    if prepared["train"] is None or prepared["eval"] is None:
-        raise ValueError(
-            f"{folder!r} has no examples to train or to evaluate on; prepare it with eval_documents above 0."
-        )
-    train, evaluation = _head(prepared["train"], data.max_train_samples), _head(prepared["eval"], data.max_eval_samples)
-    config = prepared["manifest"]["config"]
-    description = {
-        "source": Path(config["source"]).name,
-        "seq_length": config["max_seq_length"],
-        "train_examples": len(train),
-        "eval_examples": len(evaluation),
-        "vocabulary": prepared["manifest"]["vocab_sha256"][:12],
-        **{key: getattr(data, key) for key in ("masking", "mask_prob", "max_predictions")},
-    }
-    ids = special_ids(prepared["vocab_file"])
-    return PretrainingData(train, evaluation, ids, prepared["vocab_file"], config["max_seq_length"], description)
+        config = prepared["manifest"]["config"]
+        description = {
+            "source": Path(config["source"]).name,
+            "seq_length": config["max_seq_length"],
+            "train_examples": len(train),
+            "eval_examples": len(evaluation),
+            "vocabulary": prepared["manifest"]["vocab_sha256"][:12],
+            **{key: getattr(data, key) for key in ("masking", "mask_prob", "max_predictions")},
+        }
+        ids = SpecialIds.of(prepared["vocab_file"])
+        return cls(train, evaluation, ids, prepared["vocab_file"], config["max_seq_length"], description)
 
 
 def _prepare_once(data: DataArguments, folder: Path) -> str:

@@ -56,37 +56,41 @@ class PreviousPhase:
         before = {"steps": self.steps, "base": self.base}
         return {"previous_phase": before, "moments": "kept" if ours == self.base else "fresh"}
 
+    @classmethod
+    def find(cls, folder: str, output_dir: Path | None = None) -> PreviousPhase:
+        """The checkpoint to go on from.
 
-def find_phase(folder: str, output_dir: Path | None = None) -> PreviousPhase:
-    """The checkpoint to go on from.
+        Args:
+            folder: a checkpoint, or the output folder of a run that has ended, whose newest whole checkpoint is taken.
+            output_dir: of the run that goes on; if that has a checkpoint of its own, ``folder`` may be gone.
 
-    Args:
-        folder: a checkpoint, or the output folder of a run that has ended, whose newest whole checkpoint is taken.
-        output_dir: of the run that goes on; if it has begun, and has a checkpoint of its own, ``folder`` may be gone.
-
-    Raises:
-        ValueError: there is no whole checkpoint, its weights are in pieces, the run before has not ended, or its loss
-            was not finite.
-    """
-    reason = why_not_whole(folder)
-    checkpoint = folder if reason is None else last_whole_checkpoint(folder)
-    if checkpoint is None:
-        if output_dir is not None and (begun := _begun(output_dir)) is not None:
-            logger.warning("previous_phase=%r is gone; this run has begun, and goes on from %s", folder, begun.folder)
-            return begun
-        raise ValueError(
-            f"previous_phase={folder!r} is no whole checkpoint ({reason}) and holds none; give the output_dir of the "
-            "run before, which must have kept checkpoints (save_strategy), or model_name_or_path for weights alone."
-        )
-    state = json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-    _check_ended(state, checkpoint, asked_for=checkpoint == folder)
-    if not any(Path(checkpoint).glob("model*.safetensors")):
-        raise ValueError(
-            f"previous_phase: {checkpoint} has no whole weights (model.safetensors); let the run before write them: "
-            "stage3_gather_16bit_weights_on_model_save: true (ZeRO-3), fsdp_state_dict_type: FULL_STATE_DICT (FSDP2)."
-        )
-    saved = load_whole(checkpoint, PRECONDITIONER_FILE, mmap=True)  # the factors may be gigabytes
-    return PreviousPhase(str(checkpoint), int(state["global_step"]), None if saved is None else str(saved["base"]))
+        Raises:
+            ValueError: there is no whole checkpoint, its weights are in parts, the run before has not ended, or its
+                loss was not finite.
+        """
+        reason = why_not_whole(folder)
+        checkpoint = folder if reason is None else last_whole_checkpoint(folder)
+        if checkpoint is None:
+            if output_dir is not None and (begun := _begun(output_dir)) is not None:
+                logger.warning(
+                    "previous_phase=%r is gone; this run has begun, and goes on from %s", folder, begun.folder
+                )
+                return begun
+            raise ValueError(
+                f"previous_phase={folder!r} is no whole checkpoint ({reason}) and holds none; give the output_dir of "
+                "the run before, which must have kept checkpoints (save_strategy), or model_name_or_path for "
+                "weights alone."
+            )
+        state = json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        _check_ended(state, checkpoint, asked_for=checkpoint == folder)
+        if not any(Path(checkpoint).glob("model*.safetensors")):
+            raise ValueError(
+                f"previous_phase: {checkpoint} has no whole weights (model.safetensors); let the run before write "
+                "them: stage3_gather_16bit_weights_on_model_save: true (ZeRO-3), fsdp_state_dict_type: "
+                "FULL_STATE_DICT (FSDP2)."
+            )
+        saved = load_whole(checkpoint, PRECONDITIONER_FILE, mmap=True)  # the factors may be gigabytes
+        return cls(str(checkpoint), int(state["global_step"]), None if saved is None else str(saved["base"]))
 
 
 def _begun(output_dir: Path) -> PreviousPhase | None:

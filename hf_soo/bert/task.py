@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, load_data, make_model
+from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model
 from hf_soo.bert.length_sampler import LengthGroupedSampler, example_lengths
 from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.metrics import METRICS, prediction_sums, pretraining_metrics
-from hf_soo.bert.previous_phase import PreviousPhase, find_phase, take_moments
+from hf_soo.bert.previous_phase import PreviousPhase, take_moments
 from hf_soo.integrations.checkpoints import CHECKPOINT_NAME
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
@@ -47,9 +47,9 @@ class PretrainingTask(Task):
         self.phase: PreviousPhase | None = None
         if model.previous_phase is not None:
             _check_phase(model, args)
-            self.phase = find_phase(model.previous_phase, args.folder if args.do_train else None)
+            self.phase = PreviousPhase.find(model.previous_phase, args.folder if args.do_train else None)
             self.model = dataclasses.replace(model, model_name_or_path=self.phase.folder)
-        self.data: PretrainingData = load_data(data, args)
+        self.data: PretrainingData = PretrainingData.load(data, args)
 
     def make_model(self, seed: int) -> nn.Module:
         """A BERT for the vocabulary of the data."""

@@ -107,27 +107,25 @@ def _constant(predictions: Array, labels: Array) -> bool:
     return False
 
 
-def file_names(task: GlueTask) -> tuple[str, ...]:
-    """The server's names of the files, one for each test part.
+def write_predictions(folder: Path, task: GlueTask, part: int, predicted: Array) -> Path:
+    """Write the server's file of one test part whole or not at all.
 
     Args:
-        task: of GLUE.
-    """
-    return tuple(f"{task.title}{ending}.tsv" for ending in (("-m", "-mm") if len(task.test_parts) > 1 else ("",)))
-
-
-def write_predictions(file: Path, task: GlueTask, predicted: Array) -> None:
-    """Write one file whole or not at all.
-
-    Args:
-        file: in a folder that is made when absent.
+        folder: where to; made when absent.
         task: says whether labels are words, numbers, or scores, which are clipped to 0..5.
+        part: its number among ``task.test_parts``.
         predicted: classes or scores [N].
+
+    Returns:
+        The file.
     """
+    ending = ("-m", "-mm")[part] if len(task.test_parts) > 1 else ""
+    file = folder / f"{task.title}{ending}.tsv"
     if task.regression:
         cells = [f"{value:.3f}" for value in np.clip(predicted, *SCORE_RANGE)]
     else:
         cells = [task.labels[int(value)] for value in predicted]
     rows = "".join(f"{index}\t{cell}\n" for index, cell in enumerate(cells))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, f"index\tprediction\n{rows}")
+    return file

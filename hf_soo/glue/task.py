@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallbac
 
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.files import Examples, digest
-from hf_soo.glue.metrics import file_names, score, write_predictions
+from hf_soo.glue.metrics import score, write_predictions
 from hf_soo.glue.model import check_head, make_classifier
 from hf_soo.glue.tasks import GlueTask
 from hf_soo.runs.finetuning import FineTuningTrainer, best_class, check_evaluation
@@ -145,12 +145,11 @@ class GlueFineTuning(Task):
         for other in self.evaluated[1:]:
             measured = trainer.evaluate(self._tokenised(other), metric_key_prefix=MISMATCHED)
             metrics[f"accuracy_{MISMATCHED}"] = measured[f"{MISMATCHED}_accuracy"]
-        for name, examples in zip(file_names(self.task), self.tested, strict=False):
+        for number, examples in enumerate(self.tested):
             predicted = np.asarray(trainer.predict(self._tokenised(examples)).predictions)
             if trainer.is_world_process_zero():
-                file = Path(trainer.args.output_dir) / "predictions" / name
-                write_predictions(file, self.task, predicted)
-                logger.info("wrote %s", file)
+                folder = Path(trainer.args.output_dir) / "predictions"
+                logger.info("wrote %s", write_predictions(folder, self.task, number, predicted))
         return metrics
 
 

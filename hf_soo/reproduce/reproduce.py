@@ -33,7 +33,7 @@ from hf_soo.runs import arguments
 from hf_soo.runs.arguments import option
 from hf_soo.runs.recipes import optimizer_names
 from hf_soo.runs.script import guarded
-from hf_soo.squad.files import read_questions
+from hf_soo.squad.files import QuestionSet
 
 COMMAND = ("-m", "hf_soo.cli")
 PHASE_1 = "lamb"
@@ -205,7 +205,7 @@ def check_inputs(of: ReproduceArguments) -> None:
                 load_part(task, part, data)
     for file in (of.squad_train, of.squad_dev):
         if file is not None:
-            read_questions(file)
+            QuestionSet.read(file)
     if of.vocab is not None:
         read_vocabulary(of.vocab)
     corpus = Corpus(of.text)

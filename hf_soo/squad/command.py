@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import sys
 
-from hf_soo.squad.score import is_asked_for, score_main
+from hf_soo.squad.score import score_main
 
 
 def main(flags: list[str] | None = None) -> int:
     """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
     given = sys.argv[1:] if flags is None else flags
-    if is_asked_for(given):
+    if any(flag.partition("=")[0] == "--score" for flag in given):
         return score_main(given)
     # Imported here: scoring needs none of it.
     from hf_soo.runs.pretrained import PretrainedArguments

@@ -76,46 +76,46 @@ class QuestionSet:
                     "--version_2_with_negative for data of v2.0."
                 )
 
+    @classmethod
+    def read(cls, file: str | Path) -> QuestionSet:
+        """The questions of a local file, which may be of either layout.
 
-def read_questions(file: str | Path) -> QuestionSet:
-    """The questions of a local file, which may be of either layout.
+        Args:
+            file: ``{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}``, or a JSON
+                object a line with the keys id, question, context, answers ``{"text": [...], "answer_start": [...]}``.
 
-    Args:
-        file: ``{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}``, or a JSON object a
-            line with the keys id, question, context, answers ``{"text": [...], "answer_start": [...]}``.
+        Raises:
+            ValueError: no such file, no JSON, other nesting, or a question that cannot be used.
+        """
+        path = Path(file).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}); give a JSON file of SQuAD.") from error
+        return _collect(str(file), _rows(str(file), text))
 
-    Raises:
-        ValueError: no such file, no JSON, other nesting, or a question that cannot be used.
-    """
-    path = Path(file).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); give a JSON file of SQuAD.") from error
-    return _collect(str(file), _rows(str(file), text))
+    @classmethod
+    def of_hub(cls, name: str, split: str, cache_dir: str | None) -> QuestionSet:
+        """The questions of a data set of the hub.
 
+        Args:
+            name: "squad", "squad_v2", "owner/name".
+            split: "train" or "validation".
+            cache_dir: of ``datasets``.
 
-def read_hub(name: str, split: str, cache_dir: str | None) -> QuestionSet:
-    """The questions of a data set of the hub.
+        Raises:
+            ValueError: it cannot be loaded, has no such split or not SQuAD's columns.
+        """
+        import datasets
 
-    Args:
-        name: "squad", "squad_v2", "owner/name".
-        split: "train" or "validation".
-        cache_dir: of ``datasets``.
-
-    Raises:
-        ValueError: it cannot be loaded, has no such split or not SQuAD's columns.
-    """
-    import datasets
-
-    path = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}.get(name, name)
-    try:
-        parts = datasets.load_dataset(path, cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"dataset_name={name!r} cannot be loaded from the hub: {error}") from error
-    if split not in parts:
-        raise ValueError(f"dataset_name={name!r} has the parts {', '.join(parts)}; one named {split!r} is needed.")
-    return _collect(f"{name}, {split}", parts[split])
+        path = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}.get(name, name)
+        try:
+            parts = datasets.load_dataset(path, cache_dir=cache_dir)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"dataset_name={name!r} cannot be loaded from the hub: {error}") from error
+        if split not in parts:
+            raise ValueError(f"dataset_name={name!r} has the parts {', '.join(parts)}; one named {split!r} is needed.")
+        return _collect(f"{name}, {split}", parts[split])
 
 
 def _collect(source: str, rows: Iterable[Any]) -> QuestionSet:

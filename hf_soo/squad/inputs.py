@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
 from hf_soo.runs.arguments import check_positive, option
-from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
 from hf_soo.runs.run_arguments import RunTrainingArguments
-from hf_soo.squad.files import QuestionSet, read_hub, read_questions
-from hf_soo.squad.tokens import Labels, Template, find_labels, read_template, tokenize
-from hf_soo.squad.windows import WindowConfig, Windows
+from hf_soo.squad.files import QuestionSet
+from hf_soo.squad.tokens import Labels, Template, Tokens
+from hf_soo.squad.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +90,28 @@ class QaData:
         each = {"train": self.train, "eval": self.validation, "test": self.test}
         return {name: part for name, part in each.items() if part is not None}
 
+    @classmethod
+    def load(cls, data: QaDataArguments, args: RunTrainingArguments, tokenizer: Any, cache_dir: str | None) -> QaData:
+        """Read, check and tokenize all questions of a run.
+
+        Args:
+            data: which, and how.
+            args: what is done with them.
+            tokenizer: a fast tokenizer.
+            cache_dir: of downloads.
+
+        Raises:
+            ValueError: files, lengths or a tokenizer that cannot be used.
+        """
+        files = _read_files(data, args, cache_dir)
+        version_2 = data.version_2_with_negative or any(each.has_impossible for each in files.values())
+        for name, each in files.items():
+            if name != "test":
+                each.check_answers(version_2=version_2)
+        template = Template.of(tokenizer)
+        parts = {name: _part(each, name, data, tokenizer, template) for name, each in files.items()}
+        return cls(parts.get("train"), parts.get("validation"), parts.get("test"), version_2, template)
+
 
 def _read_files(data: QaDataArguments, args: RunTrainingArguments, cache_dir: str | None) -> dict[str, QuestionSet]:
     """The questions of every part that the run needs: "train", "validation", "test"."""
@@ -108,40 +128,18 @@ def _read_files(data: QaDataArguments, args: RunTrainingArguments, cache_dir: st
             way_out = f"give --{name}_file" + ("" if name == "test" else " or --dataset_name squad")
             raise ValueError(f"there are no questions to {_VERBS[name]}; {way_out}.")
         if file is not None:
-            found[name] = read_questions(file).head(count)
+            found[name] = QuestionSet.read(file).head(count)
         else:
-            found[name] = read_hub(str(data.dataset_name), name, cache_dir).head(count)
+            found[name] = QuestionSet.of_hub(str(data.dataset_name), name, cache_dir).head(count)
     return found
 
 
 _VERBS = {"train": "train on", "validation": "evaluate on", "test": "predict"}
 
 
-def load_data(data: QaDataArguments, args: RunTrainingArguments, tokenizer: Any, cache_dir: str | None) -> QaData:
-    """Read, check and tokenize all questions of a run.
-
-    Args:
-        data: which, and how.
-        args: what is done with them.
-        tokenizer: a fast tokenizer.
-        cache_dir: of downloads.
-
-    Raises:
-        ValueError: files, lengths or a tokenizer that cannot be used.
-    """
-    files = _read_files(data, args, cache_dir)
-    version_2 = data.version_2_with_negative or any(each.has_impossible for each in files.values())
-    for name, each in files.items():
-        if name != "test":
-            each.check_answers(version_2=version_2)
-    template = read_template(tokenizer)
-    parts = {name: _part(each, name, data, tokenizer, template) for name, each in files.items()}
-    return QaData(parts.get("train"), parts.get("validation"), parts.get("test"), version_2, template)
-
-
 def _part(asked: QuestionSet, name: str, data: QaDataArguments, tokenizer: Any, template: Template) -> Part:
     """Model inputs; in training without the questions whose answer is not where the file says."""
-    tokens = tokenize(tokenizer, asked, data.max_query_length)
+    tokens = Tokens.of(tokenizer, asked, data.max_query_length)
     longest = int(tokens.questions.lengths.argmax())
     room = data.max_seq_length - template.size - int(tokens.questions.lengths[longest])
     if data.doc_stride >= room:
@@ -150,9 +148,8 @@ def _part(asked: QuestionSet, name: str, data: QaDataArguments, tokenizer: Any, 
             f"tokens of a context fit beside question {asked.questions[longest].id!r} of {asked.source}; give a "
             "smaller doc_stride or max_query_length, or a larger max_seq_length."
         )
-    labels = None if name == "test" else find_labels(asked, tokens)
-    config = WindowConfig(data.max_seq_length, data.doc_stride)
-    windows = Windows(tokens, template, config, labels)
+    labels = None if name == "test" else Labels.of(asked, tokens)
+    windows = Windows(tokens, template, data.max_seq_length, data.doc_stride, labels)
     description = {"questions": len(asked.questions), "digest": _digest(asked), "questions_cut": tokens.cut}
     if labels is not None:
         description |= {"answers_wrong": len(labels.wrong), "answers_lost": len(labels.lost)}
@@ -191,8 +188,3 @@ def _digest(asked: QuestionSet) -> str:
     for each in asked.questions:
         digest.update(repr((each.id, each.question, each.answers)).encode())
     return digest.hexdigest()[:16]
-
-
-def find_reader(model: PretrainedArguments, max_seq_length: int) -> Pretrained:
-    """A pretrained model that can answer; arguments and errors as those of ``find_pretrained``."""
-    return find_pretrained(model, max_seq_length, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answer questions")

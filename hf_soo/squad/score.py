@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_soo.squad.files import QuestionSet, read_questions
+from hf_soo.squad.files import QuestionSet
 from hf_soo.squad.metrics import Score, score_v1, score_v2
 
 logger = logging.getLogger(__name__)
@@ -20,15 +20,6 @@ logger = logging.getLogger(__name__)
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --score --help lists the flags of scoring.")
-
-
-def is_asked_for(flags: Sequence[str]) -> bool:
-    """Whether a command line is one of scoring.
-
-    Args:
-        flags: without the program's name.
-    """
-    return any(flag.partition("=")[0] == "--score" for flag in flags)
 
 
 def score_main(flags: Sequence[str]) -> int:
@@ -51,7 +42,7 @@ def _score_file(flags: Sequence[str]) -> str:
     args = _parser().parse_args(list(flags))
     if args.score is None:
         raise ValueError("--score needs a file of predictions; --score --help lists the flags of scoring.")
-    asked = read_questions(args.validation_file)
+    asked = QuestionSet.read(args.validation_file)
     version_2 = args.version_2_with_negative.lower() == "true" or asked.has_impossible
     asked.check_answers(version_2=version_2)
     predictions = _read(args.score, str, "question id -> text")

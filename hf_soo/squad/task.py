@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING as READERS
 from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback
 
 from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
-from hf_soo.runs.pretrained import PretrainedArguments, sizes
+from hf_soo.runs.pretrained import PretrainedArguments, find_pretrained, sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
 from hf_soo.squad.answers import AnswerConfig, Predictions, answer
-from hf_soo.squad.inputs import Part, QaDataArguments, find_reader, load_data
+from hf_soo.squad.inputs import Part, QaData, QaDataArguments
 from hf_soo.squad.metrics import score_v1, score_v2
 from hf_soo.squad.windows import WindowCollator
 
@@ -43,8 +44,8 @@ class SquadTask(Task):
                 is not measured.
         """
         check_evaluation(args, self.metrics)
-        self.settings, self.pretrained = data, find_reader(model, data.max_seq_length)
-        self.data = load_data(data, args, self.pretrained.tokenizer, model.cache_dir)
+        self.settings, self.pretrained = data, find_pretrained(model, data.max_seq_length, READERS, "answer questions")
+        self.data = QaData.load(data, args, self.pretrained.tokenizer, model.cache_dir)
         self.answers = AnswerConfig(
             data.n_best_size, data.max_answer_length, self.data.version_2, data.null_score_diff_threshold
         )

@@ -34,6 +34,40 @@ class Template:
         """How many special tokens there are."""
         return len(self.before) + len(self.between) + len(self.after)
 
+    @classmethod
+    def of(cls, tokenizer: Any) -> Template:
+        """The special tokens that a tokenizer puts around a pair.
+
+        Args:
+            tokenizer: a fast tokenizer.
+
+        Raises:
+            ValueError: it is not fast, begins no pair with [CLS], or has no padding token.
+        """
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer; one with a tokenizer.json is needed.")
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no padding token; use the tokenizer of an encoder like BERT."
+            )
+        pair = tokenizer("a", "a")
+        ids, owner = np.array(pair["input_ids"]), pair.sequence_ids(0)
+        places = [[i for i, each in enumerate(owner) if each == part] for part in (0, 1)]
+        if ids[0] != tokenizer.cls_token_id or not all(places) or places[0][0] > places[1][0]:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not write '[CLS] question [SEP] context [SEP]' (but {ids.tolist()} "
+                "for 'a', 'a'); use the tokenizer of an encoder like BERT."
+            )
+        (begin, _), (left, right) = ((part[0], part[-1]) for part in places)
+        types = pair.get("token_type_ids")
+        return cls(
+            before=ids[:begin],
+            between=ids[places[0][-1] + 1 : left],
+            after=ids[right + 1 :],
+            types=None if types is None else (types[begin], types[left]),
+            pad=tokenizer.pad_token_id,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Ragged:
@@ -61,6 +95,27 @@ class Tokens:
     context_of: Ints  # [questions]
     cut: int  # questions that were longer than allowed
 
+    @classmethod
+    def of(cls, tokenizer: Any, asked: QuestionSet, max_query_length: int) -> Tokens:
+        """The tokens of all questions and of all different contexts.
+
+        Args:
+            tokenizer: a fast tokenizer.
+            asked: the questions.
+            max_query_length: tokens that are kept of a question.
+
+        Raises:
+            ValueError: a context without a token.
+        """
+        numbers: dict[str, int] = {}
+        context_of = np.array([numbers.setdefault(each.context, len(numbers)) for each in asked.questions])
+        questions, _ = _encode(tokenizer, [each.question for each in asked.questions])
+        contexts, spans = _encode(tokenizer, list(numbers))
+        if (empty := np.flatnonzero(contexts.lengths[context_of] == 0)).size:
+            raise ValueError(f"{asked.source}: question {asked.questions[empty[0]].id!r}: its context has no token.")
+        long = questions.lengths > max_query_length
+        return cls(_cut(questions, max_query_length), contexts, spans, context_of, int(long.sum()))
+
 
 @dataclass(frozen=True, slots=True)
 class Labels:
@@ -71,84 +126,31 @@ class Labels:
     lost: tuple[str, ...]  # ids: no token touches the answer
     inexact: tuple[str, ...]  # ids: the tokens' text is more than the answer ("1973" of "1973s")
 
+    @classmethod
+    def of(cls, asked: QuestionSet, tokens: Tokens) -> Labels:
+        """Each question's first answer in tokens of its context.
 
-def read_template(tokenizer: Any) -> Template:
-    """The special tokens that a tokenizer puts around a pair.
-
-    Args:
-        tokenizer: a fast tokenizer.
-
-    Raises:
-        ValueError: it is not fast, begins no pair with [CLS], or has no padding token.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer; one with a tokenizer.json is needed.")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no padding token; use the tokenizer of an encoder like BERT.")
-    pair = tokenizer("a", "a")
-    ids, owner = np.array(pair["input_ids"]), pair.sequence_ids(0)
-    places = [[i for i, each in enumerate(owner) if each == part] for part in (0, 1)]
-    if ids[0] != tokenizer.cls_token_id or not all(places) or places[0][0] > places[1][0]:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not write '[CLS] question [SEP] context [SEP]' (but {ids.tolist()} for "
-            "'a', 'a'); use the tokenizer of an encoder like BERT."
-        )
-    (begin, _), (left, right) = ((part[0], part[-1]) for part in places)
-    types = pair.get("token_type_ids")
-    return Template(
-        before=ids[:begin],
-        between=ids[places[0][-1] + 1 : left],
-        after=ids[right + 1 :],
-        types=None if types is None else (types[begin], types[left]),
-        pad=tokenizer.pad_token_id,
-    )
-
-
-def tokenize(tokenizer: Any, asked: QuestionSet, max_query_length: int) -> Tokens:
-    """The tokens of all questions and of all different contexts.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        asked: the questions.
-        max_query_length: tokens that are kept of a question.
-
-    Raises:
-        ValueError: a context without a token.
-    """
-    numbers: dict[str, int] = {}
-    context_of = np.array([numbers.setdefault(each.context, len(numbers)) for each in asked.questions])
-    questions, _ = _encode(tokenizer, [each.question for each in asked.questions])
-    contexts, spans = _encode(tokenizer, list(numbers))
-    if (empty := np.flatnonzero(contexts.lengths[context_of] == 0)).size:
-        raise ValueError(f"{asked.source}: question {asked.questions[empty[0]].id!r}: its context has no token.")
-    long = questions.lengths > max_query_length
-    return Tokens(_cut(questions, max_query_length), contexts, spans, context_of, int(long.sum()))
-
-
-def find_labels(asked: QuestionSet, tokens: Tokens) -> Labels:
-    """Each question's first answer in tokens of its context.
-
-    Args:
-        asked: the questions, with answers.
-        tokens: of these questions.
-    """
-    spans = np.full((len(asked.questions), 2), -1, dtype=np.int64)
-    wrong, lost, inexact = [], [], []
-    for number, each in enumerate(asked.questions):
-        if not each.given_answers:
-            continue
-        begin, text = _stripped(*each.given_answers[0])
-        if not text or begin < 0 or each.context[begin : begin + len(text)] != text:
-            wrong.append(each.id)
-            continue
-        span, exact = _token_span(each, tokens, int(tokens.context_of[number]), begin, text)
-        if span is None:
-            lost.append(each.id)
-        else:
-            spans[number] = span
-        if not exact:
-            inexact.append(each.id)
-    return Labels(spans, tuple(wrong), tuple(lost), tuple(inexact))
+        Args:
+            asked: the questions, with answers.
+            tokens: of these questions.
+        """
+        spans = np.full((len(asked.questions), 2), -1, dtype=np.int64)
+        wrong, lost, inexact = [], [], []
+        for number, each in enumerate(asked.questions):
+            if not each.given_answers:
+                continue
+            begin, text = _stripped(*each.given_answers[0])
+            if not text or begin < 0 or each.context[begin : begin + len(text)] != text:
+                wrong.append(each.id)
+                continue
+            span, exact = _token_span(each, tokens, int(tokens.context_of[number]), begin, text)
+            if span is None:
+                lost.append(each.id)
+            else:
+                spans[number] = span
+            if not exact:
+                inexact.append(each.id)
+        return cls(spans, tuple(wrong), tuple(lost), tuple(inexact))
 
 
 def _token_span(each: Question, tokens: Tokens, context: int, begin: int, text: str) -> tuple[Any, bool]:

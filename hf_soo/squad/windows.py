@@ -13,7 +13,6 @@ of them or the question has no answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,30 +23,25 @@ from torch.utils.data import Dataset
 from hf_soo.squad.tokens import Ints, Labels, Template, Tokens
 
 
-@dataclass(frozen=True, slots=True)
-class WindowConfig:
-    """Lengths in tokens."""
-
-    max_seq_length: int
-    doc_stride: int  # what consecutive windows share, as in run_qa.py
-
-
 class Windows(Dataset[dict[str, Ints]]):
     """Model inputs, one for each window of each question, in the questions' order."""
 
-    def __init__(self, tokens: Tokens, template: Template, config: WindowConfig, labels: Labels | None) -> None:
+    def __init__(
+        self, tokens: Tokens, template: Template, max_seq_length: int, doc_stride: int, labels: Labels | None
+    ) -> None:
         """Lay the windows over the contexts.
 
         Args:
             tokens: of all questions.
             template: the special tokens.
-            config: length and overlap.
+            max_seq_length: tokens of a window, with the question and the special tokens.
+            doc_stride: tokens that consecutive windows of a context share, as in run_qa.py.
             labels: None: there are none.
         """
         self.tokens, self.template = tokens, template
         asked = tokens.questions.lengths
-        room, have = config.max_seq_length - template.size - asked, tokens.contexts.lengths[tokens.context_of]
-        step = room - config.doc_stride
+        room, have = max_seq_length - template.size - asked, tokens.contexts.lengths[tokens.context_of]
+        step = room - doc_stride
         counts = 1 + np.maximum(0, -(-(have - room) // step))
         self.question = np.repeat(np.arange(len(asked)), counts)  # [windows]
         number = np.arange(len(self.question)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -71,27 +71,29 @@ class ImageData:
     classes: tuple[str, ...]
     shape: Shape
 
+    @classmethod
+    def load(cls, config: ImageDataConfig) -> ImageData:
+        """Read a data set, bring its images to one shape, and hold out a share where it has no evaluation part.
 
-def load_images(config: ImageDataConfig) -> ImageData:
-    """Read a data set, bring its images to one shape, and hold out a share where it has no evaluation part.
+        Args:
+            config: where from, and what to make of it.
 
-    Args:
-        config: where from, and what to make of it.
-
-    Raises:
-        ValueError: there is no such data set, or it cannot be used as it is.
-    """
-    parts, classes, shape = _digits(config) if config.dataset == DIGITS else _stored(config)
-    if len(parts) == 1:
-        train, held_out = _stratified_split(parts[0]["label"], config.eval_share, classes)
-        parts = [parts[0].select(train), parts[0].select(held_out)]
-    else:
-        parts = [part.select(np.random.RandomState(SPLIT_SEED).permutation(len(part))) for part in parts]
-    if unseen := set(parts[1]["label"]) - set(parts[0]["label"]):
-        names = ", ".join(repr(classes[label]) for label in sorted(unseen))
-        raise ValueError(f"dataset={config.dataset!r}: no image to train on is of class {names}, to evaluate on some.")
-    train_set, eval_set = _head(parts[0], config.max_train_samples), _head(parts[1], config.max_eval_samples)
-    return ImageData(train_set, eval_set, classes, shape)
+        Raises:
+            ValueError: there is no such data set, or it cannot be used as it is.
+        """
+        parts, classes, shape = _digits(config) if config.dataset == DIGITS else _stored(config)
+        if len(parts) == 1:
+            train, held_out = _stratified_split(parts[0]["label"], config.eval_share, classes)
+            parts = [parts[0].select(train), parts[0].select(held_out)]
+        else:
+            parts = [part.select(np.random.RandomState(SPLIT_SEED).permutation(len(part))) for part in parts]
+        if unseen := set(parts[1]["label"]) - set(parts[0]["label"]):
+            names = ", ".join(repr(classes[label]) for label in sorted(unseen))
+            raise ValueError(
+                f"dataset={config.dataset!r}: no image to train on is of class {names}, to evaluate on some."
+            )
+        train_set, eval_set = _head(parts[0], config.max_train_samples), _head(parts[1], config.max_eval_samples)
+        return cls(train_set, eval_set, classes, shape)
 
 
 def _head(part: Any, count: int | None) -> Any:

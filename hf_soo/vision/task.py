@@ -12,7 +12,7 @@ from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.runs.finetuning import best_class
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
-from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageDataConfig, digest, load_images
+from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageData, ImageDataConfig, digest
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
 
@@ -33,7 +33,7 @@ class VisionTask(Task):
         self.model, self.title = model, f"{model.model} on {data.dataset}"
         self.dataset = data.dataset
         with args.main_process_first(desc="reading images"):
-            self.data = load_images(data)
+            self.data = ImageData.load(data)
 
     def make_model(self, seed: int) -> nn.Module:
         """A new classifier for these images."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_soo.bert.data.corpus import Corpus, sentences_of
-from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, load_tokenizer, read_vocabulary, special_ids, train_wordpiece
+from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds, load_tokenizer, read_vocabulary, train_wordpiece
 
 WIKI = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
 Anarchism
@@ -244,7 +244,7 @@ def test_tokenizer_has_exactly_the_given_vocabulary(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "v.txt")
     assert tokenizer.get_vocab_size() == 9
     assert tokenizer.encode("Hello WORLDS! [MASK] zzz").ids == [5, 6, 7, 8, 1, 1, 1, 1]  # literal [MASK] is plain text
-    ids = special_ids(tmp_path / "v.txt")
+    ids = SpecialIds.of(tmp_path / "v.txt")
     assert (ids.size, ids.pad, ids.unk, ids.cls, ids.sep, ids.mask) == (9, 0, 1, 2, 3, 4)
 
 

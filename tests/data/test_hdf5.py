@@ -16,7 +16,7 @@ from hf_soo.bert.data import hdf5 as hdf5_pairs
 from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.hdf5 import RowWorker, row_blocks
 from hf_soo.bert.data.prepare import PrepareConfig, prepare
-from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, special_ids
+from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds
 from hf_soo.bert.masking import PretrainingCollator
 
 h5py = pytest.importorskip("h5py")
@@ -115,7 +115,7 @@ def test_every_row_comes_back(tmp_path: Path, vocab: str, layout: str, monkeypat
     assert np.diff(places).tolist() == [5] * 7  # evenly spread
     assert manifest["source"]["files"] == 3 and "documents" not in manifest["counts"]["train"]
     assert manifest["counts"]["train"]["random_next"] == sum(label for *_, label in train)
-    collate = PretrainingCollator(special_ids(vocab), max_predictions=3)
+    collate = PretrainingCollator(SpecialIds.of(vocab), max_predictions=3)
     assert collate(list(data["train"]))["token_type_ids"].sum(1).tolist() == [len(b) + 1 for _, b, _ in train]
 
 
@@ -129,7 +129,7 @@ def test_both_layouts_give_the_same_files(tmp_path: Path, vocab: str) -> None:
 
 def test_work_can_be_sent_to_a_process(tmp_path: Path, vocab: str) -> None:
     write(tmp_path / "in" / "a.hdf5", unmasked(make_pairs(20)))
-    work = RowWorker(special_ids(vocab), WIDTH, 0.1, 0)
+    work = RowWorker(SpecialIds.of(vocab), WIDTH, 0.1, 0)
     (block,) = row_blocks([tmp_path / "in" / "a.hdf5"])
     there, block_there = pickle.loads(pickle.dumps((work, block)))
     for one, other in zip(work(block), there(block_there), strict=True):

@@ -23,7 +23,7 @@ from hf_soo.bert.data import prepare as pretraining_data
 from hf_soo.bert.data import workers as sharding
 from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.prepare import PrepareConfig, prepare
-from hf_soo.bert.data.wordpiece import load_tokenizer, special_ids
+from hf_soo.bert.data.wordpiece import SpecialIds, load_tokenizer
 from hf_soo.bert.masking import PretrainingCollator
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_folder_holds_what_it_promises(text: str, tmp_path: Path) -> None:
     manifest = prepare(config(text, tmp_path / "out"))
     data = load_prepared(tmp_path / "out")
     assert data["manifest"] == manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
-    ids = special_ids(data["vocab_file"])
+    ids = SpecialIds.of(data["vocab_file"])
     assert manifest["vocab_size"] == ids.size == 300
     assert manifest["counts"]["train"]["documents"] == 72 and manifest["counts"]["eval"]["documents"] == 18
     for split in ("train", "eval"):

@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_soo.squad.answers import AnswerConfig, answer
-from hf_soo.squad.files import QuestionSet, _collect, read_questions
+from hf_soo.squad.files import QuestionSet, _collect
 from hf_soo.squad.metrics import score_v1
-from hf_soo.squad.tokens import Labels, find_labels, read_template, tokenize
-from hf_soo.squad.windows import WindowCollator, WindowConfig, Windows
+from hf_soo.squad.tokens import Labels, Template, Tokens
+from hf_soo.squad.windows import WindowCollator, Windows
 from tests.data.squad_data import DATA, colour_questions, nested, paragraph, qa, real_file, tokenizer, write
 
 CONTEXT = "w1 red w2"
@@ -38,13 +38,13 @@ def test_all_layouts_give_the_same_questions(tmp_path: Path) -> None:
         "flat.json": {"data": rows},
         "rows.jsonl": "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in rows) + "\n",
     }
-    read = [read_questions(write(tmp_path / name, content)) for name, content in layouts.items()]
+    read = [QuestionSet.read(write(tmp_path / name, content)) for name, content in layouts.items()]
     assert read[0].questions == read[1].questions == read[2].questions == _collect("hub", rows).questions
     first, second = read[0].questions
     assert (first.id, first.question, first.context, first.answers) == ("1", "which ?", CONTEXT, ((3, "red"),))
     assert first.context is second.context
     assert [each.id for each in read[0].head(1).questions] == ["1"] and read[0].head(None) is read[0]
-    assert len(read_questions(write(tmp_path / "one.jsonl", json.dumps(rows[0]))).questions) == 1
+    assert len(QuestionSet.read(write(tmp_path / "one.jsonl", json.dumps(rows[0]))).questions) == 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_all_layouts_give_the_same_questions(tmp_path: Path) -> None:
 def test_a_bad_file_is_named_with_the_question(tmp_path: Path, content: Any, message: str) -> None:
     file = write(tmp_path / "bad.json", content)
     with pytest.raises(ValueError) as error:
-        read_questions(file)
+        QuestionSet.read(file)
     assert str(error.value).startswith(file) and message in str(error.value)
 
 
@@ -89,7 +89,7 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe{")
     for name in ("absent.json", "bad.json", "."):
         with pytest.raises(ValueError, match="cannot be read"):
-            read_questions(tmp_path / name)
+            QuestionSet.read(tmp_path / name)
 
 
 def test_what_can_be_scored(tmp_path: Path) -> None:
@@ -97,20 +97,22 @@ def test_what_can_be_scored(tmp_path: Path) -> None:
     unknown = {key: value for key, value in GOOD.items() if key != "answers"}
     for other, expected in (([], (True, True)), ([qa("2", CONTEXT)], (False, True)), ([unknown], (False, False))):
         file = write(tmp_path / "a.json", nested(paragraph(CONTEXT, GOOD, *({**each, "id": "2"} for each in other))))
-        asked = read_questions(file)
+        asked = QuestionSet.read(file)
         assert tuple(asked.can_be_scored(version_2=each) for each in (False, True)) == expected
 
 
 def test_questions_without_answers(tmp_path: Path) -> None:
     none = qa("2", CONTEXT)
-    plain = read_questions(write(tmp_path / "a.json", nested(paragraph(CONTEXT, GOOD, none))))
+    plain = QuestionSet.read(write(tmp_path / "a.json", nested(paragraph(CONTEXT, GOOD, none))))
     assert not plain.has_impossible
     plain.check_answers(version_2=True)
     with pytest.raises(ValueError, match=r"a.json: question '2' has no answer span.*--version_2_with_negative"):
         plain.check_answers(version_2=False)
     marked = nested(paragraph(CONTEXT, GOOD, {**none, "is_impossible": True}))
-    assert read_questions(write(tmp_path / "b.json", marked)).has_impossible
-    unknown = read_questions(write(tmp_path / "c.json", nested(paragraph(CONTEXT, {"id": "3", "question": "which ?"}))))
+    assert QuestionSet.read(write(tmp_path / "b.json", marked)).has_impossible
+    unknown = QuestionSet.read(
+        write(tmp_path / "c.json", nested(paragraph(CONTEXT, {"id": "3", "question": "which ?"})))
+    )
     assert unknown.questions[0].answers is None
     with pytest.raises(ValueError, match="question '3' has no 'answers'; only a test file may lack them"):
         unknown.check_answers(version_2=True)
@@ -122,11 +124,11 @@ def test_questions_without_answers(tmp_path: Path) -> None:
 def windows(
     tmp_path: Path, content: Any, length: int = 64, stride: int = 2, query: int = 16
 ) -> tuple[QuestionSet, Windows, Labels]:
-    asked = read_questions(write(tmp_path / "asked.json", content))
+    asked = QuestionSet.read(write(tmp_path / "asked.json", content))
     coder = tokenizer(tmp_path)
-    tokens = tokenize(coder, asked, query)
-    labels = find_labels(asked, tokens)
-    return asked, Windows(tokens, read_template(coder), WindowConfig(length, stride), labels), labels
+    tokens = Tokens.of(coder, asked, query)
+    labels = Labels.of(asked, tokens)
+    return asked, Windows(tokens, Template.of(coder), length, stride, labels), labels
 
 
 @pytest.mark.parametrize(("length", "stride"), [(10, 0), (10, 2), (12, 4), (13, 1), (24, 3), (64, 16)])
@@ -315,10 +317,10 @@ def test_real_labels_decode_to_their_answers_and_perfect_logits_score_near_100()
     coder = BertTokenizer(vocab=str(vocab))
     expected = {"train-v1.1-head.json": (4370, 27, 2, 99.336, 99.390), "dev-v1.1.json": (10570, 65, 9, 99.395, 99.481)}
     for name, (count, inexact, long, exact, overlap) in expected.items():
-        asked = read_questions(real_file(name))
-        tokens = tokenize(coder, asked, 64)
-        labels = find_labels(asked, tokens)
-        ours = Windows(tokens, read_template(coder), WindowConfig(384, 128), labels)
+        asked = QuestionSet.read(real_file(name))
+        tokens = Tokens.of(coder, asked, 64)
+        labels = Labels.of(asked, tokens)
+        ours = Windows(tokens, Template.of(coder), 384, 128, labels)
         assert (len(asked.questions), len(labels.inexact), labels.wrong, labels.lost) == (count, inexact, (), ())
         assert int((labels.spans[:, 1] - labels.spans[:, 0] >= 30).sum()) == long
         assert ours.labels is not None
@@ -334,14 +336,14 @@ def test_a_tokenizer_that_cannot_be_used(tmp_path: Path) -> None:
         is_fast = False
 
     with pytest.raises(ValueError, match="Slow is no fast tokenizer"):
-        read_template(Slow())
+        Template.of(Slow())
     coder = tokenizer(tmp_path)
     coder.cls_token = "w1"
     with pytest.raises(ValueError, match=r"does not write '\[CLS\] question \[SEP\] context \[SEP\]'"):
-        read_template(coder)
+        Template.of(coder)
     coder = tokenizer(tmp_path)
     coder.pad_token = None
     with pytest.raises(ValueError, match="has no padding token"):
-        read_template(coder)
+        Template.of(coder)
     coder.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").is_fast

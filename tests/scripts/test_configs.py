@@ -21,7 +21,7 @@ from hf_soo.reproduce.table import PAPER
 from hf_soo.runs import arguments
 from hf_soo.runs.recipes import optimizer_names, read_recipe
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
-from hf_soo.vision.data import ImageDataConfig, load_images
+from hf_soo.vision.data import ImageData, ImageDataConfig
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_parses_and_builds_its_optimizer_for_images(path: Path) -> None:
     flags = ["--config", str(path), "--use_cpu", "true", "--max_train_samples", "64"]
     model, data, run, training = arguments.parse(VISION_CLASSES, flags)
     check_values(path, training, model, data, run)
-    check_optimizer(training, make_image_model(model, load_images(data), seed=0))
+    check_optimizer(training, make_image_model(model, ImageData.load(data), seed=0))
 
 
 def check_values(path: Path, *parsed: Any) -> None:

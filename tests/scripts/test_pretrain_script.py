@@ -14,7 +14,7 @@ import torch
 from transformers import BertTokenizer
 
 from hf_soo.bert import inputs as pretraining_inputs
-from hf_soo.bert.inputs import DataArguments, ModelArguments, load_data, make_model
+from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.bert.task import PretrainingTrainer
 from hf_soo.runs import arguments
@@ -286,7 +286,7 @@ def test_model_flags(prepared: Path, tmp_path: Path) -> None:
     model, data, args = parse(
         *common, "--preset", "tiny", "--intermediate_size", "48", "--attn_implementation", "eager"
     )
-    loaded = load_data(data, args)
+    loaded = PretrainingData.load(data, args)
     bert = make_model(model, loaded, seed=0)
     shape = (bert.config.hidden_size, bert.config.num_hidden_layers, bert.config.num_attention_heads)
     assert (shape, bert.config.intermediate_size, bert.config.hidden_dropout_prob) == ((128, 2, 2), 48, 0.1)
@@ -321,7 +321,7 @@ def test_a_pretrained_model_that_does_not_fit_the_data(
     prepared: Path, tmp_path: Path, change: dict[str, int], message: str
 ) -> None:
     model, data, args = parse("--data_dir", str(prepared), "--output_dir", str(tmp_path), "--use_cpu", "true", *MODEL)
-    loaded = load_data(data, args)
+    loaded = PretrainingData.load(data, args)
     config = pretraining_inputs._config(model, loaded)
     for key, value in change.items():
         setattr(config, key, value)
@@ -335,14 +335,14 @@ def test_data_flags_and_a_corpus_that_is_prepared_once(corpus: Path, tmp_path: P
     size = ("--seq_length", "24", "--vocab_size", "110", "--eval_documents", "0.25")
     common = ("--corpus", str(corpus), "--output_dir", str(tmp_path), "--use_cpu", "true", *size)
     _, data, args = parse(*common)
-    loaded = load_data(data, args)
+    loaded = PretrainingData.load(data, args)
     assert (loaded.seq_length, loaded.ids.size) == (24, 110)
     assert max(map(len, loaded.train["input_ids"])) <= 24
     manifest = tmp_path / "data" / "manifest.json"
     written = manifest.stat().st_mtime_ns
     masked = ("--masking", "bernoulli", "--mask_prob", "0.3", "--max_predictions", "7")
     _, data, args = parse(*common, "--max_train_samples", "5", "--max_eval_samples", "3", *masked)
-    less = load_data(data, args)
+    less = PretrainingData.load(data, args)
     assert manifest.stat().st_mtime_ns == written
     assert (len(less.train), len(less.eval)) == (5, 3)
     assert less.train["example_id"] == loaded.train["example_id"][:5]
@@ -350,7 +350,7 @@ def test_data_flags_and_a_corpus_that_is_prepared_once(corpus: Path, tmp_path: P
     assert loaded.description != less.description == {**loaded.description, **expected}
     _, data, args = parse(*common, "--vocab_size", "111")
     with pytest.raises(ValueError, match="prepared with vocab_size=110, now 111"):
-        load_data(data, args)
+        PretrainingData.load(data, args)
 
 
 def test_masks_are_new_each_epoch_and_fixed_in_evaluation(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForPreTraining, EvalPrediction, Trainer
 
 from hf_soo.bert.data.folder import load_prepared
-from hf_soo.bert.data.wordpiece import special_ids
+from hf_soo.bert.data.wordpiece import SpecialIds
 from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.metrics import METRICS, prediction_sums, pretraining_metrics
 from hf_soo.bert.task import PretrainingTask
@@ -52,7 +52,7 @@ def evaluate(rank: int, world: int, folder: Path, flags: list[str]) -> tuple[dic
 def directly(folder: Path, weights: dict[str, torch.Tensor], masking: str, count: int) -> dict[str, float]:
     """The metrics of the first examples in one batch, from logits at every position."""
     data = load_prepared(folder)
-    collator = PretrainingCollator(special_ids(data["vocab_file"]), masking=masking, seed=0)
+    collator = PretrainingCollator(SpecialIds.of(data["vocab_file"]), masking=masking, seed=0)
     batch = collator([data["eval"][i] for i in range(count)])
     words, next_sentence = batch.pop("labels"), batch.pop("next_sentence_label")
     config = BertConfig(

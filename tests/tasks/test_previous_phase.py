@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_soo.bert.previous_phase import find_phase
+from hf_soo.bert.previous_phase import PreviousPhase
 from tests.scripts.script_runs import check_error, load_script, only_run, prepare_corpus
 
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--dropout", "0"]
@@ -147,19 +147,19 @@ def test_a_comparison_says_of_each_run_which_moments_it_has(
 
 def test_a_phase_1_that_has_not_ended_is_taken_only_where_it_is_asked_for(phase_1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(phase_1, tmp_path / "phase1")
-    assert find_phase(str(folder)).steps == 4
+    assert PreviousPhase.find(str(folder)).steps == 4
     shutil.rmtree(folder / "checkpoint-4")
     with pytest.raises(ValueError, match=r"checkpoint-2 is the newest .* has not ended \(2 of 4 steps\)"):
-        find_phase(str(folder))
-    assert find_phase(str(folder / "checkpoint-2")).steps == 2
+        PreviousPhase.find(str(folder))
+    assert PreviousPhase.find(str(folder / "checkpoint-2")).steps == 2
     file = folder / "checkpoint-2" / "trainer_state.json"
     stopped = json.loads(file.read_text())
     stopped["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = True  # at a target
     file.write_text(json.dumps(stopped))
-    assert find_phase(str(folder)).steps == 2
+    assert PreviousPhase.find(str(folder)).steps == 2
     file.write_text(json.dumps(stopped | {"log_history": [{"loss": float("nan"), "step": 2}]}))
     with pytest.raises(ValueError, match=r"the loss of .*checkpoint-2 is not finite"):
-        find_phase(str(folder / "checkpoint-2"))
+        PreviousPhase.find(str(folder / "checkpoint-2"))
 
 
 def test_weights_in_pieces_are_refused(phase_1: Path, tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ def test_weights_in_pieces_are_refused(phase_1: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-4 has no whole weights .* FULL_STATE_DICT"):
-        find_phase(str(folder))
+        PreviousPhase.find(str(folder))
 
 
 def test_no_whole_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no whole checkpoint .* and holds none"):
-        find_phase(str(tmp_path))
+        PreviousPhase.find(str(tmp_path))

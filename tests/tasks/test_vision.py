@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_soo.runs.training import weights_hash
-from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, _stratified_split, digest, load_images
+from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, _stratified_split, digest
 from hf_soo.vision.images import Pixels, fit
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
@@ -46,7 +46,7 @@ def reds_and_blues(folder: Path, count: int = 8) -> Path:
 
 def test_digits_are_scikit_learns_and_their_split_is_fixed_and_disjoint() -> None:
     raw = load_digits()
-    data = load_images(ImageDataConfig())
+    data = ImageData.load(ImageDataConfig())
     assert (data.shape, data.classes) == ((1, 8, 8), tuple("0123456789"))
     assert (len(data.train), len(data.eval)) == (1347, 450)
     both = np.concatenate([pixels(data), pixels(data, "eval")]).reshape(-1, 64)
@@ -55,7 +55,7 @@ def test_digits_are_scikit_learns_and_their_split_is_fixed_and_disjoint() -> Non
     assert np.abs(counts[1] - 0.25 * np.bincount(raw.target)).max() <= 0.5
     assert (counts[0] + counts[1]).tolist() == np.bincount(raw.target).tolist()
     # pinned: results of different machines and versions are of the same images
-    assert digest(data) == "7075c9d71ef1" == digest(load_images(ImageDataConfig()))
+    assert digest(data) == "7075c9d71ef1" == digest(ImageData.load(ImageDataConfig()))
 
 
 def test_stratified_split_is_disjoint_complete_and_takes_of_every_class() -> None:
@@ -71,18 +71,18 @@ def test_stratified_split_is_disjoint_complete_and_takes_of_every_class() -> Non
 
 
 def test_sizes_and_channels_of_digits() -> None:
-    small = load_images(ImageDataConfig(num_channels=3, max_train_samples=5, max_eval_samples=7))
+    small = ImageData.load(ImageDataConfig(num_channels=3, max_train_samples=5, max_eval_samples=7))
     assert small.shape == (3, 8, 8) and (len(small.train), len(small.eval)) == (5, 7)
     assert (pixels(small)[:, 0] == pixels(small)[:, 2]).all()
-    large = load_images(ImageDataConfig(image_size=16))
-    original, resized = pixels(load_images(ImageDataConfig()))[0, 0], pixels(large)[0, 0]
+    large = ImageData.load(ImageDataConfig(image_size=16))
+    original, resized = pixels(ImageData.load(ImageDataConfig()))[0, 0], pixels(large)[0, 0]
     assert resized.shape == (16, 16)
     expected = Image.fromarray(original).resize((16, 16), Image.Resampling.BILINEAR)
     assert (resized == np.asarray(expected)).all()
 
 
 def test_a_folder_of_one_folder_a_class(tmp_path: Path) -> None:
-    data = load_images(ImageDataConfig(dataset=str(reds_and_blues(tmp_path / "photos"))))
+    data = ImageData.load(ImageDataConfig(dataset=str(reds_and_blues(tmp_path / "photos"))))
     assert (data.classes, data.shape, len(data.train), len(data.eval)) == (("blue", "red"), (3, 8, 8), 12, 4)
     seen = set()
     for part in ("train", "eval"):
@@ -91,12 +91,12 @@ def test_a_folder_of_one_folder_a_class(tmp_path: Path) -> None:
             assert image[channel].min() >= 100 and np.delete(image, channel, axis=0).max() == 0
             seen.add((label, image[channel, 0, 0]))
     assert len(seen) == 16
-    again = load_images(ImageDataConfig(dataset=str(tmp_path / "photos")))
+    again = ImageData.load(ImageDataConfig(dataset=str(tmp_path / "photos")))
     assert digest(again) == digest(data)
     Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "photos" / "red" / "3.png")
     assert 7 in np.concatenate(
         [
-            pixels(load_images(ImageDataConfig(dataset=str(tmp_path / "photos"))), part)[:, 0, 0, 0]
+            pixels(ImageData.load(ImageDataConfig(dataset=str(tmp_path / "photos"))), part)[:, 0, 0, 0]
             for part in ("train", "eval")
         ]
     )
@@ -109,7 +109,7 @@ def test_names_that_look_like_patterns_or_parts(tmp_path: Path) -> None:
         for index in range(4):
             (folder / name).mkdir(parents=True, exist_ok=True)
             Image.new("L", (4, 4), 10 * index).save(folder / name / f"test_{index}.png")
-    data = load_images(ImageDataConfig(dataset=str(folder)))
+    data = ImageData.load(ImageDataConfig(dataset=str(folder)))
     assert (data.classes, data.shape, len(data.train), len(data.eval)) == (("test", "x"), (1, 4, 4), 6, 2)
 
 
@@ -117,18 +117,18 @@ def test_names_that_look_like_patterns_or_parts(tmp_path: Path) -> None:
 def test_a_folder_with_its_own_evaluation_part(tmp_path: Path, name: str) -> None:
     reds_and_blues(tmp_path / "train")
     write(tmp_path / name, {"red": [(50, 0, 0)], "blue": [(0, 0, 50), (0, 0, 51)]})
-    data = load_images(ImageDataConfig(dataset=str(tmp_path)))
+    data = ImageData.load(ImageDataConfig(dataset=str(tmp_path)))
     assert (len(data.train), len(data.eval)) == (16, 3)
     assert sorted(pixels(data, "eval").max(axis=(1, 2, 3)).tolist()) == [50, 50, 51]
     assert data.train["label"][:8] not in ([0] * 8, [1] * 8)
     write(tmp_path / name, {"green": [(0, 9, 0)]})
     with pytest.raises(ValueError, match="no image to train on is of class 'green'"):
-        load_images(ImageDataConfig(dataset=str(tmp_path)))
+        ImageData.load(ImageDataConfig(dataset=str(tmp_path)))
 
 
 def test_a_train_part_alone_is_split(tmp_path: Path) -> None:
     reds_and_blues(tmp_path / "train")
-    data = load_images(ImageDataConfig(dataset=str(tmp_path), eval_share=0.5))
+    data = ImageData.load(ImageDataConfig(dataset=str(tmp_path), eval_share=0.5))
     assert (data.classes, len(data.train), len(data.eval)) == (("blue", "red"), 8, 8)
 
 
@@ -139,11 +139,11 @@ def test_other_sizes_and_modes_come_to_one_shape(tmp_path: Path) -> None:
     Image.new("RGBA", (5, 9), (1, 2, 3, 40)).save(tmp_path / "b" / "alpha.png")
     Image.fromarray(np.full((8, 8), 0x1234, np.uint16)).save(tmp_path / "b" / "deep.png")
     Image.new("RGB", (8, 8), (51, 51, 51)).convert("P").save(tmp_path / "b" / "palette.png")
-    data = load_images(ImageDataConfig(dataset=str(tmp_path)))
+    data = ImageData.load(ImageDataConfig(dataset=str(tmp_path)))
     assert data.shape == (3, 8, 8)
     found = {tuple(image[:, 4, 4].tolist()) for part in ("train", "eval") for image in pixels(data, part)}
     assert found == {(200, 100, 50), (77, 77, 77), (78, 78, 78), (1, 2, 3), (0x12, 0x12, 0x12), (51, 51, 51)}
-    grey = load_images(ImageDataConfig(dataset=str(tmp_path), num_channels=1, image_size=4))
+    grey = ImageData.load(ImageDataConfig(dataset=str(tmp_path), num_channels=1, image_size=4))
     assert grey.shape == (1, 4, 4)
     luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
     assert {luma, 77, 78, 2, 0x12, 51} == {
@@ -170,15 +170,15 @@ def test_a_data_set_that_datasets_loads(tmp_path: Path, plain: bool) -> None:
         rows = datasets.Dataset.from_dict({"photo": images, "kind": kinds, "id": list(range(count))}, features=features)
         rows.to_parquet(tmp_path / f"{part}.parquet")
     config = ImageDataConfig(dataset=str(tmp_path), label_column="kind" if plain else None)
-    data = load_images(config)
+    data = ImageData.load(config)
     assert (data.classes, data.shape, len(data.train), len(data.eval)) == (("cat", "dog"), (1, 8, 8), 6, 2)
     assert all(int(image[0, 0, 0]) % 2 == label for image, label in zip(pixels(data), data.train["label"], strict=True))
     with pytest.raises(
         ValueError, match=r"image_column='id' does not name a column to use; .* has photo \(Image\), kind"
     ):
-        load_images(ImageDataConfig(dataset=str(tmp_path), image_column="id", label_column="kind"))
+        ImageData.load(ImageDataConfig(dataset=str(tmp_path), image_column="id", label_column="kind"))
     with pytest.raises(ValueError, match="label_column='breed' does not name"):
-        load_images(ImageDataConfig(dataset=str(tmp_path), label_column="breed"))
+        ImageData.load(ImageDataConfig(dataset=str(tmp_path), label_column="breed"))
 
 
 def test_a_hub_name_goes_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_a_hub_name_goes_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> Non
         return datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    data = load_images(ImageDataConfig(dataset="owner/photos:small"))
+    data = ImageData.load(ImageDataConfig(dataset="owner/photos:small"))
     assert asked == [("owner/photos", "small")] and (len(data.train), len(data.eval)) == (2, 2)
 
 
@@ -200,12 +200,12 @@ def test_images_without_a_label_are_refused(tmp_path: Path) -> None:
     rows = {"image": [Image.new("L", (4, 4))] * 3, "label": [0, 1, -1]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"image 2 .* has no label \(it is -1\)"):
-        load_images(ImageDataConfig(dataset=str(tmp_path)))
+        ImageData.load(ImageDataConfig(dataset=str(tmp_path)))
 
 
 def refused(tmp_path: Path, message: str, **settings: Any) -> None:
     with pytest.raises(ValueError, match=message):
-        load_images(ImageDataConfig(dataset=str(tmp_path), **settings))
+        ImageData.load(ImageDataConfig(dataset=str(tmp_path), **settings))
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     refused(tmp_path / "few", "class 'dog' has 1 images")
     write(tmp_path / "wide", {"cat": [(1, 2, 3)] * 4, "dog": [(1, 2, 3)] * 4}, size=(9, 4))
     refused(tmp_path / "wide", "image_size=None, but the first image is 9 x 4 pixels, no square; give a size")
-    assert load_images(ImageDataConfig(dataset=str(tmp_path / "wide"), image_size=8)).shape == (3, 8, 8)
+    assert ImageData.load(ImageDataConfig(dataset=str(tmp_path / "wide"), image_size=8)).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,14 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 )
 def test_settings_of_the_data_that_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_images(ImageDataConfig(**settings))
+        ImageData.load(ImageDataConfig(**settings))
 
 
 @pytest.mark.parametrize(("module", "message"), [("sklearn.datasets", "scikit-learn"), ("PIL", "needs pillow")])
 def test_what_is_not_installed_is_named(module: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"{message}.*; pip install 'hf-soo\[vision\]'"):
-        load_images(ImageDataConfig(image_size=16))
+        ImageData.load(ImageDataConfig(image_size=16))
 
 
 def test_collator_scales_to_minus_one_and_one() -> None:

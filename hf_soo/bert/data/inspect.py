@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_soo.bert.data.folder import Prepared
-from hf_soo.bert.data.wordpiece import read_vocabulary, special_ids
+from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary
 from hf_soo.bert.masking import IGNORE, PretrainingCollator
 
 
@@ -47,7 +47,7 @@ def show_examples(prepared: Prepared, count: int, *, masked: bool = False) -> It
         Lines of text.
     """
     pieces = list(read_vocabulary(prepared["vocab_file"]))
-    collate = PretrainingCollator(special_ids(prepared["vocab_file"]), max_predictions=_predictions(prepared))
+    collate = PretrainingCollator(SpecialIds.of(prepared["vocab_file"]), max_predictions=_predictions(prepared))
     samples = prepared["train"]
     for row in samples.select(range(min(count, len(samples)))):
         tokens = [pieces[i] for i in row["input_ids"]]

@@ -23,7 +23,7 @@ from hf_soo.bert.data.corpus import Corpus
 from hf_soo.bert.data.folder import FORMAT, MANIFEST, VOCABULARY, SplitWriter, sha256_of
 from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
 from hf_soo.bert.data.pairs import PairConfig
-from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, special_ids, train_wordpiece
+from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, train_wordpiece
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
 from hf_soo.files import built_beside, clear_leftovers, write_atomically
 
@@ -147,7 +147,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             train_wordpiece(corpus, config.vocab_size or 30522, vocab_file)
         else:
             write_atomically(vocab_file, "".join(f"{piece}\n" for piece in read_vocabulary(config.vocab)))
-        ids = special_ids(vocab_file)
+        ids = SpecialIds.of(vocab_file)
         job = _rows_job(config, shards, ids) if shards else _text_job(config, corpus, ids, vocab_file)
         written = _write_examples(job, config, partial)
         manifest = _manifest(config, ids, vocab_file, written)

@@ -25,6 +25,12 @@ class SpecialIds:
     sep: int
     mask: int
 
+    @classmethod
+    def of(cls, vocab_file: str | Path) -> SpecialIds:
+        """Size and special ids of a vocabulary file; errors as ``read_vocabulary``."""
+        vocabulary = read_vocabulary(vocab_file)
+        return cls(len(vocabulary), *(vocabulary[token] for token in SPECIAL_TOKENS))
+
 
 def train_wordpiece(documents: Iterable[Document], vocab_size: int, out_file: str | Path) -> int:
     """Train an uncased WordPiece vocabulary and write it, one piece a line; the same text gives the same file.
@@ -100,12 +106,6 @@ def load_tokenizer(vocab_file: str | Path) -> Any:
     from tokenizers import Tokenizer, models
 
     return _uncased(Tokenizer(models.WordPiece(read_vocabulary(vocab_file), unk_token="[UNK]")))
-
-
-def special_ids(vocab_file: str | Path) -> SpecialIds:
-    """Size and special ids of a vocabulary file; errors as ``read_vocabulary``."""
-    vocabulary = read_vocabulary(vocab_file)
-    return SpecialIds(len(vocabulary), *(vocabulary[token] for token in SPECIAL_TOKENS))
 
 
 def read_vocabulary(vocab_file: str | Path) -> dict[str, int]:
