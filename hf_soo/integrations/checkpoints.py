@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,24 +48,6 @@ def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bo
         return False
     model.load_state_dict(type(model).from_pretrained(folder).state_dict())
     return True
-
-
-def has_optimizer(folder: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint holds any optimizer's state (``save_only_model`` writes none).
-
-    Args:
-        folder: a checkpoint folder.
-    """
-    return any(path for pattern in ("optimizer*", "global_step*", BASE_FILE) for path in Path(folder).glob(pattern))
-
-
-def is_write_error(error: Exception) -> bool:
-    """Whether torch or safetensors failed to write a file; neither raises OSError for a full disk.
-
-    Args:
-        error: what saving a checkpoint raised.
-    """
-    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
 def write_manifest(folder: str | os.PathLike[str], strategy: str) -> None:

@@ -16,8 +16,6 @@ from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
     BASE_FILE,
     PRECONDITIONER_FILE,
-    has_optimizer,
-    is_write_error,
     last_whole_checkpoint,
     load_renamed_weights,
     load_whole,
@@ -96,8 +94,8 @@ class ResumingMixin(_Base):
         try:
             super()._save_checkpoint(model, trial)
         except (RuntimeError, SafetensorError) as error:
-            if not is_write_error(error):
-                raise
+            if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in str(error):
+                raise  # neither library raises OSError for a full disk
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} in {self.args.output_dir!r} could not be written "
                 f"({error}); free space or choose another output_dir, then resume from the last whole checkpoint."
@@ -181,7 +179,7 @@ class ResumingMixin(_Base):
             return
         self._attach()
         saved = load_whole(checkpoint, PRECONDITIONER_FILE)
-        if saved is None and not has_optimizer(checkpoint):  # save_only_model
+        if saved is None and not _has_optimizer(checkpoint):
             logger.warning("%s holds no optimizer state; %s starts fresh", checkpoint, ours.name)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -209,3 +207,8 @@ class ResumingMixin(_Base):
                 "make the schedule (lr_scheduler_type) where runs shall change it."
             )
         self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[union-attr]
+
+
+def _has_optimizer(checkpoint: str) -> bool:
+    """Whether any optimizer's state is there; ``save_only_model`` writes none."""
+    return any(file for pattern in ("optimizer*", "global_step*", BASE_FILE) for file in Path(checkpoint).glob(pattern))

@@ -146,7 +146,7 @@ class ZeroFragments(Fragments):
                     state[key] = value.to(flat.device, copy=True) if isinstance(value, Tensor) else value
 
 
-class FlatFragments(ZeroFragments):
+class _FlatFragments(ZeroFragments):
     """ZeRO-1 and 2, and DeepSpeed's BF16_Optimizer: a group's parameters end to end, cut into one part a rank."""
 
     def __init__(self, zero: Any, model: nn.Module, comm: Communicator) -> None:
@@ -186,7 +186,7 @@ class FlatFragments(ZeroFragments):
         )
 
 
-class ScatteredFragments(ZeroFragments):
+class _ScatteredFragments(ZeroFragments):
     """ZeRO-3: each parameter is cut into equal parts."""
 
     def __init__(self, zero: Any, model: nn.Module, comm: Communicator) -> None:
@@ -220,5 +220,5 @@ def fragments_of(zero: Any, model: nn.Module, comm: Communicator) -> ZeroFragmen
         model: the engine's module.
         comm: the means of communication.
     """
-    kind = ScatteredFragments if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) else FlatFragments
+    kind = _ScatteredFragments if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) else _FlatFragments
     return kind(zero, model, comm)
