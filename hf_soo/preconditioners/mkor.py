@@ -22,8 +22,8 @@ L⁻¹, R⁻¹  left, right          GG_inv, AA_inv
 
 Deviation: eq. 5 as printed is no inverse update; `update_rule="blend"` is what the released code runs,
 F ← (M⁻¹ + vvᵀ)⁻¹ with M = γF + (1-γ)I, "exact" is Sherman-Morrison for γJ + (1-γ)vvᵀ, "paper" the printed equation.
-Deviation: the factors live in low-rank form, F = I - CᵀC with the last `history` rows of C, which is the same factor
-up to γ^history; reason: K thin rows cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
+Deviation: the factors live in low-rank form, F = I - CᵀC with the last `history` vectors as rows of C, the same factor
+up to γ^history; reason: K thin vectors cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
 Deviation: the first statistics are used (the released code discards them), averages are taken once, and
 `kv_scale="unit"` makes both sides act whatever the batch size; "sum" is the released scale.
 """
@@ -58,7 +58,7 @@ class MKORConfig(Periodic):
     Args:
         factor_decay: γ, the weight of the old factor.
         representation: "lowrank" (F = I - CᵀC) or "dense".
-        history: rows of C kept, K; low-rank only.
+        history: K, the columns of the low-rank factor that are kept (rows of C here); low-rank only.
         update_rule: "blend", or with the dense representation "exact" or "paper".
         clip_value: bound on a Kronecker vector's entries, before scaling.
         kv_scale: "unit", "sum" (as released) or "mean"; see ``kronecker_vectors``.
