@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hf_soo import preconditioners
 from hf_soo.engine.checks import require_range, unknown_key
-from hf_soo.engine.layers import full_shape
+from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Method
 from hf_soo.engine.selection import Selection, compile_patterns, select_layers

@@ -40,20 +40,20 @@ class Slot:
     tensor: int = 0
 
     @classmethod
-    def of(cls, param: Tensor, state: Mapping[str, Tensor], sharded: bool = False) -> Slot:
+    def of(cls, param: Tensor, state: Mapping[str, Tensor], cut: bool = False) -> Slot:
         """Flatten what this process holds of a parameter; a low-precision gradient is widened to the moments' dtype.
 
         Args:
             param: The parameter, with a gradient.
             state: Its `step`, `exp_avg` and `exp_avg_sq`.
-            sharded: Whether they are DTensors.
+            cut: Whether this process holds a part of each.
 
         Returns:
             The slot. Its tensors share memory with the originals where those are contiguous and of the right dtype.
         """
         assert param.grad is not None
         home, grad, m, v = param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"]
-        if sharded:
+        if cut:
             home, grad, m, v = local(home), local(grad), local(m), local(v)
         return cls(flat(home), flat(grad.to(m.dtype)), flat(m), flat(v), state["step"], home)
 
@@ -70,7 +70,7 @@ class Slot:
 def slots_of(
     params: Iterable[Tensor],
     state: Mapping[Tensor, Mapping[str, Tensor]],
-    sharded: bool,
+    cut: bool,
     partition: Partition | None,
 ) -> Iterator[Slot]:
     """The slots of parameters, each made when it is its turn: flattening may copy.
@@ -78,14 +78,14 @@ def slots_of(
     Args:
         params: Parameters with gradients.
         state: Of each, its `step`, `exp_avg` and `exp_avg_sq`.
-        sharded: Whether they are DTensors.
+        cut: Whether this process holds a part of each.
         partition: Which whole tensors each consists of; None: it is one.
 
     Yields:
-        A slot for each parameter, or for each fragment in it.
+        A slot for each parameter, or for each part of a whole tensor in it.
     """
     for param in params:
-        slot = Slot.of(param, state[param], sharded)
+        slot = Slot.of(param, state[param], cut)
         if partition is None:
             yield slot
         else:

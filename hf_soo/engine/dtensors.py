@@ -1,6 +1,7 @@
-"""DTensors, without importing ``torch.distributed.tensor``: it costs most of a second, and most runs have none.
+"""Parameters that are cut over ranks: DTensors, without importing ``torch.distributed.tensor``, and whole shapes.
 
-Whoever has made a DTensor has imported the module, so it is looked up among the imported ones.
+The import costs most of a second, and most runs have no DTensor. Whoever has made one has imported the module, so it is
+looked up among the imported ones.
 """
 
 from __future__ import annotations
@@ -68,3 +69,8 @@ def sharded_dim(name: str, parameter: Tensor) -> int:
             "with fully_shard, without tensor parallelism, or exclude them."
         )
     return cut[0]
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter; under ZeRO-3 it is (0,) where the parameter is not gathered."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

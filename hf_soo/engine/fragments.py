@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_soo.engine.comm import Communicator, Group
+from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed
-from hf_soo.engine.layers import Layer, accumulation_dtype, full_shape
+from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.strategy import Strategy
 
 GATHER_BYTES = 2**28

@@ -2,7 +2,7 @@
 
 A computation on the rows of a gradient that lie on this rank is a generator (``RowSums``): it yields the tensors of
 which it has summed its own rows, finds them summed over all rows when it goes on, and returns its result. So one piece
-of mathematics serves whole gradients, where nothing is left to be summed, and shards; and the computations of all
+of mathematics serves whole gradients, where nothing is left to be summed, and some rows; and the computations of all
 layers advance together, so that their sums are one message.
 """
 
@@ -23,7 +23,7 @@ ALL_ROWS = slice(None)
 T = TypeVar("T")
 
 RowSums = Generator[list[Tensor], None, T]
-"""Yields tensors to be summed over the row shards, in place; returns the result."""
+"""Yields tensors to be summed over all rows, in place; returns the result."""
 
 Groups = list[list[Layer]]
 """Layers that are worked on together, each list of one shape."""
@@ -37,7 +37,7 @@ class Joint:
     whether there is a bias.
 
     Args:
-        weight: [L, n, m], or [L, *shape] of single parameters; fewer rows (dimension 1) if they are a shard.
+        weight: [L, n, m], or [L, *shape] of single parameters; fewer rows (dimension 1) where a rank holds some.
         bias: [L, n], or None where the layers train none.
         rows: which rows of the layers these are.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_soo.engine.dtensors import local
+from hf_soo.engine.dtensors import full_shape, local
 
 
 @dataclass(eq=False)
@@ -215,11 +215,6 @@ class Conv2dLayer(RowLayer):
         conv = self.module
         padded = F.pad(images, self._padding())
         return F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter; under ZeRO-3 it is (0,) where the parameter is not gathered."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -140,7 +140,7 @@ class PreconditionedOptimizer(Optimizer):
             self.stages.follow_layout(self.name, self.steps)
 
     def _linked_base(self) -> Optimizer:
-        """The base over our groups as they are now: ZeRO swaps our list for one of a single group, step by step."""
+        """The base over our groups as they are now: DeepSpeed swaps our list for one of a single group at a time."""
         if self.external_step:
             self.base.param_groups = self.param_groups
         return self.base

@@ -16,7 +16,7 @@ UNNAMED = "(unnamed)"
 
 @dataclass(frozen=True)
 class ParameterIndex:
-    """What belongs together when the optimizer is built: FSDP2 and ZeRO replace the parameters later.
+    """What belongs together when the optimizer is built: some strategies replace the parameters later.
 
     Args:
         parameters: the names of the parameters of each group of the base.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_soo.engine.chunks import piece_norms
+from hf_soo.engine.chunks import piece_norms, wide_dtype
 from hf_soo.engine.comm import Communicator, Group
-from hf_soo.engine.dtensors import local, sharded_dim
+from hf_soo.engine.dtensors import full_shape, is_dtensor, local, sharded_dim
 from hf_soo.engine.fragments import Fragment, Fragments, Span
-from hf_soo.engine.layers import Layer, full_shape
+from hf_soo.engine.layers import Layer
+from hf_soo.engine.strategy import Partition
 
 
 class RowShards(Fragments):
@@ -87,3 +90,82 @@ class MeshPartition:
         total: Tensor = torch.linalg.vector_norm(torch.stack(piece_norms(grads))).square_()
         self.sum_norms_(total)
         return total.sqrt_()
+
+
+@dataclass(slots=True)
+class Job:
+    """Parameters of one group, device and dtype, all with a gradient; ``ranks`` hold the rows of DTensors."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    ranks: Group
+
+
+@dataclass(slots=True)
+class Share:
+    """Jobs on pieces of tensors, whose norms are summed together; `like` has the sums' device and dtype."""
+
+    partition: Partition
+    jobs: list[Job]
+    like: Tensor
+
+
+def check_placement(params: Iterable[Tensor]) -> None:
+    """Refuse DTensors that are cut in another way than ``RowShards`` takes, as that does.
+
+    Args:
+        params: DTensors and others.
+    """
+    for param in filter(is_dtensor, params):
+        sharded_dim("a parameter", param)
+
+
+def divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[list[Job], list[Share]]:
+    """Tell whole parameters from pieces.
+
+    Args:
+        groups: Parameter groups.
+        partition: What the parameters are pieces of; None: each is whole, or a DTensor.
+
+    Returns:
+        The jobs on whole parameters, and the shares. A partition has its share even if nothing has a gradient here:
+        other ranks may wait for this one's sum.
+    """
+    jobs = [job for group in groups for job in _alike(group)]
+    if partition is not None:
+        like = next((param for group in groups for param in group["params"]), torch.empty(0))
+        return [], [Share(partition, jobs, like)]
+    sharded: dict[tuple[Group, torch.device, torch.dtype], list[Job]] = {}
+    for job in jobs:
+        if job.ranks is not None:
+            sharded.setdefault((job.ranks, job.params[0].device, wide_dtype(job.params[0])), []).append(job)
+    shares = []
+    for (ranks, _, _), together in sharded.items():
+        params = [param for job in together for param in job.params]
+        shares.append(Share(MeshPartition(params, ranks), together, params[0]))
+    return [job for job in jobs if job.ranks is None], shares
+
+
+def _alike(group: dict[str, Any]) -> list[Job]:
+    """The parameters that have a gradient, gathered by device, dtype and the ranks that hold their rows."""
+    gathered: dict[tuple[torch.device, torch.dtype, Group], Job] = {}
+    for param in group["params"]:
+        if param.grad is None:
+            continue
+        if param.grad.is_sparse:
+            raise ValueError("LAMB: a sparse gradient is not supported; build the embedding with sparse=False")
+        ranks = _ranks_of_rows(param) if is_dtensor(param) else None
+        gathered.setdefault((param.device, param.dtype, ranks), Job(group, [], ranks)).params.append(param)
+    return list(gathered.values())
+
+
+def _ranks_of_rows(param: Any) -> Group:
+    """The ranks that hold the rows of a DTensor."""
+    grad = param.grad.placements if is_dtensor(param.grad) else "an ordinary tensor"
+    if grad != param.placements:
+        raise NotImplementedError(
+            f"LAMB: a DTensor with placements {param.placements} and a gradient placed as {grad} is not supported; "
+            "both must be cut alike, as fully_shard makes them: use it, DDP, or base='adamw'."
+        )
+    group: Group = param.device_mesh.get_group(sharded_dim("a parameter", param))
+    return group

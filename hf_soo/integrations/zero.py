@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine.comm import Communicator
+from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.fragments import Fragment, Fragments, Span
-from hf_soo.engine.layers import Layer, full_shape
+from hf_soo.engine.layers import Layer
 from hf_soo.engine.strategy import Entry, Names, on_cpu
 
 

@@ -119,7 +119,7 @@ def build_base(
 
     Raises:
         ValueError: the base or one of its arguments is unknown, or it refuses a value.
-        NotImplementedError: it cannot step on row shards, and the parameters are (FSDP2).
+        NotImplementedError: it cannot step on rows of matrices, and the parameters are (FSDP2).
     """
     cls, defaults = _resolve_base(base)
     valid = base_arguments(cls)

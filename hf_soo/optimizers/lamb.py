@@ -23,7 +23,7 @@ How it is fast: a tensor is walked in pieces (chunks.py) that stay in cache whil
 torch's fused Adam kernel turns a piece that holds -κw into -u, and -u waits in the gradient's own memory until the
 tensor's ratio is known. **So `.grad` is scratch space: after `step` its content is unspecified** (as with apex).
 
-Where ranks hold pieces of a parameter (DTensors, flat tensors), all pieces are turned into -u
+Where ranks hold pieces of a parameter (`Partition`), all pieces are turned into -u
 first, and one all-reduce makes their norms those of whole parameters.
 """
 
@@ -39,28 +39,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_soo.engine.chunks import Slot, bundles, piece_norms, piece_size, slots_of, whole_norms, wide_dtype
-from hf_soo.engine.comm import Group
-from hf_soo.engine.dtensors import is_dtensor, sharded_dim
-from hf_soo.engine.row_shards import MeshPartition
+from hf_soo.engine.row_shards import Job, Share, check_placement, divide
 from hf_soo.engine.strategy import Partition
-
-
-@dataclass(slots=True)
-class _Job:
-    """Parameters of one group, device and dtype, all with a gradient; ``ranks`` hold the rows of DTensors."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    ranks: Group
-
-
-@dataclass(slots=True)
-class _Share:
-    """Jobs on pieces of tensors, whose norms are summed together; `like` has the sums' device and dtype."""
-
-    partition: Partition
-    jobs: list[_Job]
-    like: Tensor
 
 
 @dataclass(slots=True)
@@ -114,8 +94,7 @@ class Lamb(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose own values have been validated."""
         super().add_param_group(param_group)
-        for param in filter(is_dtensor, self.param_groups[-1]["params"]):
-            sharded_dim("a parameter", param)
+        check_placement(self.param_groups[-1]["params"])
         _check(**{name: self.param_groups[-1][name] for name in ("lr", "betas", "eps", "weight_decay")})
 
     @torch.no_grad()
@@ -132,7 +111,7 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        whole, shares = _divide(self.param_groups, self.partition)
+        whole, shares = divide(self.param_groups, self.partition)
         excess = self._clip_divisor(whole, shares)
         for job in whole:
             for update in self._updates(job, excess):
@@ -150,7 +129,7 @@ class Lamb(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[param][name] = value.to(param.device)
 
-    def _clip_divisor(self, whole: list[_Job], shares: list[_Share]) -> Tensor | None:
+    def _clip_divisor(self, whole: list[Job], shares: list[Share]) -> Tensor | None:
         """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip."""
         limit = self.defaults["max_grad_norm"]
         if limit is None:
@@ -162,7 +141,7 @@ class Lamb(Optimizer):
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return torch.clamp(total / limit, min=1.0)
 
-    def _step_pieces(self, share: _Share, excess: Tensor | None) -> None:
+    def _step_pieces(self, share: Share, excess: Tensor | None) -> None:
         """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
         updates = [update for job in share.jobs for update in self._updates(job, excess, share.partition)]
         known = [(update.slots, update.norms) for update in updates if update.norms is not None]
@@ -171,7 +150,7 @@ class Lamb(Optimizer):
             adapt = update.norms is not None
             _apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
 
-    def _updates(self, job: _Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[_Update]:
+    def _updates(self, job: Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[_Update]:
         """Update moments bundle by bundle, each when it is asked for: what is applied at once is still in cache."""
         if excess is not None:
             excess = excess.to(job.params[0].device)
@@ -189,7 +168,7 @@ class Lamb(Optimizer):
         if not state:
             dtype = wide_dtype(param)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            for name in ("exp_avg", "exp_avg_sq"):  # like the parameter: of a DTensor, a DTensor
+            for name in ("exp_avg", "exp_avg_sq"):  # like the parameter, cut as it is
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         return state
 
@@ -279,54 +258,3 @@ def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: floa
             raise ValueError(f"Lamb: {name}={value!r} must be 0 or more.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"Lamb: betas={betas!r} must be two numbers in [0, 1).")
-
-
-def _divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[list[_Job], list[_Share]]:
-    """Tell whole parameters from pieces.
-
-    Args:
-        groups: parameter groups.
-        partition: what the parameters are pieces of; None: each is whole, or a DTensor.
-
-    Returns:
-        The jobs on whole parameters, and the shares. A partition has its share even if nothing has a gradient here:
-        other ranks may wait for this one's sum.
-    """
-    jobs = [job for group in groups for job in _alike(group)]
-    if partition is not None:
-        like = next((param for group in groups for param in group["params"]), torch.empty(0))
-        return [], [_Share(partition, jobs, like)]
-    sharded: dict[tuple[Group, torch.device, torch.dtype], list[_Job]] = {}
-    for job in jobs:
-        if job.ranks is not None:
-            sharded.setdefault((job.ranks, job.params[0].device, wide_dtype(job.params[0])), []).append(job)
-    shares = []
-    for (ranks, _, _), together in sharded.items():
-        params = [param for job in together for param in job.params]
-        shares.append(_Share(MeshPartition(params, ranks), together, params[0]))
-    return [job for job in jobs if job.ranks is None], shares
-
-
-def _alike(group: dict[str, Any]) -> list[_Job]:
-    """The parameters that have a gradient, gathered by device, dtype and the ranks that hold their rows."""
-    gathered: dict[tuple[torch.device, torch.dtype, Group], _Job] = {}
-    for param in group["params"]:
-        if param.grad is None:
-            continue
-        if param.grad.is_sparse:
-            raise ValueError("Lamb: a sparse gradient is not supported; build the embedding with sparse=False.")
-        ranks = _ranks_of_rows(param) if is_dtensor(param) else None
-        gathered.setdefault((param.device, param.dtype, ranks), _Job(group, [], ranks)).params.append(param)
-    return list(gathered.values())
-
-
-def _ranks_of_rows(param: Any) -> Group:
-    """The ranks that hold the rows of a DTensor."""
-    grad = param.grad.placements if is_dtensor(param.grad) else "an ordinary tensor"
-    if grad != param.placements:
-        raise NotImplementedError(
-            f"Lamb: a DTensor with placements {param.placements} and a gradient placed as {grad} is not supported; "
-            "both must be cut alike, as fully_shard makes them: use it, DDP, or base='adamw'."
-        )
-    group: Group = param.device_mesh.get_group(sharded_dim("a parameter", param))
-    return group
