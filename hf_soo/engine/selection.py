@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
 
 
-def skip_nothing(layer: Layer) -> None:
+def _skip_nothing(layer: Layer) -> None:
     """For methods that can move every layer."""
 
 
@@ -52,7 +53,7 @@ def select_layers(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    skip_reason: SkipReason = skip_nothing,
+    skip_reason: SkipReason = _skip_nothing,
 ) -> Selection:
     """Choose the layers of a model that a method with Kronecker statistics moves.
 
@@ -85,15 +86,15 @@ def select_parameters(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    skip_reason: SkipReason = skip_nothing,
+    skip_reason: SkipReason = _skip_nothing,
     everything: bool = False,
 ) -> Selection:
     """Choose the parameters of a model that a method without statistics moves, each on its own.
 
     Args:
         model: the bare model.
-        include: regular expressions on names of modules, as in ``select_layers``.
-        exclude: regular expressions on names of modules, as in ``select_layers``.
+        include: as for ``select_layers``.
+        exclude: as for ``select_layers``.
         skip_reason: why the method cannot move a parameter.
         everything: embeddings, tied weights and vocabulary decoders too.
 
@@ -119,27 +120,8 @@ def select_parameters(
     return _select(candidates(), include, exclude, skip_reason, "parameters")
 
 
-def select_all_parameters(
-    model: nn.Module,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    skip_reason: SkipReason = skip_nothing,
-) -> Selection:
-    """``select_parameters`` with embeddings, tied weights and decoders.
-
-    Args:
-        model: see ``select_parameters``.
-        include: see ``select_parameters``.
-        exclude: see ``select_parameters``.
-        skip_reason: see ``select_parameters``.
-
-    Returns:
-        See ``select_parameters``.
-
-    Raises:
-        ValueError: see ``select_parameters``.
-    """
-    return select_parameters(model, include, exclude, skip_reason, everything=True)
+select_all_parameters = partial(select_parameters, everything=True)
+"""``select_parameters`` with embeddings, tied weights and decoders."""
 
 
 def _select(

@@ -29,7 +29,7 @@ from hf_soo.engine.strategy import Names, Strategy
 logger = logging.getLogger(__name__)
 
 
-def layer_tensors(states: Mapping[str, LayerState]) -> LayerState:
+def _layer_tensors(states: Mapping[str, LayerState]) -> LayerState:
     """Module name -> {"side.tensor": tensor}."""
     return {
         name: {f"{side}.{key}": tensor for side, factor in state.items() for key, tensor in factor.items()}
@@ -86,7 +86,7 @@ class Identity:
             layers: layer name -> its whole state.
         """
         header = {"optimizer": self.name, "base": self.base, "config": dict(self.config)}
-        return header | {"steps": steps, "switched": switched, "own": own, "layers": layer_tensors(layers)}
+        return header | {"steps": steps, "switched": switched, "own": own, "layers": _layer_tensors(layers)}
 
     def check(
         self, saved: dict[str, Any] | None, fresh: Iterable[tuple[str, LayerState]], switched: bool
@@ -135,12 +135,12 @@ def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) ->
 
     Args:
         fresh: (layer name, a whole state) of this run; looked at one by one.
-        saved: what ``layer_tensors`` gave.
+        saved: what ``_layer_tensors`` gave.
 
     Raises:
         ValueError: a layer is missing or unknown, or a tensor has another name, shape or dtype.
     """
-    own = {name: _signature(layer_tensors({name: state})[name]) for name, state in fresh}
+    own = {name: _signature(_layer_tensors({name: state})[name]) for name, state in fresh}
     missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if missing or unknown:
         raise ValueError(
