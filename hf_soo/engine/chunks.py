@@ -73,17 +73,7 @@ def slots_of(
     cut: bool,
     partition: Partition | None,
 ) -> Iterator[Slot]:
-    """The slots of parameters, each made when it is its turn: flattening may copy.
-
-    Args:
-        params: Parameters with gradients.
-        state: Of each, its `step`, `exp_avg` and `exp_avg_sq`.
-        cut: Whether this process holds a part of each.
-        partition: Which whole tensors each consists of; None: it is one.
-
-    Yields:
-        A slot for each parameter, or for each part of a whole tensor in it.
-    """
+    """The slots of parameters with gradients, or of the whole tensors in them, each made when it is its turn."""
     for param in params:
         slot = Slot.of(param, state[param], cut)
         if partition is None:
@@ -148,16 +138,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def piece_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Norms of gradients' pieces, as far as this process holds them.
-
-    In pieces, as on CPU one fp32 reduction over 31M elements comes out 1.6e-3 too small.
-
-    Args:
-        grads: Of parameters, or this process's parts of them; alike in device and width of dtype.
-
-    Returns:
-        0-dim tensors, at least one for each gradient.
-    """
+    """Norms of gradients, piece by piece: one fp32 reduction over 31M elements comes out 1.6e-3 too small on a CPU."""
     size = piece_size(grads[0])
     pieces = [piece for grad in grads for piece in torch.split(flat(grad), size)]
     return list(torch._foreach_norm(pieces, 2, dtype=wide_dtype(grads[0])))

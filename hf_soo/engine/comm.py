@@ -62,16 +62,7 @@ class Communicator:
         self._flat("broadcast", tensors, lambda flat: dist.broadcast(flat, src=source, group=group))
 
     def gather(self, piece: Tensor, group: Group, size: int) -> Tensor:
-        """The pieces of all ranks of a group, each of the same length.
-
-        Args:
-            piece: this rank's, [d].
-            group: the ranks.
-            size: their number, W.
-
-        Returns:
-            [W, d].
-        """
+        """The pieces [d] of a group's ``size`` ranks, all of one length, as [size, d]."""
         pieces = piece.new_empty(size * piece.numel())
         self._count("all_gather", piece)
         dist.all_gather_into_tensor(pieces, piece, group=group)

@@ -15,11 +15,7 @@ MODULE = "torch.distributed.tensor"
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
-    """Whether a value is a DTensor; its attributes are untyped here, as its class cannot be named.
-
-    Args:
-        value: anything.
-    """
+    """Whether a value is a DTensor; its attributes are untyped here, as its class cannot be named."""
     module = sys.modules.get(MODULE)
     return module is not None and isinstance(value, module.DTensor)
 
@@ -35,12 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def placed_as(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor on the device of ``target`` and cut as it is; every rank must call it.
-
-    Args:
-        value: of the shape of ``target``.
-        target: a tensor or DTensor.
-    """
+    """A whole tensor on the device of ``target``, and cut as that is; every rank must call it."""
     value = value.to(target.device)
     if is_dtensor(target):
         return sys.modules[MODULE].distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[no-any-return]

@@ -226,14 +226,7 @@ def run_with_shared_sums(
 
 
 def run_whole(computation: RowSums[T]) -> T:
-    """Run one computation that has all rows.
-
-    Args:
-        computation: it.
-
-    Returns:
-        What it returned.
-    """
+    """What one computation returns that has all rows."""
     (result,) = run_with_shared_sums([computation])
     return result
 

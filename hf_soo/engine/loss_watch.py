@@ -16,12 +16,7 @@ class LossWatch:
         self._sum: Tensor | None = None
 
     def report(self, loss: Tensor | float, device: torch.device) -> None:
-        """Add a micro-batch's loss; nothing waits for the device.
-
-        Args:
-            loss: this rank's.
-            device: where the sum is kept.
-        """
+        """Add this rank's loss of a micro-batch, kept on ``device``; nothing waits for it."""
         value = torch.as_tensor(loss).detach().to(device, torch.float64)
         self._sum = value if self._sum is None else self._sum + value
 
@@ -42,11 +37,7 @@ class LossWatch:
             )
 
     def take(self, comm: Communicator) -> Tensor:
-        """The loss of the global batch, the mean over ranks; the window's is forgotten. Every rank must call it.
-
-        Args:
-            comm: between the ranks.
-        """
+        """The loss of the global batch, the mean over ranks; the window's is forgotten. Every rank must call it."""
         assert self._sum is not None  # ``require`` stands before each step
         loss, self._sum = self._sum / comm.world_size, None
         comm.sum_([loss])

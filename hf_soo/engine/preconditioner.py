@@ -313,14 +313,7 @@ def unstack_(states: Sequence[LayerState], new: LayerState) -> None:
 
 
 def local_state(state: LayerState, shared: Collection[str] | None, keeps: bool, works: bool) -> LayerState:
-    """The part of a layer's state that a rank holds: all, what preconditioning needs, or nothing.
-
-    Args:
-        state: all of it.
-        shared: names of the tensors that preconditioning needs (``Preconditioner.shared``); None: all.
-        keeps: whether the rank keeps the running factors.
-        works: whether it preconditions the layer.
-    """
+    """What a rank holds of a layer's state: all if it ``keeps`` it, else, if it ``works``, what is ``shared``."""
     if shared is None or keeps:
         return state
     return {side: {k: t for k, t in factor.items() if works and k in shared} for side, factor in state.items()}

@@ -66,12 +66,7 @@ class MeshPartition:
     """DTensors of one mesh, for norms of whole parameters: each rank holds some rows of each, perhaps none."""
 
     def __init__(self, params: Sequence[Tensor], group: Group) -> None:
-        """Number the tensors.
-
-        Args:
-            params: parameters with gradients, the same on every rank.
-            group: the ranks that hold their rows.
-        """
+        """Number the parameters with gradients, the same on every rank of the group that holds their rows."""
         self.tensors = len(params)
         self._params, self._group = params, group
         self._numbers = {id(param): number for number, param in enumerate(params)}
@@ -111,11 +106,7 @@ class Share:
 
 
 def check_placement(params: Iterable[Tensor]) -> None:
-    """Refuse DTensors that are cut in another way than ``RowShards`` takes, as that does.
-
-    Args:
-        params: DTensors and others.
-    """
+    """Refuse DTensors that are cut in another way than ``RowShards`` takes, as that does."""
     for param in filter(is_dtensor, params):
         sharded_dim("a parameter", param)
 

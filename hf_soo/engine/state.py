@@ -77,14 +77,7 @@ class Identity:
     def saved(
         self, steps: int, switched: bool, own: Mapping[str, Tensor], layers: Mapping[str, LayerState]
     ) -> dict[str, Any]:
-        """The factors' checkpoint.
-
-        Args:
-            steps: steps done.
-            switched: whether the method has handed over to its base.
-            own: the method's state that belongs to no layer.
-            layers: layer name -> its whole state.
-        """
+        """The factors' checkpoint: ``own`` belongs to no layer, ``layers`` are whole states by name."""
         header = {"optimizer": self.name, "base": self.base, "config": dict(self.config)}
         return header | {"steps": steps, "switched": switched, "own": own, "layers": _layer_tensors(layers)}
 

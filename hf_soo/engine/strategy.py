@@ -100,15 +100,7 @@ class Strategy(ABC):
         """
 
     def portions(self, groups: Groups, joined: bool) -> Iterator[tuple[Groups, list[Joint]]]:
-        """``batches`` with their gradients, each read when it is its turn.
-
-        Args:
-            groups: see ``batches``.
-            joined: see ``batches``.
-
-        Yields:
-            (groups, their gradients).
-        """
+        """``batches`` with their gradients, each read when it is its turn."""
         for batch in self.batches(groups, joined):
             yield batch, self.read(batch)
 
@@ -135,27 +127,13 @@ class Strategy(ABC):
     # ---- the base's state --------------------------------------------------------------------------------------------
 
     def base_entries(self, base: Optimizer, names: Names) -> Iterator[tuple[str, Entry]]:
-        """Each parameter's state in whole tensors on the CPU, one at a time; every rank must go through all.
-
-        Args:
-            base: the optimizer.
-            names: of the parameters of its groups.
-
-        Yields:
-            (name of the parameter, its state).
-        """
+        """(name, state) of each parameter, in whole tensors on the CPU; every rank must go through all."""
         for name, parameter in _named(base, names).items():
             entry = base.state.get(parameter, {})
             yield name, {key: on_cpu(dtensors.whole(v) if isinstance(v, Tensor) else v) for key, v in entry.items()}
 
     def restore_base_entries(self, base: Optimizer, names: Names, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep this rank's part of what ``base_entries`` gave, under any strategy.
-
-        Args:
-            base: the optimizer.
-            names: of the parameters of its groups.
-            saved: name of a parameter -> its state.
-        """
+        """Keep this rank's part of what ``base_entries`` gave, under any strategy."""
         for name, parameter in _named(base, names).items():
             base.state[parameter] = {key: _like(value, parameter) for key, value in saved[name].items()}
 
