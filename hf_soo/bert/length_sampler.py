@@ -40,11 +40,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Give this epoch's order from now on.
-
-        Args:
-            epoch: number of the epoch.
-        """
+        """Give this epoch's order from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -64,12 +60,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def example_lengths(dataset: Any, column: str) -> npt.NDArray[np.int64]:
-    """The number of tokens of every example: from its column, else counted, without reading the tokens.
-
-    Args:
-        dataset: a ``datasets.Dataset`` with ``input_ids``.
-        column: the name of the column of lengths.
-    """
+    """Tokens of every example of a ``datasets.Dataset``: from its column of lengths, else counted, unread."""
     if column in dataset.column_names:
         return np.asarray(dataset.with_format("numpy")[column][:], dtype=np.int64)
     tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)

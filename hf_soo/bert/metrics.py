@@ -51,11 +51,7 @@ def prediction_sums(
 
 
 def pretraining_metrics(evaluated: EvalPrediction) -> dict[str, float]:
-    """``METRICS`` of all examples of an evaluation.
-
-    Args:
-        evaluated: its predictions are the ``prediction_sums`` of every example, [examples, 4].
-    """
+    """``METRICS`` of an evaluation whose predictions are the ``prediction_sums`` of every example, [examples, 4]."""
     sums = torch.as_tensor(evaluated.predictions)
     tokens, loss, right, next_right = sums.double().sum(0).tolist()
     values = (loss / tokens, right / tokens) if tokens else (math.nan, math.nan)

@@ -47,11 +47,7 @@ class PreviousPhase:
     began: str | None = None
 
     def describe(self, base: str) -> dict[str, Any]:
-        """What a run JSON says of it.
-
-        Args:
-            base: of the run that goes on from here, named as ``base_optim`` is.
-        """
+        """What a run JSON says of it, for a run over ``base``, named as ``base_optim`` is."""
         ours = BASES[base].cls.__name__ if base in BASES else base.rpartition(":")[2]
         before = {"steps": self.steps, "base": self.base}
         return {"previous_phase": before, "moments": "kept" if ours == self.base else "fresh"}

@@ -44,21 +44,13 @@ class Examples:
         return len(self.texts[0])
 
     def head(self, count: int | None) -> Examples:
-        """The first so many examples.
-
-        Args:
-            count: how many; None: all.
-        """
+        """The first ``count`` examples; None: all."""
         labels = None if self.labels is None else self.labels[:count]
         return Examples(tuple(texts[:count] for texts in self.texts), labels, self.source)
 
 
 def digest(parts: Sequence[Examples]) -> str:
-    """What tells two data sets apart: a hash of all texts and labels, in order.
-
-    Args:
-        parts: of one task.
-    """
+    """What tells two data sets of a task apart: a hash of all texts and labels of its parts, in order."""
     sha = hashlib.sha256()
     for part in parts:
         for row in zip(*part.texts, part.labels or [None] * len(part), strict=True):

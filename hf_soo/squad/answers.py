@@ -49,12 +49,7 @@ class Predictions:
     null_odds: dict[str, float] | None
 
     def write(self, folder: Path, prefix: str = "") -> list[Path]:
-        """predictions.json, nbest_predictions.json and, for v2.0, null_odds.json, each whole or not at all.
-
-        Args:
-            folder: where to.
-            prefix: before each name.
-        """
+        """predictions.json, nbest_predictions.json and, for v2.0, null_odds.json, each whole or not at all."""
         contents = {"predictions": self.texts, "nbest_predictions": self.n_best, "null_odds": self.null_odds}
         paths = []
         for name, content in contents.items():

@@ -41,19 +41,11 @@ class QuestionSet:
     has_impossible: bool  # the file itself says that some questions have no answer: SQuAD v2.0
 
     def head(self, count: int | None) -> QuestionSet:
-        """The first ``count`` questions.
-
-        Args:
-            count: how many; None: all.
-        """
+        """The first ``count`` questions; None: all."""
         return self if count is None else QuestionSet(self.source, self.questions[:count], self.has_impossible)
 
     def can_be_scored(self, *, version_2: bool) -> bool:
-        """Whether every question has its answers; those of a test file may be missing or empty.
-
-        Args:
-            version_2: "no answer" counts as one.
-        """
+        """Whether every question has its answers, as a test file's may not; with ``version_2`` no answer is one."""
         return all(each.answers or (version_2 and each.answers is not None) for each in self.questions)
 
     def check_answers(self, *, version_2: bool) -> None:

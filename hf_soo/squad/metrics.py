@@ -58,12 +58,7 @@ def _f1_or_empty(prediction: str, answer: str) -> float:
 
 
 def score_v1(questions: Sequence[Question], predictions: Mapping[str, str]) -> Score:
-    """SQuAD v1.1: ``exact_match`` and ``f1``.
-
-    Args:
-        questions: with their answers.
-        predictions: question id -> text.
-    """
+    """SQuAD v1.1: ``exact_match`` and ``f1`` of the texts by question id, in percent."""
     answers = {each.id: [text for _, text in each.given_answers] for each in questions}
     metrics = {
         "exact_match": _percent(_best(_exact_match, answers, predictions).values(), len(answers)),

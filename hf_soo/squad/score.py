@@ -23,11 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def score_main(flags: Sequence[str]) -> int:
-    """Score and print the line: 0, or 1 with one line on stderr for an error.
-
-    Args:
-        flags: without the program's name.
-    """
+    """Score by a command line and print the line: 0, or 1 with one line on stderr for an error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         print(_score_file(flags))

@@ -128,12 +128,7 @@ class Labels:
 
     @classmethod
     def of(cls, asked: QuestionSet, tokens: Tokens) -> Labels:
-        """Each question's first answer in tokens of its context.
-
-        Args:
-            asked: the questions, with answers.
-            tokens: of these questions.
-        """
+        """Each question's first answer in tokens of its context."""
         spans = np.full((len(asked.questions), 2), -1, dtype=np.int64)
         wrong, lost, inexact = [], [], []
         for number, each in enumerate(asked.questions):

@@ -51,11 +51,7 @@ class Windows(Dataset[dict[str, Ints]]):
         self.labels = None if labels is None else self._positions(labels.spans[self.question])
 
     def keep(self, questions: NDArray[np.bool_]) -> Windows:
-        """Only the windows of some questions.
-
-        Args:
-            questions: [questions].
-        """
+        """Only the windows of some questions [questions]."""
         kept = questions[self.question]
         for name in ("question", "first", "length", "offset"):
             setattr(self, name, getattr(self, name)[kept])
@@ -72,11 +68,7 @@ class Windows(Dataset[dict[str, Ints]]):
         return len(self.question)
 
     def __getitem__(self, index: int) -> dict[str, Ints]:
-        """A window's inputs, not padded: [T] each, and its labels.
-
-        Args:
-            index: its number.
-        """
+        """A window's inputs, not padded: [T] each, and its labels."""
         question, first, template = self.question[index], self.first[index], self.template
         context = self.tokens.contexts[self.tokens.context_of[question]][first : first + self.length[index]]
         parts = (template.before, self.tokens.questions[question], template.between, context, template.after)
@@ -89,12 +81,7 @@ class Windows(Dataset[dict[str, Ints]]):
         return item
 
     def characters(self, windows: Ints, positions: Ints) -> Ints:
-        """Where tokens of windows lie in the text of their contexts: [..., 2].
-
-        Args:
-            windows: numbers of windows [...].
-            positions: of context tokens in them [...].
-        """
+        """Where tokens at ``positions`` [...] of ``windows`` [...] lie in their contexts: [..., 2] characters."""
         begin = self.tokens.contexts.splits[self.tokens.context_of[self.question[windows]]]
         spans: Ints = self.tokens.spans[begin + self.first[windows] + positions - self.offset[windows]]
         return spans
@@ -114,11 +101,7 @@ class WindowCollator:
         self.pad, self.most, self.always = template.pad, most, always
 
     def __call__(self, items: Sequence[dict[str, Ints]]) -> dict[str, Tensor]:
-        """A batch: [B, T] each, labels [B].
-
-        Args:
-            items: windows.
-        """
+        """A batch of windows: [B, T] each, labels [B]."""
         lengths = np.array([len(item["input_ids"]) for item in items])
         longest = self.most if self.always else min(-(-int(lengths.max()) // 8) * 8, self.most)
         batch = {"attention_mask": (np.arange(longest) < lengths[:, None]).astype(np.int64)}

@@ -249,11 +249,7 @@ class ImageCollator:
 
 
 def digest(data: ImageData) -> str:
-    """What tells two data sets apart: a hash of all pixels and labels, in order.
-
-    Args:
-        data: both parts.
-    """
+    """What tells two data sets apart: a hash of all pixels and labels of both parts, in order."""
     sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
     for part in (data.train, data.eval):
         for rows in part.iter(batch_size=1000):

@@ -51,12 +51,7 @@ def _array(image: Any) -> Pixels:
 
 
 def fit(image: Pixels, shape: Shape) -> Pixels:
-    """Bring pixels [H, W] or [H, W, 3] to ``shape``.
-
-    Args:
-        image: as ``decode`` gives it.
-        shape: channels, height and width.
-    """
+    """Bring pixels [H, W] or [H, W, 3], as ``decode`` gives them, to ``shape``: channels, height and width."""
     channels, *size = shape
     if image.ndim == 3 and channels == 1:
         image = np.rint(image @ np.array(LUMA)).astype(np.uint8)

@@ -23,13 +23,7 @@ class VisionTask(Task):
     metrics = ("accuracy",)
 
     def __init__(self, model: ImageModelConfig, data: ImageDataConfig, args: RunTrainingArguments) -> None:
-        """Read the images; one process of several decodes them first, the others find them in the cache.
-
-        Args:
-            model: which classifier.
-            data: which images.
-            args: says which process this is.
-        """
+        """Read the images; one process of several decodes them first, the others find them in the cache."""
         self.model, self.title = model, f"{model.model} on {data.dataset}"
         self.dataset = data.dataset
         with args.main_process_first(desc="reading images"):

@@ -87,12 +87,7 @@ class Cleaner:
     """Takes the documents of one pass, and says what is left of each."""
 
     def __init__(self, rules: Cleaning, counts: CorpusCounts) -> None:
-        """Set up a pass.
-
-        Args:
-            rules: what is left out.
-            counts: is kept up to date.
-        """
+        """Set up a pass that leaves out what ``rules`` say, and keeps ``counts`` up to date."""
         self.rules, self.counts = rules, counts
         self._seen = _DigestSet()
 

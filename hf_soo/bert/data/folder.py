@@ -44,12 +44,7 @@ class SplitWriter:
     """Writes the examples of one split in Arrow files, a batch at a time, and counts them."""
 
     def __init__(self, folder: Path, max_seq_length: int) -> None:
-        """Start a split.
-
-        Args:
-            folder: folder of the split; made with the first batch.
-            max_seq_length: no example is longer.
-        """
+        """Start a split in ``folder``, made with the first batch; no example is longer than ``max_seq_length``."""
         self.folder = folder
         self.files: dict[str, dict[str, Any]] = {}  # path in the prepared folder -> size and SHA-256
         self.documents = 0

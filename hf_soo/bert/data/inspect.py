@@ -11,14 +11,7 @@ from hf_soo.bert.masking import IGNORE, PretrainingCollator
 
 
 def describe(manifest: dict[str, Any]) -> Iterator[str]:
-    """The counts of a manifest.
-
-    Args:
-        manifest: as ``prepare`` returns it.
-
-    Yields:
-        Lines of text.
-    """
+    """The counts of a manifest as lines of text."""
     for title, counts in {"source": manifest["source"], **manifest["counts"]}.items():
         yield f"{title}: {_phrase(counts)}"
         for name, inner in counts.items():
