@@ -101,12 +101,12 @@ def run(config: BenchConfig, report: Callable[[dict[str, Any]], None]) -> dict[s
         "preset": config.preset,
         "parameters": sum(p.numel() for p in work.parameters),
         "settings": settings,
-        "reference": measure_reference(work, config),
+        "reference": _measure_reference(work, config),
         "rows": [],
     }
     reference_memory = peak_memory_apart(config, None)
     for pair in pairs:
-        row = measure(work, config, pair)
+        row = _measure(work, config, pair)
         memory = peak_memory_apart(config, pair)
         row["peak_memory_ratio"] = None if memory is None or reference_memory is None else memory / reference_memory
         results["rows"].append(row)
@@ -119,7 +119,7 @@ def adamw(model: nn.Module, **kind: bool) -> Optimizer:
     return torch.optim.AdamW(decay_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, **kind)  # type: ignore[arg-type]
 
 
-def measure_reference(work: Workload, config: BenchConfig) -> dict[str, float]:
+def _measure_reference(work: Workload, config: BenchConfig) -> dict[str, float]:
     """Time AdamW(foreach) alone, and AdamW(fused) relative to it."""
     clock, optimizers = Clock(work.device), [adamw(work.twin, foreach=True), adamw(work.twin, fused=True)]
     work.forward_backward(work.twin)
@@ -137,17 +137,8 @@ def measure_reference(work: Workload, config: BenchConfig) -> dict[str, float]:
     }
 
 
-def measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
-    """Time one method.
-
-    Args:
-        work: the model and its batch.
-        config: rounds and steps.
-        pair: the method.
-
-    Returns:
-        Its row, without the memory ratio.
-    """
+def _measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
+    """Time one method: its row, without the memory ratio."""
     optimizer = pair.build(work.model)
     try:
         stepper, reference = Stepper(work, optimizer), adamw(work.twin, foreach=True)

@@ -80,7 +80,7 @@ class Workload:
         self.model.to(self.device)
         self.twin = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         self.parameters = list(self.model.parameters())
-        self.batch = random_batch(config, size.vocab_size, self.device)
+        self.batch = _random_batch(config, size.vocab_size, self.device)
         self.gradients: list[Tensor] = []
 
     def forward_backward(self, model: nn.Module) -> None:
@@ -100,7 +100,7 @@ class Workload:
             param.grad.copy_(gradient)
 
 
-def random_batch(config: BenchConfig, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
+def _random_batch(config: BenchConfig, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
     """Random token ids with labels for both losses, as the pretraining collator shapes them."""
     rows, length = config.batch_size, config.seq_length
     predictions = max(1, round(0.15 * length))

@@ -38,10 +38,10 @@ MOST_LINES = 20_800
 
 # What does not hold yet: today's number, or today's imports. Nothing here may grow.
 NOT_YET_DOWN: set[tuple[str, str]] = set()
-NOT_YET_CIRCLES = 1
+NOT_YET_CIRCLES = 0
 NOT_YET_FILES = {"hf_soo/engine": 25}
-NOT_YET_PUBLIC_NAMES = 568
-NOT_YET_LINES = 22_500
+NOT_YET_PUBLIC_NAMES = 470
+NOT_YET_LINES = 21_800
 
 # Names that nothing is called any more; generic words only where they were misleading.
 GONE = {
