@@ -70,10 +70,10 @@ class PretrainingTask(Task):
 
     def make_trainer(
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
-    ) -> PretrainingTrainer:
+    ) -> _PretrainingTrainer:
         """The Trainer of a run, its callbacks and both collators."""
         training = self._collator(args.seed)
-        trainer = PretrainingTrainer(
+        trainer = _PretrainingTrainer(
             model=model,
             args=args,
             data_collator=training,
@@ -92,7 +92,7 @@ class PretrainingTask(Task):
         return PretrainingCollator(self.data.ids, **settings, seed=seed)
 
 
-class PretrainingTrainer(SecondOrderTrainer):
+class _PretrainingTrainer(SecondOrderTrainer):
     """Goes on from an earlier phase; evaluates with a collator of its own, which draws the same masks every time.
 
     Of the logits only sums are kept. ``train_sampling_strategy="group_by_length"`` is resumed exactly.

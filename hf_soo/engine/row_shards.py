@@ -98,11 +98,11 @@ class Job:
 
 @dataclass(slots=True)
 class Share:
-    """Jobs on pieces of tensors, whose norms are summed together; `like` has the sums' device and dtype."""
+    """Jobs on pieces of tensors, whose norms are summed together; `prototype` has the sums' device and dtype."""
 
     partition: Partition
     jobs: list[Job]
-    like: Tensor
+    prototype: Tensor
 
 
 def check_placement(params: Iterable[Tensor]) -> None:

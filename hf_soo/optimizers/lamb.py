@@ -145,7 +145,7 @@ class Lamb(Optimizer):
         """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
         updates = [update for job in share.jobs for update in self._updates(job, excess, share.partition)]
         known = [(update.slots, update.norms) for update in updates if update.norms is not None]
-        ratios = _trust_ratio(whole_norms(known, share.partition, share.like)).unbind()
+        ratios = _trust_ratio(whole_norms(known, share.partition, share.prototype)).unbind()
         for update in reversed(updates):
             adapt = update.norms is not None
             _apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)

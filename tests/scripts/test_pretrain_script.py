@@ -16,7 +16,7 @@ from transformers import BertTokenizer
 from hf_soo.bert import inputs as pretraining_inputs
 from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model
 from hf_soo.bert.model import GatheredBertForPreTraining
-from hf_soo.bert.task import PretrainingTrainer
+from hf_soo.bert.task import _PretrainingTrainer
 from hf_soo.runs import arguments
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.script import check
@@ -357,13 +357,13 @@ def test_masks_are_new_each_epoch_and_fixed_in_evaluation(
     script: ModuleType, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    evaluate = PretrainingTrainer.evaluate
+    evaluate = _PretrainingTrainer.evaluate
 
-    def spy(self: PretrainingTrainer, *inputs: Any, **named: Any) -> dict[str, float]:
+    def spy(self: _PretrainingTrainer, *inputs: Any, **named: Any) -> dict[str, float]:
         seen.append((self.data_collator.epoch, self.eval_collator.epoch))
         return evaluate(self, *inputs, **named)
 
-    monkeypatch.setattr(PretrainingTrainer, "evaluate", spy)
+    monkeypatch.setattr(_PretrainingTrainer, "evaluate", spy)
     assert script.main([*flags, "--max_train_samples", "8", "--seed", "5"]) == 0  # two steps an epoch
     assert seen == [(0, 0), (1, 0), (2, 0)]
 

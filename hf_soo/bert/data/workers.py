@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class _Shard:
     """Texts of whole documents of one split, a paragraph a line; ``number`` counts the shards of the split."""
 
     split: str
@@ -64,7 +64,7 @@ class _Grouper:
         self.current: list[str] = []
         self.characters = 0
 
-    def add(self, document: str) -> Iterator[Shard]:
+    def add(self, document: str) -> Iterator[_Shard]:
         """Take a document, and yield the shard that it made certain, if any."""
         self.current.append(document)
         self.characters += len(document)
@@ -73,7 +73,7 @@ class _Grouper:
             yield from self._next()
             self.ready, self.current, self.characters = self.current, [], 0
 
-    def finish(self) -> Iterator[Shard]:
+    def finish(self) -> Iterator[_Shard]:
         """Yield what is left."""
         if len(self.current) < LEAST_DOCUMENTS:
             self.ready, self.current = self.ready + self.current, []
@@ -86,10 +86,10 @@ class _Grouper:
         self.ready = self.current
         yield from self._next()
 
-    def _next(self) -> Iterator[Shard]:
+    def _next(self) -> Iterator[_Shard]:
         """Yield the shard that is ready, if there is one."""
         if self.ready:
-            yield Shard(self.split, self.number, self.ready)
+            yield _Shard(self.split, self.number, self.ready)
             self.number += 1
 
 
@@ -100,7 +100,7 @@ def eval_rows(first: int, count: int, share: float, seed: int) -> npt.NDArray[np
     return steps
 
 
-def make_shards(documents: Iterable[str], eval_share: float, seed: int) -> Iterator[Shard]:
+def make_shards(documents: Iterable[str], eval_share: float, seed: int) -> Iterator[_Shard]:
     """Cut a corpus into shards of training and of evaluation documents.
 
     Args:
@@ -134,7 +134,7 @@ class ShardWorker:
     sep_id: int
     seed: int
 
-    def __call__(self, shard: Shard) -> list[SplitPairs]:
+    def __call__(self, shard: _Shard) -> list[SplitPairs]:
         """The pairs of the shard's documents that hold tokens."""
         documents = [document for document in self._tokenise(shard.documents) if document.sentences]
         rng = np.random.default_rng([self.seed, int(shard.split == "eval"), shard.number])
