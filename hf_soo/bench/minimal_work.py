@@ -77,11 +77,6 @@ def factorisation(of: Factorisation, like: Tensor) -> Callable[[], object]:
 
 
 def seconds_of(kind: Kind, parts: dict[Part, float]) -> float:
-    """Of the bare products of a step of a kind.
-
-    Args:
-        kind: of the step.
-        parts: seconds of each part.
-    """
+    """Of the bare products of a step of a kind."""
     update = parts.get("update", 0.0) if kind.updates else 0.0
     return parts.get("every", 0.0) + update + (parts.get("refresh", 0.0) if kind.refreshes else 0.0)

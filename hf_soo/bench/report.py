@@ -24,11 +24,7 @@ COLUMNS = {
 
 
 def heading(results: dict[str, Any]) -> str:
-    """What was measured, and the head of the table.
-
-    Args:
-        results: a benchmark's JSON.
-    """
+    """What was measured, and the head of the table."""
     size, reference = f"{results['parameters'] / 1e6:.1f}M parameters", results["reference"]
     fused, seconds = reference["adamw_fused_ratio"], reference["adamw_foreach_seconds"]
     return (
@@ -39,11 +35,7 @@ def heading(results: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the table; what an older benchmark did not measure is an empty cell.
-
-    Args:
-        row: of a benchmark's JSON.
-    """
+    """One row of the table; what an older benchmark did not measure is an empty cell."""
     cells = ("" if row.get(key) is None else f"{row[key]:.2f}" for key in COLUMNS.values())
     method = ":".join([row["optimizer"], *(f"{key}={value}" for key, value in row.get("set", {}).items())])
     name = method if row["base"] == row["optimizer"] else f"{method}+{row['base']}"
@@ -52,11 +44,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round.
-
-    Args:
-        results: a benchmark's JSON.
-    """
+    """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round."""
     return "\n".join([heading(results), *map(line, results["rows"])]) + "\n"
 
 

@@ -139,10 +139,6 @@ def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
 
     Plain steps neither update nor refresh, update steps update alone, refresh steps refresh, with an update or without.
 
-    Args:
-        rounds: at least one.
-        cycle: the method's.
-
     Returns:
         The row's ratios.
     """

@@ -53,11 +53,7 @@ class Cycle:
 
 
 def cycle_of(preconditioner: Preconditioner) -> Cycle:
-    """The smallest period of a method's steps; where they do not repeat (growing intervals), the whole window.
-
-    Args:
-        preconditioner: the method.
-    """
+    """The smallest period of a method's steps; where they do not repeat (growing intervals), the whole window."""
     window = range(SETTLED, SETTLED + WINDOW)
     kinds = tuple(Kind(preconditioner.updates_at(t), preconditioner.refreshes_at(t)) for t in window)
     codes = bytes(2 * kind.updates + kind.refreshes for kind in kinds)

@@ -32,10 +32,6 @@ def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bo
     ``save_pretrained`` writes some models (ViT among them) under the names that their checkpoints on the hub have.
     Trainer reads a checkpoint as if the names were the model's, warns, and goes on with weights that it did not load
     (https://github.com/huggingface/transformers/issues/43701); ``from_pretrained`` knows the names.
-
-    Args:
-        folder: a checkpoint folder.
-        model: the bare model.
     """
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not isinstance(model, PreTrainedModel) or not files:
@@ -63,21 +59,13 @@ def write_manifest(folder: str | os.PathLike[str], strategy: str) -> None:
 
 
 def strategy_in(folder: str | os.PathLike[str]) -> str | None:
-    """Over what a checkpoint's run was sharded; None if it has no manifest (another Trainer wrote it).
-
-    Args:
-        folder: a checkpoint folder.
-    """
+    """Over what a checkpoint's run was sharded; None if it has no manifest (another Trainer wrote it)."""
     manifest = Path(folder) / MANIFEST_FILE
     return str(json.loads(manifest.read_text(encoding="utf-8"))["strategy"]) if manifest.is_file() else None
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that is whole, or None; others are named in a warning, with the reason.
-
-    Args:
-        folder: the run's output folder.
-    """
+    """The newest checkpoint of a run that is whole, or None; others are named in a warning, with the reason."""
     numbered = {
         int(match[1]): path
         for path in (Path(folder).iterdir() if Path(folder).is_dir() else ())
@@ -96,9 +84,6 @@ def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
 
     Trainer writes ``trainer_state.json`` last, after every rank has written its files and the manifest lists them. A
     checkpoint without a manifest (of another Trainer) is taken for whole if it has that file.
-
-    Args:
-        checkpoint: its folder.
     """
     root = Path(checkpoint)
     try:

@@ -14,9 +14,6 @@ def ignores_loss_kwargs(model: nn.Module) -> bool:
 
     Read from the source of its ``forward``: transformers' heads that keep the promise hand ``**kwargs`` to
     ``self.loss_function``. A model that says ``accepts_loss_kwargs`` itself is believed.
-
-    Args:
-        model: the bare model.
     """
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()  # type: ignore[operator]

@@ -89,10 +89,6 @@ def _assign(name: str, target: Any, value: Tensor) -> None:
 def load_base(optimizer: PreconditionedOptimizer, folder: str | os.PathLike[str]) -> None:
     """Load the base's state of a checkpoint that another strategy wrote; every rank must call it.
 
-    Args:
-        optimizer: ours.
-        folder: the checkpoint.
-
     Raises:
         ValueError: the checkpoint has none, or another optimizer's.
     """

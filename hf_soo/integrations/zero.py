@@ -31,13 +31,7 @@ class ZeroFragments(Fragments):
     external_step = True
 
     def __init__(self, zero: Any, model: nn.Module, comm: Communicator) -> None:
-        """Exchange which rank holds what; every rank must call it.
-
-        Args:
-            zero: the engine's optimizer.
-            model: the engine's module.
-            comm: the means of communication.
-        """
+        """Exchange which rank holds what; every rank must call it."""
         super().__init__(comm, None)
         self.zero = zero
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -214,12 +208,6 @@ class _ScatteredFragments(ZeroFragments):
 
 
 def fragments_of(zero: Any, model: nn.Module, comm: Communicator) -> ZeroFragments:
-    """The fragments of a ZeRO optimizer; every rank must call it.
-
-    Args:
-        zero: the engine's optimizer.
-        model: the engine's module.
-        comm: the means of communication.
-    """
+    """The fragments of a ZeRO optimizer; every rank must call it."""
     kind = _ScatteredFragments if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) else _FlatFragments
     return kind(zero, model, comm)

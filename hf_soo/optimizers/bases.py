@@ -193,9 +193,6 @@ def check_flat(base: type[Optimizer], where: str) -> None:
 def check_row_shards(base: type[Optimizer]) -> None:
     """Refuse a base that cannot step on FSDP2's row shards (DTensors).
 
-    Args:
-        base: the base optimizer's class.
-
     Raises:
         NotImplementedError: it needs whole tensors.
     """

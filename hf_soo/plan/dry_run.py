@@ -87,10 +87,6 @@ def count(subject: Subject, model: str, layout: Layout, rank: int = 0) -> Counte
 def fake_ranks(world: int, rank: int) -> Iterator[None]:
     """A default process group of so many ranks, of which only this one exists.
 
-    Args:
-        world: W.
-        rank: this one.
-
     Raises:
         ValueError: a process group is running already.
     """

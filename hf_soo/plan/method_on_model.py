@@ -142,12 +142,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Place:
-    """One rank's view of a grid, without its process groups.
-
-    Args:
-        plan: the grid.
-        rank: the rank.
-    """
+    """One rank's view of a grid, without its process groups."""
 
     plan: Plan
     rank: int
@@ -175,10 +170,6 @@ def bytes_of(state: LayerState, names: frozenset[str] | None = None) -> int:
 
 def subjects(config: PlanConfig, model: nn.Module) -> list[Subject]:
     """The method that is asked for, and those beside it.
-
-    Args:
-        config: the flags.
-        model: the model.
 
     Raises:
         ValueError: a method or a setting is unknown, or refused.

@@ -68,14 +68,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
 
 
 def method_plan(subject: Subject, facts: ModelFacts, layout: Layout, profile: Profile) -> dict[str, Any]:
-    """One column.
-
-    Args:
-        subject: the method.
-        facts: the model.
-        layout: the ranks.
-        profile: the hardware.
-    """
+    """One column."""
     found, amount = messages(subject, facts, layout), work(subject, facts, layout)
     held = plan_memory.memory(subject, facts, layout)
     mean = dict.fromkeys(plan_messages.KINDS, 0.0)
@@ -102,14 +95,7 @@ def method_plan(subject: Subject, facts: ModelFacts, layout: Layout, profile: Pr
 
 
 def dry_run(subject: Subject, facts: ModelFacts, layout: Layout, name: str) -> dict[str, Any]:
-    """Count the bytes of the rank that keeps the most factors, with one micro-batch, and hold the plan against them.
-
-    Args:
-        subject: the method.
-        facts: the model.
-        layout: the ranks.
-        name: the model's name.
-    """
+    """Count the bytes of the rank that keeps the most factors, with one micro-batch, and hold the plan against them."""
     layout = dataclasses.replace(layout, accumulation=1)
     rank, _ = plan_memory.factors(subject, layout)
     counted = plan_dry_run.count(subject, name, layout, rank)

@@ -188,13 +188,7 @@ def _seconds(call: Callable[[], object], device: torch.device, times: int = 3) -
 
 
 def seconds_of(message: Message, profile: Profile, world: int) -> float:
-    """One occurrence of all messages of an entry.
-
-    Args:
-        message: the messages.
-        profile: the hardware.
-        world: all ranks.
-    """
+    """One occurrence of all messages of an entry."""
     g, per_node = message.ranks, profile.gpus_per_node
     span = g * message.stride  # ranks from a group's first one to the next group's
     inside = span <= per_node and (per_node % span == 0 or span == world)
@@ -214,13 +208,6 @@ def predict(
     subject: Subject, amount: Work, found: Iterable[Message], layout: Layout, profile: Profile
 ) -> dict[str, float]:
     """Seconds of a step, averaged over a cycle, by part and in all: a prediction.
-
-    Args:
-        subject: the method.
-        amount: its work.
-        found: its messages.
-        layout: the ranks.
-        profile: the hardware.
 
     Returns:
         "passes", "precondition" (with statistics and update), "inverse", "base", "communication" and "step".

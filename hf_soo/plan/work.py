@@ -51,13 +51,7 @@ class Work:
 
 
 def work(subject: Subject, facts: ModelFacts, layout: Layout) -> Work:
-    """The work of a step.
-
-    Args:
-        subject: the method.
-        facts: the model.
-        layout: the ranks.
-    """
+    """The work of a step."""
     transform, passes = subject.preconditioner, _passes(facts, layout)
     own = layout.share(facts.count, "zero1", "zero2", "zero3", "fsdp2")
     base = own * float(BASE_OPERATIONS[subject.base])

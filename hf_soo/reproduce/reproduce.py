@@ -110,11 +110,7 @@ class ReproduceArguments:
 
 
 def stages(of: ReproduceArguments) -> list[Stage]:
-    """All stages, each after those that it needs.
-
-    Args:
-        of: what is reproduced.
-    """
+    """All stages, each after those that it needs."""
     data, results = of.folder / "data", of.folder / "results"
     vocab = (of.vocab,) if of.vocab is not None else ()
     found = [_prepare(of, 1, vocab), _prepare(of, 2, (str(data / "phase1" / "vocab.txt"),))]
@@ -183,9 +179,6 @@ def _script(
 def check_inputs(of: ReproduceArguments) -> None:
     """Read what is here, as the stages will read it hours later; the hub's data sets are left to them.
 
-    Args:
-        of: what is reproduced.
-
     Raises:
         ValueError: a file that is missing or malformed, a launcher or a library that is not installed, or a task that
             GLUE does not have.
@@ -215,9 +208,6 @@ def check_inputs(of: ReproduceArguments) -> None:
 
 def run(flags: list[str]) -> None:
     """Run the stages, and make the table of what is there.
-
-    Args:
-        flags: of the command line.
 
     Raises:
         ValueError: settings that cannot be, or stages that failed.

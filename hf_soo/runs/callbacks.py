@@ -48,11 +48,7 @@ class RecordCallback(TrainerCallback):
         self._mark = time.perf_counter()
 
     def restore(self, state: TrainerState) -> None:
-        """Take the record so far out of a checkpoint's state; nothing where there is none.
-
-        Args:
-            state: of the checkpoint.
-        """
+        """Take the record so far out of a checkpoint's state; nothing where there is none."""
         kept = _kept(state).get(STATE_KEY) if state.global_step else None
         if not kept:
             return
@@ -134,11 +130,7 @@ def _health(optimizer: Any) -> dict[str, float | None]:
 
 
 def kept_curve(state: TrainerState) -> list[CurvePoint]:
-    """The curve that a checkpoint keeps.
-
-    Args:
-        state: read from the checkpoint.
-    """
+    """The curve that a checkpoint keeps."""
     kept: dict[str, Any] = _kept(state).get(STATE_KEY, {})
     return list(kept.get("curve", []))
 

@@ -18,11 +18,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
 def device_name(device: torch.device) -> str:
-    """The CUDA name of a GPU, or the model of the CPU with the threads torch uses.
-
-    Args:
-        device: where the model is.
-    """
+    """The CUDA name of a GPU, or the model of the CPU with the threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -67,11 +63,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak, so that the second run of a process does not report the first one's.
-
-    Args:
-        device: where the model is.
-    """
+    """Start a new peak, so that the second run of a process does not report the first one's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -80,11 +72,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated by torch on a GPU, resident for the process on a CPU.
-
-    Args:
-        device: where the model is.
-    """
+    """Peak memory: allocated by torch on a GPU, resident for the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):  # follows reset_peak_memory, ru_maxrss does not

@@ -73,9 +73,6 @@ def read_recipe(
 def optimizer_names(file: str | Path) -> list[str]:
     """The optimizers that a workload has settings for.
 
-    Args:
-        file: of the workload.
-
     Raises:
         ValueError: as `read_recipe`.
     """

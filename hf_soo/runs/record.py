@@ -190,9 +190,6 @@ def read_runs(folder: str | Path) -> list[RunRecord]:
 def read_run(path: Path) -> RunRecord:
     """One run JSON.
 
-    Args:
-        path: the file.
-
     Raises:
         ValueError: it is not the JSON of a run.
     """
@@ -255,11 +252,7 @@ def recording(record: RunRecord, folder: str | Path | None) -> Iterator[RunRecor
 
 
 def status_of(error: BaseException) -> Status:
-    """The status of a run that ended with ``error``: out of memory, stopped by the user, or failed.
-
-    Args:
-        error: what the run raised.
-    """
+    """The status of a run that ended with ``error``: out of memory, stopped by the user, or failed."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     # The CPU allocator raises a plain RuntimeError ("can't allocate memory"), CUDA libraries "... out of memory".

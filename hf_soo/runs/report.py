@@ -58,11 +58,7 @@ def label(run: RunRecord) -> str:
 
 
 def final_loss(record: RunRecord) -> float:
-    """The loss to rank by: the last evaluation of a completed run, infinite for every other.
-
-    Args:
-        record: a run.
-    """
+    """The loss to rank by: the last evaluation of a completed run, infinite for every other."""
     loss = record.final.get("eval_loss") if record.status == "completed" else None
     return math.inf if loss is None else loss
 
@@ -126,11 +122,7 @@ def _settings(run: RunRecord) -> str:
 
 
 def chosen(run: RunRecord) -> dict[str, Any]:
-    """What is set of a method and its base besides learning rate, weight decay and clip.
-
-    Args:
-        run: any.
-    """
+    """What is set of a method and its base besides learning rate, weight decay and clip."""
     layers = {key: " ".join(run.method.get(key) or ()) for key in ("precondition_include", "precondition_exclude")}
     given = {**(run.method.get("optim_args") or {}), **(run.method.get("base_optim_args") or {})}
     return given | {key: patterns for key, patterns in layers.items() if patterns}

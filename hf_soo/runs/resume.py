@@ -100,11 +100,7 @@ def is_finished(checkpoint: str | None, args: RunTrainingArguments, target: floa
 
 
 def kept_record(file: Path) -> RunRecord | None:
-    """The record of a run that the same command would only repeat; None: there is none, or it was stopped or failed.
-
-    Args:
-        file: the JSON.
-    """
+    """The record of a run that the same command would only repeat; None: there is none, or it was stopped or failed."""
     record = read_run(file) if file.is_file() else None
     return record if record is not None and record.status in ("completed", "diverged") else None
 
@@ -113,11 +109,6 @@ def take_trained(trainer: Trainer, keeper: RecordCallback, checkpoint: str) -> N
     """Weights and record of a last checkpoint, or the best one's weights where the run ends with those.
 
     The Trainer itself would train a step too many from there.
-
-    Args:
-        trainer: has not trained.
-        keeper: of the run's record.
-        checkpoint: of the last step.
 
     Raises:
         ValueError: the weights are in parts that only a run that trains puts together.

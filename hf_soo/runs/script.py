@@ -78,9 +78,6 @@ def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None, s
 def check(job: Job) -> None:
     """Refuse, before any data is read, what could not end well.
 
-    Args:
-        job: all settings.
-
     Raises:
         ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, or processes that
             would each train alone: what torchrun starts without a GPU, unless the Trainer is told.

@@ -58,25 +58,14 @@ class Task(ABC):
 
     @abstractmethod
     def make_model(self, seed: int) -> nn.Module:
-        """The model with its initial weights.
-
-        Args:
-            seed: of the weights.
-        """
+        """The model with its initial weights, of that seed."""
 
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """What the record says of model and data.
-
-        Args:
-            model: with its initial weights.
-        """
+        """What the record says of model and data."""
 
     def describe_start(self, args: RunTrainingArguments) -> dict[str, Any]:
         """What the record says, besides, of how one run of this task starts; a comparison has two.
-
-        Args:
-            args: the Trainer's settings.
 
         Raises:
             ValueError: this task cannot be trained in these settings.
@@ -85,19 +74,10 @@ class Task(ABC):
 
     @abstractmethod
     def make_trainer(self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]) -> Trainer:
-        """The Trainer of a run, its callbacks and collators.
-
-        Args:
-            model: with its initial weights.
-            args: the Trainer's settings.
-            callbacks: besides the task's own.
-        """
+        """The Trainer of a run, with its collators, the task's own callbacks and those given."""
 
     def finish(self, trainer: Trainer) -> dict[str, float]:
         """What is done with the trained and evaluated model, on every process: predictions, for example.
-
-        Args:
-            trainer: holds the model.
 
         Returns:
             Metrics for the record.
@@ -165,9 +145,6 @@ def train(job: Job, task: Task) -> list[RunRecord]:
 def compared(job: Job) -> tuple[Job, Job]:
     """The two jobs of a comparison; their checkpoints lie apart, their JSONs together.
 
-    Args:
-        job: names the second optimizer.
-
     Raises:
         ValueError: settings of the second optimizer that cannot be, or both runs are the same.
     """
@@ -231,13 +208,7 @@ def _keep_model(trainer: Trainer) -> None:
 
 
 def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
-    """The record of a run that has not begun: what it is, on what, in which settings.
-
-    Args:
-        job: all settings.
-        task: what is trained.
-        model: with its initial weights.
-    """
+    """The record of a run that has not begun: what it is, on what, in which settings."""
     args = job.training
     # The usual order is not named: runs that were recorded before there was another one compare, and resume.
     order = (
