@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine import fisher, state
+from hf_soo.engine.capture import LossWatch
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.loss_watch import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing
 from hf_soo.engine.selection import Selection
