@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 import hf_soo
 
 STEPS = 12  # the default periods of 10, after 10 steps of warm-up, leave step 11 as a step without an update
+SAVED_AT = 7
 SIZES = (3, 3, 6)  # of a step's micro-batches
 VOCABULARY, WIDTH, LENGTH = 16, 8, 5
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -194,14 +196,21 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     return {name: (name, {}) for name in hf_soo.available()} | FORMS | settings
 
 
-def rows() -> Iterator[tuple[str, Callable[[], Weights]]]:
-    """Every row's name, and what runs it; names and forms on every model, settings on the toy and the convolution."""
+def rows(checkpoints: Path) -> Iterator[tuple[str, Callable[[], Weights]]]:
+    """Every row's name, and what runs it; names and forms on every model, settings on the toy and the convolution.
+
+    Args:
+        checkpoints: where those of the older version lie, which are resumed; they are written where there is none.
+    """
     for case, (name, changed) in cases().items():
         for model in MODELS if "=" not in case else ("toy", "conv"):
             for dtype in DTYPES if "=" not in case else ("float32",):
                 yield f"contract/{case}/{model}/{dtype}", functools.partial(run, name, changed, model, dtype)
         if "=" not in case:
-            yield f"loop/{case}", functools.partial(run, name, changed, "toy", "float64", stop=7)
+            yield (
+                f"resume/loop/{case}",
+                functools.partial(run, name, changed, "toy", "float64", checkpoints / f"{case}.pt"),
+            )
 
 
 def build(name: str, changed: dict[str, Any], model: nn.Module) -> hf_soo.PreconditionedOptimizer:
@@ -217,7 +226,7 @@ def make(model: str, dtype: str, seed: int = 0) -> nn.Module:
     return MODELS[model]().to(DTYPES[dtype])
 
 
-def run(name: str, changed: dict[str, Any], model: str, dtype: str, stop: int | None = None) -> Weights:
+def run(name: str, changed: dict[str, Any], model: str, dtype: str, file: Path | None = None) -> Weights:
     """Train, and return the final weights.
 
     Args:
@@ -225,19 +234,23 @@ def run(name: str, changed: dict[str, Any], model: str, dtype: str, stop: int | 
         changed: settings.
         model: one of ``MODELS``.
         dtype: one of ``DTYPES``.
-        stop: load what was saved after this step into another model and optimizer, and go on with those.
+        file: a checkpoint of step ``SAVED_AT`` to go on from; it is written first if there is none.
     """
     net = make(model, dtype)
     optimizer, data = build(name, changed, net), batches(padded=model == "bert")
     torch.manual_seed(7)  # for labels drawn from the model
-    train(net, optimizer, data[:stop])
-    if stop is not None:
-        saved = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-        net = make(model, dtype, seed=5)
-        optimizer = build(name, changed, net)
+    if file is None:
+        train(net, optimizer, data)
+    else:
+        if not file.exists():
+            train(net, optimizer, data[:SAVED_AT])
+            torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            net = make(model, dtype, seed=5)
+            optimizer = build(name, changed, net)
+        saved = torch.load(file, weights_only=True)
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        train(net, optimizer, data[stop:])
+        train(net, optimizer, data[SAVED_AT:])
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 

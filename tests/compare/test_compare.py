@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from hf_soo.registry import METHODS
-from tests.compare import contract
+from tests.compare import contract, spread
 from tests.compare.__main__ import ROOT, difference, differences
 from tests.methods.toy import CASES
+from tests.ranks import cells
 
 
 def test_the_rows_cover_the_contract() -> None:
@@ -25,6 +26,15 @@ def test_the_rows_cover_the_contract() -> None:
         fields = {field.name for field in dataclasses.fields(method.config)} if method.config else set()
         changed = contract.SETTINGS.get(name, []) + (contract.SETTINGS["mkor"] if name == "mkor_h" else [])
         assert fields == {key for settings in changed for key in settings}, name
+
+
+def test_the_rows_cover_the_equality_table() -> None:
+    found = {strategy.name: set(rows) for strategy, rows in spread.table()}
+    assert found.keys() == {strategy.name for strategy in (cells.SINGLE, *cells.STRATEGIES, cells.SUMS_IN_FP32)}
+    assert all(set(cells.cells_of(strategy)) <= found[strategy.name] for strategy in cells.STRATEGIES)
+    assert {way for rows in found.values() for _, way in rows} == cells.WAYS.keys()
+    assert {method for rows in found.values() for method, _ in rows} == {*cells.METHODS, cells.CONTROL.name}
+    assert {strategy.kind for strategy in spread.UNDER} == {"single", "ddp", "fsdp2", "zero"}
 
 
 def test_a_difference_of_one_bit_is_found() -> None:
@@ -45,7 +55,8 @@ def compare(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_version_is_equal_to_itself(tmp_path: Path) -> None:
-    done = compare("--json", str(tmp_path / "report.json"), "--", "contract/mkor/toy", "loop/shampoo-adam")
+    rows = ("^contract/mkor/toy", "^resume/loop/shampoo-adam", "^fixtures/single")
+    done = compare("--json", str(tmp_path / "report.json"), "--", *rows)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "0 of 3 rows differ"
+    assert done.stdout.splitlines()[-1] == "0 of 4 rows differ"
     assert '"differences": {}' in (tmp_path / "report.json").read_text()

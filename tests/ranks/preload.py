@@ -10,9 +10,9 @@ import deepspeed
 import transformers
 
 import hf_soo.integrations.deepspeed
-import tests.ranks.equality
+import tests.ranks.cells
 
-tests.ranks.equality.stay_on_gloo()  # no rank shall wait for a compiler
+tests.ranks.cells.stay_on_gloo()  # no rank shall wait for a compiler
 gc.collect()
 gc.freeze()  # as in conftest.py: each Trainer.train collects, and would go through all of the libraries
 

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from tests.ranks import equality
-from tests.ranks.equality import (
+from tests.ranks.cells import (
+    BF16,
     CONTROL,
     METHODS,
     OTHER_WAYS,
@@ -20,13 +21,12 @@ from tests.ranks.equality import (
     TOLERANCE,
     Cell,
     Result,
-    Row,
     Strategy,
     cells_of,
-    differences,
-    distance,
     run,
+    same,
 )
+from tests.ranks.equality import Row, differences, distance
 
 # (strategy, method, way) -> what the refusal says
 REFUSALS: dict[tuple[str, str, str], str] = {}
@@ -98,9 +98,6 @@ def test_a_rank_with_other_data_shows() -> None:
     assert distance(result["mkor", "plain"], single()["mkor", "plain"]) > APART
 
 
-BF16: list[Cell] = [(method, "bf16") for method in (*SOME, CONTROL.name)]
-
-
 @functools.cache
 def bf16(strategy_name: str) -> dict[Cell, Result]:
     strategies: list[Strategy] = [*STRATEGIES, SUMS_IN_FP32]
@@ -110,7 +107,7 @@ def bf16(strategy_name: str) -> dict[Cell, Result]:
 @pytest.mark.parametrize("method", SOME)
 def test_bf16_is_the_same_under_zero_1_and_2(method: str) -> None:
     one, two, sums = (bf16(name)[method, "bf16"] for name in ("ZeRO-1 x 2", "ZeRO-2 x 2", SUMS_IN_FP32.name))
-    assert equality.same(one, two), distance(one, two)
+    assert same(one, two), distance(one, two)
     # there P is written in fp32, here rounded to bf16: a rounding of a weight near 1 is 2^-8
     assert distance(one, sums) <= 2**-8
     assert distance(sums, bf16(SUMS_IN_FP32.name)[CONTROL.name, "bf16"]) > APART, "nothing was preconditioned"

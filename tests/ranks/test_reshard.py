@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.ranks.distributed import run_ranks
-from tests.ranks.equality import (
+from tests.ranks.cells import (
     METHODS,
     RESUME_AT,
     SINGLE,
@@ -21,13 +20,14 @@ from tests.ranks.equality import (
     Sentences,
     Strategy,
     assert_spread,
-    distance,
     forget,
     make_trainer,
     run,
     stay_on_gloo,
     whole_weights,
 )
+from tests.ranks.distributed import run_ranks
+from tests.ranks.equality import distance
 
 BY_NAME = {strategy.name: strategy for strategy in (SINGLE, *STRATEGIES)} | {
     "ZeRO-2 x 4": Strategy("ZeRO-2 x 4", "zero", 4, 2),

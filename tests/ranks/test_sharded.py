@@ -44,7 +44,7 @@ def build(model: nn.Module, base: str = "adamw") -> hf_soo.PreconditionedOptimiz
 def engine_of(optimizer: torch.optim.Optimizer, model: nn.Module, **extra: Any) -> Any:
     import deepspeed
 
-    from tests.ranks.equality import stay_on_gloo
+    from tests.ranks.cells import stay_on_gloo
 
     stay_on_gloo()
     config = {
@@ -60,7 +60,7 @@ def engine_of(optimizer: torch.optim.Optimizer, model: nn.Module, **extra: Any) 
 def clip_of_trainers(rank: int, world: int, folder: str) -> dict[float, float]:
     """max_grad_norm -> what the engine clips at, with a config without "gradient_clipping"."""
     from hf_soo.integrations.trainer import SecondOrderTrainer, SecondOrderTrainingArguments
-    from tests.ranks.equality import Sentences, Strategy, forget, stay_on_gloo, tiny_bert
+    from tests.ranks.cells import Sentences, Strategy, forget, stay_on_gloo, tiny_bert
 
     stay_on_gloo()
     clips = {}
@@ -220,7 +220,7 @@ def test_muon_over_shards_is_refused_when_it_is_built() -> None:
 
 def written_under_zero(tmp_path: Path, missing: str, added: str) -> str:
     """What resuming says of a single process's checkpoint that is made to look like ZeRO's."""
-    from tests.ranks.equality import METHODS, RESUME_AT, SINGLE, Sentences, forget, make_trainer
+    from tests.ranks.cells import METHODS, RESUME_AT, SINGLE, Sentences, forget, make_trainer
 
     data = Sentences()
     make_trainer(SINGLE, METHODS["mkor"], "resume", tmp_path, data).train()
