@@ -58,5 +58,5 @@ def test_a_version_is_equal_to_itself(tmp_path: Path) -> None:
     rows = ("^contract/mkor/toy", "^resume/loop/shampoo-adam", "^fixtures/single")
     done = compare("--json", str(tmp_path / "report.json"), "--", *rows)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "0 of 4 rows differ"
+    assert done.stdout.splitlines()[-1] == "0 of 4 rows differ (0 are refused by .)"
     assert '"differences": {}' in (tmp_path / "report.json").read_text()

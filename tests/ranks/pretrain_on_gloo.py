@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from tests.ranks.equality import stay_on_gloo
+from tests.ranks.cells import stay_on_gloo
 from tests.scripts.script_runs import load_script
 
 
