@@ -120,12 +120,12 @@ class Folder:
 
 
 def differences(old: Results, new: Results) -> dict[str, str]:
-    """Row -> how its two results differ, for the rows where they do."""
-    found = {row: difference(old.get(row), new.get(row)) for row in old | new}
+    """Row -> how its two results differ, for the older version's rows where they do."""
+    found = {row: difference(result, new.get(row)) for row, result in old.items()}
     return {row: text for row, text in found.items() if text}
 
 
-def difference(old: Result | None, new: Result | None) -> str:
+def difference(old: Result, new: Result | None) -> str:
     """Words for how two results differ, or "": the largest difference of a weight, and the first parameter."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         kinds = [r.partition(":")[0] if isinstance(r, str) else type(r).__name__ for r in (old, new)]

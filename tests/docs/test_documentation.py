@@ -15,8 +15,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from hf_soo import cli
+from tests.ranks.cells import stay_on_gloo
 from tests.ranks.distributed import run_ranks
-from tests.ranks.equality import markdown, stay_on_gloo, table_of
+from tests.ranks.equality import markdown, table_of
 from tests.trainer.test_trainer import Examples, bert
 
 ROOT = Path(__file__).resolve().parents[2]
