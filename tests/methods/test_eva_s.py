@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import hf_soo
-from tests.methods.twin_parameters import (
+from tests.oracles import shampoo as sh
+from tests.oracles.core import Array, assert_close_report
+from tests.oracles.shampoo import EvaS
+from tests.oracles.twin_parameters import (
     Bag,
     Directions,
     Make,
@@ -18,9 +21,6 @@ from tests.methods.twin_parameters import (
     feed,
     random_values,
 )
-from tests.oracles import shampoo as sh
-from tests.oracles.core import Array, assert_close_report
-from tests.oracles.shampoo import EvaS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

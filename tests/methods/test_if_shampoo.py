@@ -11,7 +11,10 @@ from torch import nn
 
 import hf_soo
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from tests.methods.twin_parameters import (
+from tests.oracles import rootfree as rf
+from tests.oracles.core import Array, assert_close_report
+from tests.oracles.rootfree import InverseFree, inverse_free
+from tests.oracles.twin_parameters import (
     Bag,
     Make,
     assert_moves_all_but_embeddings,
@@ -22,9 +25,6 @@ from tests.methods.twin_parameters import (
     random_values,
     separately,
 )
-from tests.oracles import rootfree as rf
-from tests.oracles.core import Array, assert_close_report
-from tests.oracles.rootfree import InverseFree, inverse_free
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from tests.methods.test_if_shampoo import DEFAULTS, make, one_matrix, state
-from tests.methods.twin_parameters import (
+from tests.oracles import rootfree as rf
+from tests.oracles.core import Array, assert_close_report, relative_error
+from tests.oracles.rootfree import inverse_free
+from tests.oracles.twin_parameters import (
     Bag,
     assert_same_steps,
     drifting,
@@ -19,9 +22,6 @@ from tests.methods.twin_parameters import (
     near_identity,
     separately,
 )
-from tests.oracles import rootfree as rf
-from tests.oracles.core import Array, assert_close_report, relative_error
-from tests.oracles.rootfree import inverse_free
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

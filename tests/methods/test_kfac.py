@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_soo.engine.fisher import sampled_cross_entropy
-from tests.methods import kfac_cases as cases
-from tests.methods.kfac_cases import Net, joint, rows_of, with_ones
-from tests.methods.kfac_curvlinops import curvlinops_block, curvlinops_factors, curvlinops_kfac
-from tests.methods.kfac_runs import after_backward, assert_factors, factors_of, one_batch, one_step
 from tests.oracles import kfac
+from tests.oracles import kfac_cases as cases
 from tests.oracles.core import assert_close_report, relative_error
+from tests.oracles.kfac_cases import Net, joint, rows_of, with_ones
+from tests.oracles.kfac_curvlinops import curvlinops_block, curvlinops_factors, curvlinops_kfac
+from tests.oracles.kfac_runs import after_backward, assert_factors, factors_of, one_batch, one_step
 
 APPROX = pytest.mark.parametrize("approx", ["expand", "reduce"])
 TASK = pytest.mark.parametrize("task", ["token", "mean", "sum"])

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import hf_soo
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from tests.methods import kfac_cases as cases
-from tests.methods.kfac_cases import Net, rows_of
-from tests.methods.kfac_runs import assert_factors, build, factors_of, one_batch, one_step
-from tests.methods.twin_runs import assert_same_run, batches, half_squares, twins
 from tests.oracles import kfac
+from tests.oracles import kfac_cases as cases
 from tests.oracles.core import Array, assert_close_report, relative_error
+from tests.oracles.kfac_cases import Net, rows_of
+from tests.oracles.kfac_runs import assert_factors, build, factors_of, one_batch, one_step
 from tests.oracles.training import AdamW, Sgd
+from tests.oracles.twin_runs import assert_same_run, batches, half_squares, twins
 
 MODE = pytest.mark.parametrize("mode", ["relative", "absolute"])
 METHOD = pytest.mark.parametrize("method", ["kfac_expand", "kfac_reduce", "foof"])

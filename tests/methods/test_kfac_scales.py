@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.methods import kfac_cases as cases
-from tests.methods.kfac_cases import Net, rows_of
-from tests.methods.kfac_runs import assert_factors, factors_of, one_batch, one_step, rows_seen
 from tests.oracles import kfac
+from tests.oracles import kfac_cases as cases
 from tests.oracles.core import assert_close_report, relative_error
+from tests.oracles.kfac_cases import Net, rows_of
+from tests.oracles.kfac_runs import assert_factors, factors_of, one_batch, one_step, rows_seen
 
 APPROX = pytest.mark.parametrize("approx", ["expand", "reduce"])
 

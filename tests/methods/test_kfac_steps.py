@@ -13,10 +13,12 @@ from curvlinops import KFACInverseLinearOperator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.methods import kfac_cases as cases
-from tests.methods.kfac_cases import Net, rows_of
-from tests.methods.kfac_curvlinops import curvlinops_factors, curvlinops_kfac, joint_order
-from tests.methods.kfac_runs import (
+from tests.oracles import kfac
+from tests.oracles import kfac_cases as cases
+from tests.oracles.core import Array, assert_close_report
+from tests.oracles.kfac_cases import Net, rows_of
+from tests.oracles.kfac_curvlinops import curvlinops_factors, curvlinops_kfac, joint_order
+from tests.oracles.kfac_runs import (
     SIDES,
     assert_factors,
     build,
@@ -27,8 +29,6 @@ from tests.methods.kfac_runs import (
     same,
     snapshot,
 )
-from tests.oracles import kfac
-from tests.oracles.core import Array, assert_close_report
 
 APPROX = pytest.mark.parametrize("approx", ["expand", "reduce"])
 MODE = pytest.mark.parametrize("mode", ["relative", "absolute"])

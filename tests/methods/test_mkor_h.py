@@ -14,8 +14,8 @@ from torch import nn
 
 import hf_soo
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from tests.methods.twin_runs import Batches, batches, half_squares, twins
 from tests.oracles.shampoo import switch_step
+from tests.oracles.twin_runs import Batches, batches, half_squares, twins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

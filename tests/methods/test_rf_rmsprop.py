@@ -8,7 +8,9 @@ import torch
 
 import hf_soo
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from tests.methods.twin_parameters import (
+from tests.oracles.core import assert_close_report, relative_error
+from tests.oracles.rootfree import RootFree
+from tests.oracles.twin_parameters import (
     Bag,
     Make,
     assert_moves_all_but_embeddings,
@@ -21,8 +23,6 @@ from tests.methods.twin_parameters import (
     separately,
     trajectory,
 )
-from tests.oracles.core import assert_close_report, relative_error
-from tests.oracles.rootfree import RootFree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

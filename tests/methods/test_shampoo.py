@@ -12,7 +12,9 @@ from torch import nn
 
 import hf_soo
 from hf_soo.preconditioners.shampoo import merge_dims
-from tests.methods.twin_parameters import (
+from tests.oracles import shampoo as sh
+from tests.oracles.core import assert_close_report
+from tests.oracles.twin_parameters import (
     Bag,
     Make,
     assert_moves_all_but_embeddings,
@@ -22,8 +24,6 @@ from tests.methods.twin_parameters import (
     random_values,
     separately,
 )
-from tests.oracles import shampoo as sh
-from tests.oracles.core import assert_close_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

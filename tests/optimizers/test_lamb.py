@@ -13,10 +13,10 @@ from torch import nn
 import hf_soo
 from hf_soo.engine import chunks
 from hf_soo.optimizers.lamb import Lamb
-from tests.methods.twin_runs import assert_same_run
 from tests.optimizers.given import parameters, set_grads, two_groups
 from tests.oracles import training as oracle_training
 from tests.oracles.core import Array, assert_close_report
+from tests.oracles.twin_runs import assert_same_run
 
 SHAPES: list[tuple[int, ...]] = [(7, 5), (4,), (3, 2, 2), (6, 7), ()]
 DECAYS = [0.01, 0.0, 0.01, 0.0, 0.0]  # a matrix without decay: plain Adam

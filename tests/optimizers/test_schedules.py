@@ -13,10 +13,10 @@ from torch import nn
 
 import hf_soo
 from hf_soo.optimizers.schedules import poly_warmup
-from tests.methods.twin_runs import batches, run_library, twins
 from tests.oracles import core as oracles
 from tests.oracles import training as oracle_training
 from tests.oracles.core import assert_close_report
+from tests.oracles.twin_runs import batches, run_library, twins
 
 
 def rates(total: int, warmup: int, **options: Any) -> list[float]:

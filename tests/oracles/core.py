@@ -181,3 +181,13 @@ def poly_warmup(step: int, total: int, warmup: int, degree: float = 0.5) -> floa
     """NVIDIA's PolyWarmUp, p = (step+1)/total: linear up to the warm-up, then (1-p)^degree with no rescaling there."""
     progress = (step + 1) / total
     return progress / (warmup / total) if step + 1 < warmup else (1 - progress) ** degree
+
+
+def drifting(rng: np.random.Generator, count: int, d: int, size: float = 1.0) -> list[Array]:
+    """Vectors with |v|² about `size`, whose mean direction turns slowly, as a layer's means do."""
+    mean, vectors = rng.normal(size=d), []
+    for _ in range(count):
+        mean = 0.97 * mean + 0.25 * rng.normal(size=d)
+        v = mean + 0.3 * rng.normal(size=d)
+        vectors.append(v * math.sqrt(size / (v @ v)))
+    return vectors

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.methods.twin_parameters import drifting, near_identity, trajectory
 from tests.oracles import rootfree as rf
 from tests.oracles.core import assert_close_report, relative_error
 from tests.oracles.rootfree import InverseFree, Rooted, RootFree, inverse_free
+from tests.oracles.twin_parameters import drifting, near_identity, trajectory
 
 
 def two_axes(rng: np.random.Generator, beta: float, momentum: float = 0.0, damping: float = 0.1) -> InverseFree:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import hf_soo
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from tests.methods.kfac_cases import joint
 from tests.oracles.core import Array, assert_close_report
+from tests.oracles.kfac_cases import joint
 
 SIDES = ("input", "output")
 

@@ -10,13 +10,13 @@ import torch
 from curvlinops import KFACInverseLinearOperator
 from torch import nn
 
-from tests.methods import kfac_cases as cases
-from tests.methods.kfac_cases import Net, rows_of
-from tests.methods.kfac_curvlinops import curvlinops_block, curvlinops_factors, curvlinops_kfac
-from tests.methods.twin_runs import batches, twins
 from tests.oracles import kfac
+from tests.oracles import kfac_cases as cases
 from tests.oracles.core import Array, assert_close_report, relative_error
+from tests.oracles.kfac_cases import Net, rows_of
+from tests.oracles.kfac_curvlinops import curvlinops_block, curvlinops_factors, curvlinops_kfac
 from tests.oracles.training import Sgd, simulate
+from tests.oracles.twin_runs import batches, twins
 
 APPROX = pytest.mark.parametrize("approx", ["expand", "reduce"])
 TASK = pytest.mark.parametrize("task", ["token", "mean", "sum"])

@@ -9,8 +9,8 @@ import torch
 from curvlinops import GGNLinearOperator, KFACLinearOperator
 from torch import Tensor, nn
 
-from tests.methods.kfac_cases import Net
 from tests.oracles.core import Array
+from tests.oracles.kfac_cases import Net
 
 
 class ChannelsFirst(nn.Module):

@@ -12,21 +12,11 @@ from torch import Tensor
 from hf_soo.engine.gradients import Joint, run_whole
 from hf_soo.preconditioners.mkor import lowrank_product, lowrank_update
 from hf_soo.preconditioners.mkor_dense import blend_update, exact_update, paper_update, stabilize
-from tests.methods.twin_runs import batches, dense, half_squares, tensor, twins
 from tests.oracles import core as oracles
-from tests.oracles.core import Array, assert_close_report
+from tests.oracles.core import Array, assert_close_report, drifting
+from tests.oracles.twin_runs import dense, tensor
 
 GAMMA = 0.95
-
-
-def drifting(rng: np.random.Generator, count: int, d: int, size: float = 1.0) -> list[Array]:
-    """Vectors with |v|² about `size`, whose mean direction turns slowly, as a layer's means do."""
-    mean, vectors = rng.normal(size=d), []
-    for _ in range(count):
-        mean = 0.97 * mean + 0.25 * rng.normal(size=d)
-        v = mean + 0.3 * rng.normal(size=d)
-        vectors.append(v * math.sqrt(size / (v @ v)))
-    return vectors
 
 
 def lowrank_after(vectors: list[Array], history: int, gamma: float = GAMMA) -> tuple[Tensor, Tensor]:
@@ -34,46 +24,6 @@ def lowrank_after(vectors: list[Array], history: int, gamma: float = GAMMA) -> t
     for v in vectors:
         C, head = lowrank_update(C, head, tensor(v)[None], gamma, torch.tensor(True))
     return C, head
-
-
-# ---- the oracles themselves ------------------------------------------------------------------------------------------
-
-
-def test_oracles_agree_with_matrix_inversion(rng: np.random.Generator) -> None:
-    F, J = np.eye(6), np.eye(6)
-    vectors = [v * 10 ** rng.uniform(-2, 1) for v in drifting(rng, 100, 6)]
-    F_exact = np.eye(6)
-    for v in vectors:
-        # float64 with condition numbers below 1e5: five digits lost of sixteen
-        assert_close_report(oracles.blend(F, v, GAMMA), oracles.blend_by_inversion(F, v, GAMMA), 1e-10, "blend")
-        F, F_exact, J = oracles.blend(F, v, GAMMA), oracles.exact(F_exact, v, GAMMA), GAMMA * J + 0.05 * np.outer(v, v)
-        assert_close_report(F_exact, np.linalg.inv(J), 1e-10, "exact")
-    V = rng.normal(size=(6, 3))
-    assert_close_report(oracles.blend(F, V, GAMMA), oracles.blend_by_inversion(F, V, GAMMA), 1e-10, "blend, 3 vectors")
-
-
-def test_oracles_agree_on_the_lowrank_form(rng: np.random.Generator) -> None:
-    F, vectors = np.eye(9), drifting(rng, 50, 9)
-    for v in vectors:
-        F = oracles.blend(F, v, GAMMA)
-    columns = oracles.lowrank_columns(vectors, GAMMA, history=50)
-    assert_close_report(oracles.from_columns(columns, 9), F, 1e-12, "I - CCᵀ")  # an identity: rounding of 50 updates
-
-
-def test_oracles_agree_with_autograd() -> None:
-    net, mlp = twins()
-    ((x, t),) = batches(1)
-    half_squares(net, x, t).backward()
-    for layer, (a, e) in zip((net[0], net[2]), mlp.backward(x, t), strict=True):
-        joint = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
-        assert_close_report(joint, e.T @ a, 1e-13, "hand-written backward")  # sums of 12 products
-
-
-def test_report_names_the_worst_entry() -> None:
-    with pytest.raises(AssertionError, match=r"worst entry \(1, 0\): got 3.75, expected 3, ratio 1.25, 1 of 4"):
-        assert_close_report(np.array([[1.0, 2.0], [3.75, 4.0]]), np.array([[1.0, 2.0], [3.0, 4.0]]), 1e-3)
-    with pytest.raises(AssertionError, match=r"worst entry \(1,\): got nan"):
-        assert_close_report(np.array([1.0, math.nan]), np.ones(2), 1.0)
 
 
 # ---- dense factor updates --------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import hf_soo
 from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.preconditioners.mkor import LowRank
-from tests.methods.twin_runs import assert_same_run, batches, dense, half_squares, run_library, tensor, twins
 from tests.oracles import core as oracles
 from tests.oracles.core import Array, assert_close_report, relative_error
 from tests.oracles.training import AdamW, Lamb, Mkor, Sgd
+from tests.oracles.twin_runs import assert_same_run, batches, dense, half_squares, run_library, tensor, twins
 
 # ---- applying the factors --------------------------------------------------------------------------------------------
 
