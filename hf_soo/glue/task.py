@@ -81,8 +81,8 @@ class GlueFineTuning(Task):
             "source": ", ".join(dict.fromkeys(part.source for part in parts)),
             "train_examples": len(self.train) if self.train else 0,
             "eval_examples": development,
-            "train_subset": self.train is not None and len(self.train) != self.task.train_rows,
-            "dev_subset": bool(self.evaluated) and development != self.task.dev_rows,
+            "train_subset": self.train is not None and len(self.train) != self.task.train_samples,
+            "dev_subset": bool(self.evaluated) and development != self.task.dev_samples,
             "digest": digest(parts),
         }
         return {

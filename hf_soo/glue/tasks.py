@@ -33,11 +33,10 @@ class GlueTask:
     texts: tuple[str, ...]  # one or two columns
     labels: tuple[str, ...]  # by number; none for a regression
     metrics: tuple[str, ...]  # official ones; those whose names end in _mm are of MNLI's mismatched part
-    train_rows: int
-    dev_rows: int
-    aliases: Mapping[str, str] = field(
-        default_factory=dict, hash=False
-    )  # a column of the official files -> the hub's name of it
+    train_samples: int
+    dev_samples: int
+    # a column of the official files -> the hub's name of it
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def regression(self) -> bool:

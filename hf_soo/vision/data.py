@@ -71,6 +71,14 @@ class ImageData:
     classes: tuple[str, ...]
     shape: Shape
 
+    def digest(self) -> str:
+        """What tells two data sets apart: a hash of all pixels and labels of both parts, in order."""
+        sha = hashlib.sha256(repr((self.shape, self.classes)).encode())
+        for part in (self.train, self.eval):
+            for batch in part.iter(batch_size=1000):
+                sha.update(b"".join(batch["pixels"]) + repr(batch["label"]).encode())
+        return sha.hexdigest()[:12]
+
     @classmethod
     def load(cls, config: ImageDataConfig) -> ImageData:
         """Read a data set, bring its images to one shape, and hold out a share where it has no evaluation part.
@@ -246,12 +254,3 @@ class ImageCollator:
         pixels = np.frombuffer(b"".join(sample["pixels"] for sample in samples), dtype=np.uint8)
         values = torch.from_numpy(pixels.reshape(-1, *self.shape).astype(np.float32))
         return {"pixel_values": values / 127.5 - 1, "labels": torch.tensor([sample["label"] for sample in samples])}
-
-
-def digest(data: ImageData) -> str:
-    """What tells two data sets apart: a hash of all pixels and labels of both parts, in order."""
-    sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
-    for part in (data.train, data.eval):
-        for rows in part.iter(batch_size=1000):
-            sha.update(b"".join(rows["pixels"]) + repr(rows["label"]).encode())
-    return sha.hexdigest()[:12]

@@ -12,7 +12,7 @@ from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.runs.finetuning import best_class
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.training import Task
-from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageData, ImageDataConfig, digest
+from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageData, ImageDataConfig
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
 
@@ -42,7 +42,7 @@ class VisionTask(Task):
             "train_examples": len(self.data.train),
             "eval_examples": len(self.data.eval),
             "split_seed": SPLIT_SEED,
-            "digest": digest(self.data),
+            "digest": self.data.digest(),
         }
         return {"model": {"type": self.model.model, **self.model.shape(self.data.shape[1])}, "data": data}
 

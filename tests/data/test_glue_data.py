@@ -216,7 +216,7 @@ def test_the_real_files() -> None:
     for name in ("cola", "mrpc", "rte", "stsb", "sst2"):
         task = TASKS[name]
         sizes = [len(load(name, part, data_dir=str(REAL))) for part in ("train", "validation")]
-        assert sizes == [task.train_rows, task.dev_rows], name
+        assert sizes == [task.train_samples, task.dev_samples], name
     for name in ("mnli", "qnli", "qqp"):
         parts = ("train", TASKS[name].evaluation_parts[0])
         assert [len(load(name, part, data_dir=str(REAL))) for part in parts] == [8999, 1000]

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_soo.runs.training import weights_hash
-from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, _stratified_split, digest
+from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, _stratified_split
 from hf_soo.vision.images import Pixels, fit
 from hf_soo.vision.models import ImageModelConfig, make_image_model
 
@@ -55,7 +55,7 @@ def test_digits_are_scikit_learns_and_their_split_is_fixed_and_disjoint() -> Non
     assert np.abs(counts[1] - 0.25 * np.bincount(raw.target)).max() <= 0.5
     assert (counts[0] + counts[1]).tolist() == np.bincount(raw.target).tolist()
     # pinned: results of different machines and versions are of the same images
-    assert digest(data) == "7075c9d71ef1" == digest(ImageData.load(ImageDataConfig()))
+    assert data.digest() == "7075c9d71ef1" == ImageData.load(ImageDataConfig()).digest()
 
 
 def test_stratified_split_is_disjoint_complete_and_takes_of_every_class() -> None:
@@ -92,7 +92,7 @@ def test_a_folder_of_one_folder_a_class(tmp_path: Path) -> None:
             seen.add((label, image[channel, 0, 0]))
     assert len(seen) == 16
     again = ImageData.load(ImageDataConfig(dataset=str(tmp_path / "photos")))
-    assert digest(again) == digest(data)
+    assert again.digest() == data.digest()
     Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "photos" / "red" / "3.png")
     assert 7 in np.concatenate(
         [
@@ -327,7 +327,7 @@ def test_models_that_cannot_be_built(settings: dict[str, Any], message: str) -> 
 def test_digest_sees_pixels_labels_and_shape() -> None:
     def data(pixel: int = 0, label: int = 0, shape: tuple[int, int, int] = (1, 1, 2)) -> str:
         rows = datasets.Dataset.from_dict({"pixels": [bytes([pixel, 0])], "label": [label]})
-        return digest(ImageData(rows, rows, ("a", "b"), shape))
+        return ImageData(rows, rows, ("a", "b"), shape).digest()
 
     assert len({data(), data(pixel=1), data(label=1), data(shape=(1, 2, 1))}) == 4
     assert data() == data() != hashlib.sha256(b"").hexdigest()[:12]
