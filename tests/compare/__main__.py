@@ -112,10 +112,14 @@ class Folder:
             package, out = self.path / side, self.path / f"{side}.pt"
             command = [sys.executable, "-m", "tests.compare.side", "--package", str(package), "--out", str(out)]
             command += [*places, "--only", *parts, "--", *self.names]
-            processes[side] = subprocess.Popen(command, cwd=tools, env=environment(package, tools))
+            with (self.path / f"{side}.log").open("w") as log:  # Trainer says a lot
+                processes[side] = subprocess.Popen(
+                    command, cwd=tools, env=environment(package, tools), stdout=log, stderr=subprocess.STDOUT
+                )
         failed = [side for side, process in processes.items() if process.wait() != 0]
         if failed:
-            raise SystemExit(f"failed: {failed}")
+            said = [f"{side} failed:\n{(self.path / f'{side}.log').read_text()[-4000:]}" for side in failed]
+            raise SystemExit("\n".join(said))
         return {side: torch.load(self.path / f"{side}.pt", weights_only=True) for side in sides}
 
 
