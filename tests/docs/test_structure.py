@@ -37,8 +37,8 @@ MOST_PUBLIC_NAMES = 400
 MOST_LINES = 20_800
 
 # What does not hold yet: today's number, or today's imports. Nothing here may grow.
-NOT_YET_PUBLIC_NAMES = 457
-NOT_YET_LINES = 21_500
+NOT_YET_PUBLIC_NAMES = 456
+NOT_YET_LINES = 21_300
 
 # Names that nothing is called any more; generic words only where they were misleading.
 GONE = {
