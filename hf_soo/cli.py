@@ -30,7 +30,7 @@ RUNS = {
     "squad": ("hf_soo.squad.command", "fine-tune on SQuAD, or score a file of predictions"),
     "vision": ("hf_soo.vision.command", "classify images"),
     "bench": ("hf_soo.bench.command", "time optimizers against AdamW"),
-    "reproduce": ("hf_soo.reproduce.reproduce", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
+    "reproduce": ("hf_soo.reproduce.command", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
 }
 
 # Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table; of several kinds, the first. Runs of all
@@ -158,12 +158,11 @@ def _needs_and_memory(method: Method) -> tuple[str, str]:
 
 
 def _plan(options: argparse.Namespace) -> str:
-    from hf_soo.plan import plan
-    from hf_soo.plan import table as plan_table
+    from hf_soo.plan import command
     from hf_soo.plan.request import PlanConfig
 
     config = PlanConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PlanConfig)})
-    return plan_table.text(plan.run(config))
+    return command.text(command.run(config))
 
 
 def _report(options: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""A method's bare products on random matrices: the arithmetic that its step cannot be faster than."""
+"""A method's minimal products on random matrices: the arithmetic that its step cannot be faster than."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Part = Literal["every", "update", "refresh"]
 PARTS: tuple[Part, ...] = ("every", "update", "refresh")
 
 
-class BareWork:
-    """The bare products of all layers, ready to run.
+class MinimalProducts:
+    """The minimal products of all layers, ready to run.
 
     Operations of one shape share their operands, so that the memory stays small: at the sizes that matter a product is
     bound by arithmetic. Products are in the weight's dtype, factorisations in that of the factors.
@@ -35,9 +35,9 @@ class BareWork:
         self._ready: dict[object, Callable[[], object]] = {}
         self._calls: dict[Part, list[Callable[[], object]]] = {part: [] for part in PARTS}
         for layer in layers:
-            bare = preconditioner.minimal_products(layer)
-            for part in PARTS if bare is not None else ():
-                self._calls[part] += [self._prepared(each, layer.weight) for each in getattr(bare, part)]
+            minimal = preconditioner.minimal_products(layer)
+            for part in PARTS if minimal is not None else ():
+                self._calls[part] += [self._prepared(each, layer.weight) for each in getattr(minimal, part)]
 
     def parts(self, kinds: Sequence[Kind]) -> list[Part]:
         """The parts that have something to do in steps of these kinds."""
@@ -49,27 +49,27 @@ class BareWork:
         for call in self._calls[part]:
             call()
 
-    def _prepared(self, operation: Product | Factorisation, like: Tensor) -> Callable[[], object]:
-        key = (operation, like.dtype, like.device)
+    def _prepared(self, operation: Product | Factorisation, prototype: Tensor) -> Callable[[], object]:
+        key = (operation, prototype.dtype, prototype.device)
         if key not in self._ready:
-            self._ready[key] = prepared(operation, like)
+            self._ready[key] = prepared(operation, prototype)
         return self._ready[key]
 
 
-def prepared(operation: Product | Factorisation, like: Tensor) -> Callable[[], object]:
-    """An operation on operands of its own, in the dtype and on the device of ``like``."""
-    return product(operation, like) if isinstance(operation, Product) else factorisation(operation, like)
+def prepared(operation: Product | Factorisation, prototype: Tensor) -> Callable[[], object]:
+    """An operation on operands of its own, in the dtype and on the device of ``prototype``."""
+    return product(operation, prototype) if isinstance(operation, Product) else factorisation(operation, prototype)
 
 
-def product(shape: Product, like: Tensor) -> Callable[[], object]:
+def product(shape: Product, prototype: Tensor) -> Callable[[], object]:
     """A product of random matrices into a third one."""
-    left, right = like.new_empty(shape.m, shape.k).normal_(), like.new_empty(shape.k, shape.n).normal_()
-    return partial(torch.mm, left, right, out=like.new_empty(shape.m, shape.n))
+    left, right = prototype.new_empty(shape.m, shape.k).normal_(), prototype.new_empty(shape.k, shape.n).normal_()
+    return partial(torch.mm, left, right, out=prototype.new_empty(shape.m, shape.n))
 
 
-def factorisation(of: Factorisation, like: Tensor) -> Callable[[], object]:
+def factorisation(of: Factorisation, prototype: Tensor) -> Callable[[], object]:
     """A factorisation of a random positive definite matrix."""
-    rows = torch.randn(of.d, of.d, dtype=accumulation_dtype(like.dtype), device=like.device)
+    rows = torch.randn(of.d, of.d, dtype=accumulation_dtype(prototype.dtype), device=prototype.device)
     A = (rows @ rows.mT / of.d).add_(torch.eye(of.d, dtype=rows.dtype, device=rows.device))
     if of.kind == "eigh":
         return partial(torch.linalg.eigh, A)
@@ -77,6 +77,6 @@ def factorisation(of: Factorisation, like: Tensor) -> Callable[[], object]:
 
 
 def seconds_of(kind: Kind, parts: dict[Part, float]) -> float:
-    """Of the bare products of a step of a kind."""
+    """Of the minimal products of a step of a kind."""
     update = parts.get("update", 0.0) if kind.updates else 0.0
     return parts.get("every", 0.0) + update + (parts.get("refresh", 0.0) if kind.refreshes else 0.0)

@@ -1,6 +1,6 @@
 """One round of a benchmark, and what the rounds say.
 
-A round interleaves the reference's steps with the method's, of every kind that occurs in its cycle: plain steps,
+A round interleaves the reference's steps with the method's, of every kind that occurs among its steps: plain steps,
 updates on the statistics of a real forward and backward pass, refreshes. Between steps the gradients and statistics of
 that pass are copied back, outside the clock. A refresh may take seconds, so it is timed once a round.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_soo.bench.minimal_work import BareWork, Part, seconds_of
-from hf_soo.bench.step_kinds import Cycle, Kind, cycle_of
+from hf_soo.bench.minimal_work import MinimalProducts, Part, seconds_of
+from hf_soo.bench.step_kinds import Kind, StepKinds, step_kinds_of
 from hf_soo.bench.workload import Clock, Workload
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 
@@ -29,21 +29,21 @@ class Round:
     steps: dict[Kind, float]
     capturing: float | None = None  # forward and backward of a step that updates from what hooks collect
     idle: float | None = None  # the same with hooks that do not collect
-    bare: dict[Part, float] = field(default_factory=dict)  # the method's bare products
+    minimal: dict[Part, float] = field(default_factory=dict)  # the method's minimal products
 
-    def step(self, cycle: Cycle) -> float:
-        """Seconds of an optimizer step, averaged over a cycle."""
-        return cycle.mean(self.steps) or 0.0
+    def step(self, kinds: StepKinds) -> float:
+        """Seconds of an optimizer step, averaged over the kinds."""
+        return kinds.mean(self.steps) or 0.0
 
-    def minimal_products(self, cycle: Cycle) -> float | None:
-        """Seconds of a step's bare products, averaged over a cycle; None without any."""
-        return cycle.mean({kind: seconds_of(kind, self.bare) for kind in self.steps}) if self.bare else None
+    def minimal_seconds(self, kinds: StepKinds) -> float | None:
+        """Seconds of a step's minimal products, averaged over the kinds; None without any."""
+        return kinds.mean({kind: seconds_of(kind, self.minimal) for kind in self.steps}) if self.minimal else None
 
-    def train_step(self, cycle: Cycle) -> float:
-        """Seconds of a whole train step, averaged over a cycle."""
+    def train_step(self, kinds: StepKinds) -> float:
+        """Seconds of a whole train step, averaged over the kinds."""
         passes = {kind: self.capturing if kind.updates else self.idle for kind in self.steps}
         whole = {kind: self.steps[kind] + (seconds or self.forward_backward) for kind, seconds in passes.items()}
-        return cycle.mean(whole) or 0.0
+        return kinds.mean(whole) or 0.0
 
     @property
     def reference_train_step(self) -> float:
@@ -55,11 +55,11 @@ class Stepper:
     """One optimizer over the workload, moved between the kinds of its steps."""
 
     def __init__(self, work: Workload, optimizer: PreconditionedOptimizer) -> None:
-        """Look at the method's cycle; nothing is timed yet."""
+        """Look at the kinds of the method's steps; nothing is timed yet."""
         self.work, self.optimizer = work, optimizer
         self.clock = Clock(work.device)
-        self.cycle = cycle_of(optimizer.preconditioner)
-        self.bare = BareWork(optimizer.layers, optimizer.preconditioner)
+        self.kinds = step_kinds_of(optimizer.preconditioner)
+        self.minimal = MinimalProducts(optimizer.layers, optimizer.preconditioner)
         self._statistics: list[Tensor] = []
 
     def round(self, reference: Optimizer, steps: int) -> Round:
@@ -72,11 +72,11 @@ class Stepper:
         Returns:
             Its times.
         """
-        kinds = self.cycle.distinct
+        kinds = self.kinds.distinct
         bare, idle, capturing = self._passes(kinds)
         references: list[float] = []
         seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
-        products: dict[Part, list[float]] = {part: [] for part in self.bare.parts(kinds)}
+        products: dict[Part, list[float]] = {part: [] for part in self.minimal.parts(kinds)}
         for index in range(steps):
             references.append(self._timed(reference))
             for kind in kinds:
@@ -84,14 +84,14 @@ class Stepper:
                     seconds[kind].append(self._step(kind))
             for part in products:
                 if index == 0 or part != "refresh":
-                    products[part].append(self.clock(lambda part=part: self.bare.run(part)))  # type: ignore[misc]
+                    products[part].append(self.clock(lambda part=part: self.minimal.run(part)))  # type: ignore[misc]
         return Round(
             reference=statistics.median(references),
             forward_backward=bare,
             steps={kind: statistics.median(times) for kind, times in seconds.items()},
             capturing=capturing,
             idle=idle,
-            bare={part: statistics.median(times) for part, times in products.items()},
+            minimal={part: statistics.median(times) for part, times in products.items()},
         )
 
     def _passes(self, kinds: list[Kind]) -> tuple[float, float | None, float | None]:
@@ -127,14 +127,14 @@ class Stepper:
 
     def _go_to(self, kind: Kind) -> None:
         """Make the next step one of a kind; what the forward pass collects follows from it."""
-        self.optimizer.steps = self.cycle.step(kind)
+        self.optimizer.steps = self.kinds.step(kind)
         self.optimizer._schedule()
 
     def _buffers(self) -> list[Tensor]:
         return [buffer for buffers in self.optimizer.stages.capture.buffers.values() for buffer in buffers]
 
 
-def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
+def ratios(rounds: list[Round], kinds: StepKinds) -> dict[str, float | None]:
     """Medians over the rounds of each ratio, and the spread of the step's; None where a method has no such step.
 
     Plain steps neither update nor refresh, update steps update alone, refresh steps refresh, with an update or without.
@@ -148,9 +148,9 @@ def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
         return statistics.median(values) if values else None
 
     def step(which: Callable[[Kind], bool]) -> float | None:
-        return median(lambda r: over(cycle.mean(r.steps, which), r.reference))
+        return median(lambda r: _over(kinds.mean(r.steps, which), r.reference))
 
-    steps = [r.step(cycle) / r.reference for r in rounds]
+    steps = [r.step(kinds) / r.reference for r in rounds]
     return {
         "step_ratio": statistics.median(steps),
         "step_ratio_min": min(steps),
@@ -158,14 +158,14 @@ def ratios(rounds: list[Round], cycle: Cycle) -> dict[str, float | None]:
         "plain_step_ratio": step(lambda kind: not (kind.updates or kind.refreshes)),
         "update_step_ratio": step(lambda kind: kind.updates and not kind.refreshes),
         "refresh_step_ratio": step(lambda kind: kind.refreshes),
-        "bare_products_ratio": median(lambda r: over(r.minimal_products(cycle), r.reference)),
-        "step_to_bare_ratio": median(lambda r: over(r.step(cycle), r.minimal_products(cycle))),
-        "capture_ratio": median(lambda r: over(r.capturing, r.forward_backward)),
-        "train_step_ratio": median(lambda r: r.train_step(cycle) / r.reference_train_step),
+        "bare_products_ratio": median(lambda r: _over(r.minimal_seconds(kinds), r.reference)),
+        "step_to_bare_ratio": median(lambda r: _over(r.step(kinds), r.minimal_seconds(kinds))),
+        "capture_ratio": median(lambda r: _over(r.capturing, r.forward_backward)),
+        "train_step_ratio": median(lambda r: r.train_step(kinds) / r.reference_train_step),
         "forward_backward_seconds": median(lambda r: r.forward_backward),
     }
 
 
-def over(a: float | None, b: float | None) -> float | None:
+def _over(a: float | None, b: float | None) -> float | None:
     """The ratio, None where there is none."""
     return a / b if a is not None and b else None

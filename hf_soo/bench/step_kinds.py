@@ -1,4 +1,4 @@
-"""Which kinds of steps a method takes, and how often: the cycle that a benchmark averages over."""
+"""Which kinds of steps a method takes, and how often: the period that a benchmark and a plan average over."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from hf_soo.engine.preconditioner import Preconditioner
 
-SETTLED = 1000  # optimizer steps after which no method is in its warm-up
-WINDOW = 10_000  # steps looked at; a cycle is at most half of it, or all of it where nothing repeats
+_SETTLED = 1000  # optimizer steps after which no method is in its warm-up
+_WINDOW = 10_000  # steps looked at; a period is at most half of it, or all of it where nothing repeats
 
 
 class Kind(NamedTuple):
@@ -21,8 +21,8 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Cycle:
-    """The kinds of a method's steps in order, from step ``SETTLED`` on."""
+class StepKinds:
+    """The kinds of a period of a method's steps in order, from step ``_SETTLED`` on."""
 
     kinds: tuple[Kind, ...]
 
@@ -33,16 +33,16 @@ class Cycle:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Steps, updates and refreshes in a cycle."""
+        """Steps, updates and refreshes in a period."""
         updates, refreshes = (sum(kind[i] for kind in self.kinds) for i in (0, 1))
         return {"steps": len(self.kinds), "updates": updates, "refreshes": refreshes}
 
     def step(self, kind: Kind) -> int:
         """A step of a kind."""
-        return SETTLED + self.kinds.index(kind)
+        return _SETTLED + self.kinds.index(kind)
 
     def mean(self, of: Mapping[Kind, float], which: Callable[[Kind], bool] = lambda kind: True) -> float | None:
-        """Average over the steps of a cycle; None if there is no such step.
+        """Average over the steps of a period; None if there is no such step.
 
         Args:
             of: a number for each kind that occurs.
@@ -52,10 +52,10 @@ class Cycle:
         return sum(n * of[kind] for kind, n in counts.items()) / counts.total() if counts else None
 
 
-def cycle_of(preconditioner: Preconditioner) -> Cycle:
+def step_kinds_of(preconditioner: Preconditioner) -> StepKinds:
     """The smallest period of a method's steps; where they do not repeat (growing intervals), the whole window."""
-    window = range(SETTLED, SETTLED + WINDOW)
+    window = range(_SETTLED, _SETTLED + _WINDOW)
     kinds = tuple(Kind(preconditioner.updates_at(t), preconditioner.refreshes_at(t)) for t in window)
     codes = bytes(2 * kind.updates + kind.refreshes for kind in kinds)
-    periods = (p for p in range(1, WINDOW // 2 + 1) if codes[p:] == codes[:-p])
-    return Cycle(kinds[: next(periods, WINDOW)])
+    periods = (p for p in range(1, _WINDOW // 2 + 1) if codes[p:] == codes[:-p])
+    return StepKinds(kinds[: next(periods, _WINDOW)])

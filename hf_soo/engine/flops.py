@@ -1,7 +1,8 @@
-"""The products and factorisations that a method cannot do without, by shape: what its step is measured against.
+"""What a method multiplies, factorises and sums over ranks for a layer: its steps are measured and planned by it.
 
-``Preconditioner.minimal_products`` tells them for a layer, and ``scripts/bench_step.py`` times them on random matrices,
-so that a step can be read as a multiple of its own arithmetic.
+``Preconditioner.minimal_products`` tells the products and factorisations by shape, and ``scripts/bench_step.py`` times
+them on random matrices, so that a step can be read as a multiple of its own arithmetic. ``Preconditioner.flops`` and
+``Preconditioner.row_sums`` are what ``hf-soo plan`` predicts from.
 """
 
 from __future__ import annotations
@@ -57,3 +58,20 @@ class MinimalWork:
         """Of the three lists."""
         every, update, refresh = (sum(each.flops for each in part) for part in (self.every, self.update, self.refresh))
         return every, update, refresh
+
+
+@dataclass(frozen=True, slots=True)
+class RowSumSizes:
+    """How many numbers of one layer are in each sum over ranks, where its gradient lies in row shards.
+
+    Args:
+        every: of ``transform_rows``, in every step.
+        update: of ``update_rows``, in a step that updates the factors.
+    """
+
+    every: Sequence[int] = ()
+    update: Sequence[int] = ()
+
+
+ELEMENTWISE = 10
+"""Operations on an entry of a gradient by a method without matrix products, about."""

@@ -42,6 +42,11 @@ class Layer(ABC):
         """(d_out, d_in) of a matrix, the bias not counted; the shape of a single parameter."""
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """(n, m) of the gradient [G | bias]; a single parameter is [d_0, the rest]."""
+        return self.shape[0], math.prod(self.shape[1:]) + (self.bias is not None)
+
+    @property
     def weight(self) -> nn.Parameter:
         """The weight as the module holds it now."""
         return self.module.weight  # type: ignore[return-value]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.checks import require_count
-from hf_soo.engine.flops import MinimalWork
+from hf_soo.engine.flops import ELEMENTWISE, MinimalWork, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, stack
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.rescale import NoRescale, Rescale
@@ -93,6 +93,7 @@ class Preconditioner(ABC):
         rescale: how long P may be.
         side_names: what diagnostics tell apart.
         shared: names of the tensors that ``transform`` needs; None: all. The others stay at a layer's owner.
+        gradient_passes: how often ``transform`` reads or writes the gradient, about.
         stacks: whether layers of one shape are worked on together on a GPU: few launches, but a copy of each factor.
         row_wise: whether it can work on some rows of G, with small sums over the others (``RowWise``).
         row_state: names of the tensors of its state that have the gradient's rows, and are kept where those are.
@@ -104,6 +105,7 @@ class Preconditioner(ABC):
     rescale: Rescale = NoRescale()
     side_names: tuple[str, ...] = BOTH_SIDES
     shared: frozenset[str] | None = None
+    gradient_passes: int = 4
     stacks: bool = True
     row_wise: bool = False
     row_state: frozenset[str] = frozenset()
@@ -139,6 +141,17 @@ class Preconditioner(ABC):
         By shape alone, a trained bias being one more column of the gradient. Only what ``step`` does: no product of
         the backward pass (K-FAC's second moments), nothing that is O(d²).
         """
+        return None
+
+    def flops(self, layer: Layer) -> tuple[float, float, float]:
+        """Of G -> P, of an update and of a refresh of a layer, about: by default the minimal products' if any."""
+        minimal, (n, m) = self.minimal_products(layer), layer.matrix
+        if minimal is None:
+            return ELEMENTWISE * n * m, ELEMENTWISE * (n + m), 0
+        return minimal.flops
+
+    def row_sums(self, layer: Layer) -> RowSumSizes | None:
+        """What it sums over ranks where gradients lie in row shards; None: it gathers whole gradients."""
         return None
 
     @abstractmethod

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,69 +23,155 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_soo.bench.bench import tensors_in
-from hf_soo.bench.step_kinds import Cycle, Kind
+from hf_soo.bench.command import tensors_in
+from hf_soo.bench.step_kinds import Kind, StepKinds
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.plan.counter import Labelled, MessageCounter
-from hf_soo.plan.method_on_model import Subject
+from hf_soo.engine.placement import Placement
+from hf_soo.plan.method_on_model import MethodOnModel
 from hf_soo.plan.model_shape import blocks_of, build_model
 from hf_soo.plan.request import Layout
 
+_COLLECTIVES = {
+    "all_reduce": "allreduce_ allreduce_coalesced_ all_reduce all_reduce_coalesced",
+    "reduce": "reduce_",
+    "broadcast": "broadcast_ broadcast",
+    "all_gather": "allgather_ _allgather_base_ allgather_into_tensor_coalesced_ all_gather_into_tensor "
+    "all_gather_into_tensor_coalesced",
+    "reduce_scatter": "reduce_scatter_ _reduce_scatter_base_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor "
+    "reduce_scatter_tensor_coalesced",
+}
+"""Collective -> torch's operations: in place, or functional (DTensor's)."""
+
+_OPERATIONS = {operation: collective for collective, names in _COLLECTIVES.items() for operation in names.split()}
+
+_WAITING = ("wait_tensor", "barrier", "monitored_barrier_")
+"""Operations that send nothing."""
+
+_PASSES = {"all_reduce": "gradients", "reduce_scatter": "gradients", "all_gather": "parameters"}
+"""What a collective in the forward and backward pass carries."""
+
+
+class MessageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation: counts the collectives, and answers what fake tensors cannot."""
+
+    def __init__(self) -> None:
+        """Start with nothing counted."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.label: str | None = None
+        self.bytes: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def labelled(self, label: str | None) -> Iterator[None]:
+        """What messages carry from here on; None: by their collective, as in a forward and backward pass."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def take(self) -> dict[str, int]:
+        """Bytes by label since the last call."""
+        taken = dict(self.bytes)
+        self.bytes.clear()
+        return taken
+
+    def _count(self, namespace: str, name: str, args: Any) -> None:
+        if name not in _OPERATIONS:
+            raise NotImplementedError(
+                f"dry_run: {namespace}.{name} is a collective that is not counted; leave --dry-run out."
+            )
+        collective = _OPERATIONS[name]
+        size = _largest(args)
+        if namespace == "_c10d_functional" and collective == "all_gather":  # (shard, ranks, group): no result yet
+            size *= args[1]
+        self.bytes[self.label or _PASSES[collective]] += size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls, and the slow way tells the same
+            return args[0].fake_device
+        name = func.__name__.split(".")[0]
+        if func.namespace in ("c10d", "_c10d_functional") and name not in _WAITING:
+            self._count(func.namespace, name, args)
+        if func is torch.ops.aten._local_scalar_dense.default:  # a tensor read by the host: "yes", or 1
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func.namespace == "aten" and name.startswith(
+            "_fused_"
+        ):  # in place; some have no fake form and would allocate
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def _largest(args: Any) -> int:
+    """Bytes of the whole message: the larger one of what goes in and what comes out."""
+    sizes = [
+        arg.nbytes if isinstance(arg, Tensor) else sum(tensor.nbytes for tensor in tensors_in(arg))
+        for arg in args
+        if isinstance(arg, (Tensor, list, tuple))
+    ]
+    return max(sizes)
+
+
+class _LabelledPlacement:
+    """A placement whose messages are counted under their purpose."""
+
+    PURPOSES: ClassVar = {
+        "sum_": "statistics",
+        "sum_at_owner_": "statistics",
+        "broadcast_inverses": "inverses",
+        "broadcast_preconditioned_gradients": "directions",
+    }
+
+    def __init__(self, placement: Placement, counter: MessageCounter) -> None:
+        """Take the real one."""
+        self._real, self._counter = placement, counter
+
+    def __getattr__(self, name: str) -> Any:
+        """The real one's; what sends is labelled."""
+        found = getattr(self._real, name)
+        return self._counter.labelled(self.PURPOSES[name])(found) if name in self.PURPOSES else found
+
 
 @dataclass
-class Counted:
-    """What one rank asked for.
+class _Counted:
+    """What one rank asked for."""
 
-    Args:
-        rank: which.
-        passes: bytes by kind of message in a micro-batch's forward and backward pass.
-        steps: kind of step -> bytes by kind of message in ``optimizer.step()``.
-        memory: bytes by kind, of what the rank holds after a step.
-    """
-
-    rank: int
-    passes: dict[str, int] = field(default_factory=dict)
-    steps: dict[Kind, dict[str, int]] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)  # bytes by kind of message, in a micro-batch's two passes
+    steps: dict[Kind, dict[str, int]] = field(default_factory=dict)  # of each kind: bytes by kind of message in step()
+    memory: dict[str, int] = field(default_factory=dict)  # bytes by kind, of what the rank holds after a step
 
     def sent(self, kind: Kind) -> dict[str, int]:
         """Bytes by kind of message in a step of a kind with one micro-batch."""
         return dict(Counter(self.passes) + Counter(self.steps[kind]))
 
 
-def count(subject: Subject, model: str, layout: Layout, rank: int = 0) -> Counted:
-    """Build what a rank holds, and take a step of each kind that occurs.
-
-    Args:
-        subject: the method.
-        model: the model's name; see ``build_model``.
-        layout: the ranks; "ddp" or "fsdp2".
-        rank: which of them to be.
+def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _Counted:
+    """Build what a rank of a "ddp" or "fsdp2" layout holds, and take a step of each kind that occurs.
 
     Raises:
         ValueError: a process group is running already.
     """
-    with fake_ranks(layout.ranks, rank), _quiet(), _many_threads():
+    with fake_ranks(layout.ranks, rank), _quick_and_quiet():
         mesh = init_device_mesh("cpu", (layout.ranks,)) if layout.strategy == "fsdp2" else None
         counter = MessageCounter()
         with FakeTensorMode(), counter:
-            bare = build_model(model, layout.seq)
+            net = build_model(model, layout.seq)
             if layout.checkpointing:
-                bare.gradient_checkpointing_enable()  # type: ignore[operator]
-            counted = Counted(rank)
-            net = wrap(bare, layout, mesh)
+                net.gradient_checkpointing_enable()  # type: ignore[operator]
+            counted = _Counted()
+            wrapped = wrap(net, layout, mesh)
             with counter.labelled("build"):
-                optimizer = subject.pair.build(bare)
+                optimizer = method.pair.build(net)
             optimizer.ranks_checked = True  # made-up ranks would not answer
-            _take_steps(optimizer, subject.cycle, net, layout, counter, counted)
+            _take_steps(optimizer, method.step_kinds, wrapped, layout, counter, counted)
     return counted
 
 
 @contextlib.contextmanager
 def fake_ranks(world: int, rank: int) -> Iterator[None]:
-    """A default process group of so many ranks, of which only this one exists.
+    """A default process group of ``world`` ranks, of which only this one exists.
 
     Raises:
         ValueError: a process group is running already.
@@ -102,31 +188,25 @@ def fake_ranks(world: int, rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings of fakes and of names that it calls itself."""
-    logger = logging.getLogger("torch.distributed")
+def _quick_and_quiet() -> Iterator[None]:
+    """Without torch's warnings of fakes and of names that it calls itself; with at least four threads.
+
+    LAMB's chunks grow with torch's threads: fewer chunks, and each costs as little as the next on fake tensors.
+    """
+    logger, threads = logging.getLogger("torch.distributed"), torch.get_num_threads()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    torch.set_num_threads(max(4, threads))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _many_threads() -> Iterator[None]:
-    """LAMB's pieces grow with torch's threads: fewer pieces, and each costs as little as the next on fake tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(4, threads))
-    try:
-        yield
-    finally:
         torch.set_num_threads(threads)
 
 
-class Silent(Diagnostics):
+class _Silent(Diagnostics):
     """Records as ever, and reads nothing: there are no numbers."""
 
     def check(self, step: int, method: str) -> None:
@@ -134,16 +214,7 @@ class Silent(Diagnostics):
 
 
 def wrap(model: nn.Module, layout: Layout, mesh: Any) -> nn.Module:
-    """The model as a rank trains it.
-
-    Args:
-        model: fake.
-        layout: the ranks.
-        mesh: theirs, for FSDP2.
-
-    Returns:
-        The module to call.
-    """
+    """The module that a rank calls: a fake model under FSDP2 over the ranks' ``mesh``, or under DDP."""
     if layout.strategy == "fsdp2":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if layout.bf16 else MixedPrecisionPolicy()
         for block in blocks_of(model):
@@ -166,36 +237,31 @@ def _reduce(bucket: Any) -> torch.futures.Future[Tensor]:
 
 def run_passes(net: nn.Module, layout: Layout) -> None:
     """Forward and backward of one micro-batch; the loss is the sum of the outputs."""
-    loss_of(net, layout).backward()  # type: ignore[no-untyped-call]
-
-
-def loss_of(net: nn.Module, layout: Layout) -> Tensor:
-    """The sum of the outputs on one micro-batch."""
     ids = torch.zeros(layout.micro_batch, layout.seq, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=layout.bf16 and layout.strategy == "ddp"):
         outputs = net(input_ids=ids)
     floats = [t for t in tensors_in(dict(outputs)) if t.is_floating_point() and t.requires_grad]
-    return torch.stack([t.float().sum() for t in floats]).sum()
+    torch.stack([t.float().sum() for t in floats]).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _take_steps(
     optimizer: PreconditionedOptimizer,
-    cycle: Cycle | None,
+    kinds: StepKinds | None,
     net: nn.Module,
     layout: Layout,
     counter: MessageCounter,
-    counted: Counted,
+    counted: _Counted,
 ) -> None:
     """One pass, then a step of each kind on its gradients; what is held is counted before the first step frees any."""
-    optimizer.stages.diagnostics = Silent(optimizer.preconditioner.side_names)
+    optimizer.stages.diagnostics = _Silent(optimizer.preconditioner.side_names)
     optimizer.stages.batched = True  # as on a GPU: few operations
-    optimizer.stages.placement = Labelled(optimizer.stages.placement, counter)
+    optimizer.stages.placement = _LabelledPlacement(optimizer.stages.placement, counter)
     optimizer.base.register_step_pre_hook(lambda *_: setattr(counter, "label", "base"))
     optimizer.base.register_step_post_hook(lambda *_: setattr(counter, "label", "loss"))  # what follows the base's step
     counter.take()
-    for index, kind in enumerate(cycle.distinct if cycle else [Kind(False, False)]):
-        if cycle is not None:
-            optimizer.steps = cycle.step(kind)
+    for index, kind in enumerate(kinds.distinct if kinds else [Kind(False, False)]):
+        if kinds is not None:
+            optimizer.steps = kinds.step(kind)
             optimizer._schedule()
         if index == 0:
             run_passes(net, layout)
@@ -206,9 +272,9 @@ def _take_steps(
             optimizer.step()
         counted.steps[kind] = counter.take()
     counted.memory |= {
-        "parameters": sum(local_bytes(p) for p in net.parameters()),
-        "gradients": sum(local_bytes(p.grad) for p in net.parameters() if p.grad is not None),
-        "base_state": sum(local_bytes(t) for t in tensors_in(optimizer.state)),
+        "parameters": sum(_local_bytes(p) for p in net.parameters()),
+        "gradients": sum(_local_bytes(p.grad) for p in net.parameters() if p.grad is not None),
+        "base_state": sum(_local_bytes(t) for t in tensors_in(optimizer.state)),
         "factors": sum(t.nbytes for t in tensors_in(optimizer.stages.states)),
     }
 
@@ -219,6 +285,6 @@ def _capture(optimizer: PreconditionedOptimizer) -> dict[str, int]:
     return {"capture": 0 if transient else held, "capture_transient": held if transient else 0}
 
 
-def local_bytes(tensor: Tensor) -> int:
+def _local_bytes(tensor: Tensor) -> int:
     """Of the part of a tensor that this rank holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes

@@ -35,9 +35,6 @@ def build_model(name: str, seq: int) -> nn.Module:
         name: of ``BERTS``; or a folder with config.json; or a name on the hub.
         seq: tokens in a sequence; a named BERT gets as many positions as that needs.
 
-    Returns:
-        The model, in training mode.
-
     Raises:
         ValueError: no such model, or it does not take so many tokens.
     """
@@ -76,33 +73,20 @@ def _read_config(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """The numbers of a model that a plan needs.
+class ModelShape:
+    """The numbers of a model that a plan needs."""
 
-    Args:
-        parameters: name -> shape, tied ones once.
-        embeddings: parameters of embeddings among them.
-        matrices: shapes of the hidden layers' weights, Muon's part.
-        blocks: the names of the parameters of each block, what FSDP2 shards as one.
-        hidden: length of a token's vector.
-        heads: attention heads.
-        intermediate: the longest vector inside a block.
-        vocabulary: entries of the vocabulary.
-        masked: whether 15 % of the tokens alone go through the vocabulary decoder (BERT).
-    """
-
-    parameters: dict[str, torch.Size]
-    embeddings: int
-    matrices: list[torch.Size]
-    blocks: list[list[str]]
-    hidden: int
-    heads: int
-    intermediate: int
-    vocabulary: int
-    masked: bool
+    parameters: dict[str, torch.Size]  # name -> shape, tied ones once
+    embeddings: int  # parameters of embeddings among them
+    matrices: list[torch.Size]  # shapes of the hidden layers' weights, Muon's part
+    blocks: list[list[str]]  # the names of the parameters of each block, what FSDP2 shards as one
+    hidden: int  # length of a token's vector
+    intermediate: int  # the longest vector inside a block
+    vocabulary: int  # entries of the vocabulary
+    masked: bool  # whether 15 % of the tokens alone go through the vocabulary decoder (BERT)
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelFacts:
+    def of(cls, model: nn.Module) -> ModelShape:
         """Look at a model."""
         config: Any = model.config
         names = {id(p): name for name, p in model.named_parameters()}
@@ -114,7 +98,6 @@ class ModelFacts:
             matrices=[weight.shape for weight in hidden_weights(model)],
             blocks=[[names[id(p)] for p in block.parameters()] for block in blocks_of(model)],
             hidden=hidden,
-            heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
             vocabulary=int(getattr(config, "vocab_size", 0)),
             masked="bert" in config.model_type,
@@ -129,13 +112,6 @@ class ModelFacts:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a transformer: the outermost modules that stand in a list."""
     found: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                found.extend(child)
-            else:
-                visit(child)
-
-    visit(model)
+    for child in model.children():
+        found += child if isinstance(child, nn.ModuleList) else blocks_of(child)
     return found

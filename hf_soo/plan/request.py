@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from hf_soo.engine.checks import require_count, require_in
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
 from hf_soo.runs.arguments import option
 
-Strategy = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
-COUNTABLE = ("ddp", "fsdp2")  # what a dry run can build
-PRECISIONS = ("fp32", "bf16")
-LARGEST_DEFAULT_MICRO_BATCH = 16
+_COUNTABLE = ("ddp", "fsdp2")  # what a dry run can build
+_PRECISIONS = ("fp32", "bf16")
+_LARGEST_DEFAULT_MICRO_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class PlanConfig:
     batch: int = option(256, "sequences in a step, over all ranks")
     micro_batch: int | None = option(
         None, "sequences in a forward pass of one rank; accumulation follows. Default: the largest divisor of "
-        f"batch / gpus up to {LARGEST_DEFAULT_MICRO_BATCH}"
+        f"batch / gpus up to {_LARGEST_DEFAULT_MICRO_BATCH}"
     )  # fmt: skip
     precision: str = option("fp32", "fp32 (no TF32), or bf16: autocast, under DeepSpeed bf16 weights and a master copy")
     gradient_checkpointing: bool = option(False, "keep each block's input alone, and run the block again")
@@ -56,14 +54,14 @@ class PlanConfig:
             if METHODS[self.optim].config is None:
                 raise ValueError(f"base={self.base!r} has no effect with optim={self.optim!r}; leave it out.")
         require_in("strategy", self.strategy, STRATEGIES)
-        require_in("precision", self.precision, PRECISIONS)
+        require_in("precision", self.precision, _PRECISIONS)
         for name in ("gpus", "seq", "batch"):
             require_count(name, getattr(self, name), 1)
         self._check_batch()
-        if self.dry_run and self.strategy not in COUNTABLE:
+        if self.dry_run and self.strategy not in _COUNTABLE:
             raise ValueError(
                 f"dry_run with strategy={self.strategy!r}: DeepSpeed does not run on torch's fake process group; use "
-                f"one of {', '.join(COUNTABLE)}, or leave --dry-run out."
+                f"one of {', '.join(_COUNTABLE)}, or leave --dry-run out."
             )
         if self.dry_run and self.gpus == 1:
             raise ValueError("dry_run with gpus=1: one rank sends nothing; give more gpus, or leave --dry-run out.")
@@ -106,7 +104,7 @@ class Layout:
     def of(cls, config: PlanConfig) -> Layout:
         """From the flags."""
         share = config.batch // config.gpus
-        fitting = (n for n in range(min(share, LARGEST_DEFAULT_MICRO_BATCH), 0, -1) if share % n == 0)
+        fitting = (n for n in range(min(share, _LARGEST_DEFAULT_MICRO_BATCH), 0, -1) if share % n == 0)
         micro = config.micro_batch or next(fitting)
         return cls(
             ranks=config.gpus,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
+from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
@@ -143,6 +144,10 @@ class Eva(RowWise):
             }
             for side in self.sides
         }
+
+    def row_sums(self, layer: Layer) -> RowSumSizes:
+        """|Ĝ|² and s."""
+        return RowSumSizes(every=(2,))
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """V ← (1-ξ)v + ξ v_new; the first v_new as it is."""

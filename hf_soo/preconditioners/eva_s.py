@@ -35,6 +35,7 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_in, require_range
+from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, Outcome, Periodic, RowWise, Updated
@@ -219,6 +220,12 @@ class EvaS(RowWise):
             }
             for axis, d in enumerate(squeezed(layer.shape))
         }
+
+    def row_sums(self, layer: Layer) -> RowSumSizes | None:
+        """In an update |G|² and the sums along both axes; then as Eva. The separable form's are not listed."""
+        if self.config.form == "separable":
+            return None
+        return RowSumSizes(every=(2,), update=(1 + sum(layer.matrix),))
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """``update_rows`` on all rows."""

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.flops import Factorisation, MinimalWork, Product
+from hf_soo.engine.flops import Factorisation, MinimalWork, Product, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated, keep_where
@@ -102,6 +102,15 @@ class KFAC(RowWise):
             every=once if kind == "cholesky_inverse" else once * 2,
             refresh=[Factorisation(kind, d) for d in sizes.values()],
         )
+
+    def flops(self, layer: Layer) -> tuple[float, float, float]:
+        """The products', and S ← ρS + (1-ρ)F."""
+        every, _, refresh = super().flops(layer)
+        return every, 3 * sum(d * d for d in self._sizes(layer).values()), refresh
+
+    def row_sums(self, layer: Layer) -> RowSumSizes | None:
+        """|G|², |P|² and ⟨P, G⟩, of the input side alone."""
+        return RowSumSizes(every=(3,)) if self.row_wise else None
 
     def _sizes(self, layer: Layer) -> dict[Side, int]:
         sizes = sizes_of(layer)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_count, require_in, require_range
-from hf_soo.engine.flops import MinimalWork, Product
+from hf_soo.engine.flops import MinimalWork, Product, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
@@ -226,6 +226,7 @@ class MKOR(RowWise):
         super().__init__(config)
         self.stacks = self.row_wise = config.representation == "lowrank"
         self.form: LowRank | Dense = LowRank(config.history, config.factor_decay)
+        self.gradient_passes = 6 if config.representation == "lowrank" else 4
         if config.representation == "dense":
             self.form = Dense(
                 config.update_rule, config.factor_decay, config.stabilizer_threshold, config.stabilizer_blend
@@ -259,6 +260,22 @@ class MKOR(RowWise):
         m, n = sizes_of(layer).values()
         both = {Side.OUTPUT: Product(n, n, m), Side.INPUT: Product(n, m, m)}
         return MinimalWork(every=[product for side, product in both.items() if side in self.sides])
+
+    def flops(self, layer: Layer) -> tuple[float, float, float]:
+        """Thin products, X = C_b Ĝ and Y = Ĝ C_aᵀ and the correction by both; an update is VCᵀ, times C, and √γC."""
+        sizes = [sizes_of(layer)[side] for side in self.sides]
+        if self.config.representation == "lowrank":
+            K, (n, m) = self.config.history, layer.matrix
+            return 4 * len(sizes) * K * n * m, 5 * K * sum(sizes), 0
+        every, _, refresh = super().flops(layer)
+        return every, 8 * sum(d * d for d in sizes), refresh  # VM, and the rank-one correction
+
+    def row_sums(self, layer: Layer) -> RowSumSizes | None:
+        """|Ĝ|², |Y|² and X = C_b Ĝ [K, m]; then |P|²."""
+        if self.config.representation == "dense":
+            return None
+        X = self.config.history * layer.matrix[1] if Side.OUTPUT in self.sides else 0
+        return RowSumSizes(every=(X + 2, 1))
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """One rank-r update of each side."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import require_range
 from hf_soo.engine.chunks import piece_size
+from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, RowWise, Updated
@@ -97,6 +98,10 @@ class RMSProp(RowWise):
         """ŝ = 1."""
         dtype = stored_dtype(self.config.state_dtype, layer.prototype.dtype)
         return {"gradient": {"second_moment": layer.prototype.new_ones(layer.shape, dtype=dtype)}}
+
+    def row_sums(self, layer: Layer) -> RowSumSizes:
+        """|g|² in the update; then |g|², |P|² and ⟨P, g⟩."""
+        return RowSumSizes(every=(3,), update=(1,))
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """``update_rows`` on all rows."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_soo import build_optimizer
-from hf_soo.bench.minimal_work import BareWork, factorisation, product, seconds_of
+from hf_soo.bench.minimal_work import MinimalProducts, factorisation, product, seconds_of
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
@@ -65,13 +65,13 @@ def test_every_layer_is_multiplied_and_one_shape_allocated_once(monkeypatch: pyt
     monkeypatch.setattr(torch, "mm", mm)
     layers = [nn.Linear(5, 3, bias=False), nn.Linear(3, 5), nn.Linear(5, 3, bias=False)]
     optimizer = over(*layers, representation="dense")
-    work = BareWork(optimizer.layers, optimizer.preconditioner)
+    work = MinimalProducts(optimizer.layers, optimizer.preconditioner)
     assert work.parts([Kind(False, False)]) == ["every"] == work.parts([Kind(True, True)])
     work.run("every")
     small, wide = [((3, 3), (3, 5)), ((3, 5), (5, 5))], [((5, 5), (5, 4)), ((5, 4), (4, 4))]
     assert shapes == [*small, *wide, *small] and len(outputs) == 4
     lowrank = over(nn.Linear(5, 3))
-    assert BareWork(lowrank.layers, lowrank.preconditioner).parts([Kind(True, True)]) == []
+    assert MinimalProducts(lowrank.layers, lowrank.preconditioner).parts([Kind(True, True)]) == []
 
 
 def test_a_steps_seconds_are_those_of_its_parts() -> None:

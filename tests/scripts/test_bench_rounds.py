@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hf_soo.bench.rounds import Round, ratios
-from hf_soo.bench.step_kinds import Cycle, Kind, cycle_of
+from hf_soo.bench.step_kinds import Kind, StepKinds, step_kinds_of
 from hf_soo.engine.preconditioner import Identity
 
 PLAIN, UPDATE, REFRESH, BOTH = Kind(False, False), Kind(True, False), Kind(False, True), Kind(True, True)
@@ -56,7 +56,7 @@ def test_the_cycle_is_the_smallest_period(
     counts: tuple[int, int, int],
     kinds: list[Kind],
 ) -> None:
-    cycle = cycle_of(Schedule(updates, refreshes))
+    cycle = step_kinds_of(Schedule(updates, refreshes))
     assert tuple(cycle.counts.values()) == counts
     assert cycle.distinct == kinds
     for kind in kinds:
@@ -64,7 +64,7 @@ def test_the_cycle_is_the_smallest_period(
 
 
 def test_ratios_average_over_a_cycle() -> None:
-    cycle = Cycle((UPDATE, PLAIN, PLAIN, PLAIN, PLAIN))
+    cycle = StepKinds((UPDATE, PLAIN, PLAIN, PLAIN, PLAIN))
     rounds = [
         Round(2.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=12.0, idle=11.0),
         Round(1.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=14.0, idle=10.0),
@@ -76,15 +76,15 @@ def test_ratios_average_over_a_cycle() -> None:
     first, second, third = (12 + 44) / 5 + 2, (14 + 40) / 5 + 2, (13 + 40) / 5 + 2
     assert row["train_step_ratio"] == pytest.approx(sorted([first / 12, second / 11, third / 14])[1], rel=1e-15)
     assert [row[key] for key in ("refresh_step_ratio", "bare_products_ratio", "step_to_bare_ratio")] == [None] * 3
-    every_step = ratios([Round(2.0, 10.0, {UPDATE: 3.0}, capturing=11.0)], Cycle((UPDATE,)))
+    every_step = ratios([Round(2.0, 10.0, {UPDATE: 3.0}, capturing=11.0)], StepKinds((UPDATE,)))
     assert [every_step[key] for key in ("step_ratio", "plain_step_ratio", "train_step_ratio")] == [1.5, None, 14 / 12]
-    alone = ratios([Round(2.0, 10.0, {PLAIN: 1.0})], Cycle((PLAIN,)))
+    alone = ratios([Round(2.0, 10.0, {PLAIN: 1.0})], StepKinds((PLAIN,)))
     assert [alone[key] for key in ("step_ratio", "capture_ratio", "train_step_ratio")] == [0.5, None, 11 / 12]
 
 
 def test_refreshes_and_bare_products_are_amortised_over_the_same_cycle() -> None:
     """Ten steps: six plain, two that update, one that refreshes, one that does both."""
-    cycle = Cycle((BOTH, *[PLAIN] * 3, UPDATE, REFRESH, *[PLAIN] * 3, UPDATE))
+    cycle = StepKinds((BOTH, *[PLAIN] * 3, UPDATE, REFRESH, *[PLAIN] * 3, UPDATE))
     seconds = {BOTH: 50.0, REFRESH: 40.0, UPDATE: 4.0, PLAIN: 2.0}
     row = ratios([Round(10.0, 100.0, seconds, 130.0, 110.0, {"every": 1.0, "update": 2.0, "refresh": 12.0})], cycle)
     assert row["step_ratio"] == (50 + 40 + 2 * 4 + 6 * 2) / 10 / 10

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_soo.bench.bench import Pair, adamw, parse_pairs, peak_memory, peak_memory_apart, run, state_bytes
+from hf_soo.bench.command import Pair, adamw, parse_pairs, peak_memory, peak_memory_apart, run, state_bytes
 from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.bench.workload import BenchConfig, Workload
@@ -119,14 +119,14 @@ def test_a_refresh_is_taken_once_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     work_of_a_layer = MinimalWork([Product(2, 3, 4)], [Product(4, 3, 2)], [Factorisation("eigh", 3)])
     monkeypatch.setattr(method, "minimal_products", lambda layer: work_of_a_layer)
     stepper, seen, parts = Stepper(work, optimizer), watch(work, optimizer), []
-    run_part = stepper.bare.run
-    monkeypatch.setattr(stepper.bare, "run", lambda part: (parts.append(part), run_part(part)))
+    run_part = stepper.minimal.run
+    monkeypatch.setattr(stepper.minimal, "run", lambda part: (parts.append(part), run_part(part)))
     times = stepper.round(adamw(work.twin, foreach=True), 3)
     assert [each.kind for each in seen] == [BOTH, UPDATE, PLAIN, UPDATE, PLAIN, UPDATE, PLAIN]
     assert parts == ["every", "update", "refresh", "every", "update", "every", "update"]
-    assert set(times.bare) == {"every", "update", "refresh"}
-    assert stepper.cycle.counts == {"steps": 6, "updates": 3, "refreshes": 1}
-    row = ratios([times], stepper.cycle)
+    assert set(times.minimal) == {"every", "update", "refresh"}
+    assert stepper.kinds.counts == {"steps": 6, "updates": 3, "refreshes": 1}
+    row = ratios([times], stepper.kinds)
     assert row["step_ratio"] == pytest.approx(
         (3 * row["plain_step_ratio"] + 2 * row["update_step_ratio"] + row["refresh_step_ratio"]) / 6, rel=1e-12
     )

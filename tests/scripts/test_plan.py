@@ -13,13 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining
 
 from hf_soo.engine.gradients import Joint, run_whole
+from hf_soo.plan.cost import PROFILES, Profile, predict, seconds_of, work
 from hf_soo.plan.memory import activations, factors, memory
 from hf_soo.plan.messages import Message, messages, sent
-from hf_soo.plan.method_on_model import Subject, subjects
-from hf_soo.plan.model_shape import BERTS, ModelFacts, build_model
+from hf_soo.plan.method_on_model import MethodOnModel, asked_methods
+from hf_soo.plan.model_shape import BERTS, ModelShape, build_model
 from hf_soo.plan.request import STRATEGIES, Layout, PlanConfig
-from hf_soo.plan.time import PROFILES, Profile, predict, seconds_of
-from hf_soo.plan.work import precondition_of, work
 from hf_soo.preconditioners.mkor import lowrank_product
 
 MB, GB, TERA = 1e6, 1e9, 1e12
@@ -40,12 +39,12 @@ def mini() -> nn.Module:
     return meta_model("bert-mini")
 
 
-def asked(model: nn.Module, optim: str, optim_args: str | None = None, **flags: Any) -> tuple[Subject, Layout]:
+def asked(model: nn.Module, optim: str, optim_args: str | None = None, **flags: Any) -> tuple[MethodOnModel, Layout]:
     """A method on a model over 64 ranks."""
     flags = {"gpus": 64, "batch": 64 * 16, "beside": "", **flags}
     config = PlanConfig(optim=optim, optim_args=optim_args, **flags)
-    (subject,) = subjects(config, model)
-    return subject, Layout.of(config)
+    (method,) = asked_methods(config, model)
+    return method, Layout.of(config)
 
 
 def by_kind(found: list[Message], kind: str) -> list[Message]:
@@ -70,30 +69,30 @@ OWNED = 0.071  # GB of running factors, the owner with the most
 def test_kfac_on_64_ranks_of_bert_large(
     large: nn.Module, k: int, data: float, directions: float, average: float, tera: float
 ) -> None:
-    subject, layout = asked(large, "kfac_expand", f"grad_workers={k},inverse_period=100")
-    found = messages(subject, ModelFacts.of(large), layout)
+    method, layout = asked(large, "kfac_expand", f"grad_workers={k},inverse_period=100")
+    found = messages(method, ModelShape.of(large), layout)
     inverses = sum(m.received or 0 for m in by_kind(found, "inverses"))
     received = sum(m.received or 0 for m in by_kind(found, "directions"))
     assert inverses / GB == pytest.approx(data if k > 1 else 0, rel=0.01)
     assert received / GB == pytest.approx(directions, rel=0.01)
     assert (inverses / 100 + received) / GB == pytest.approx(average, rel=0.015)  # the table gives .042 two digits
-    assert factors(subject, layout)[1] / GB == pytest.approx(data + OWNED, rel=0.01)
-    amount = work(subject, ModelFacts.of(large), layout)
+    assert factors(method, layout)[1] / GB == pytest.approx(data + OWNED, rel=0.01)
+    amount = work(method, ModelShape.of(large), layout)
     assert amount.precondition / TERA == pytest.approx(tera, rel=0.01)
     eigen, _ = asked(large, "kfac_expand", f"grad_workers={k},inverse=eigen")
-    assert work(eigen, ModelFacts.of(large), layout).precondition == 2 * amount.precondition
+    assert work(eigen, ModelShape.of(large), layout).precondition == 2 * amount.precondition
 
 
 def test_kfac_factors_gradients_statistics_and_makespan(large: nn.Module) -> None:
-    subject, layout = asked(large, "kfac_expand", "grad_workers=8", strategy="zero1")
-    facts = ModelFacts.of(large)
-    held, found = memory(subject, facts, layout), messages(subject, facts, layout)
+    method, layout = asked(large, "kfac_expand", "grad_workers=8", strategy="zero1")
+    shape = ModelShape.of(large)
+    held, found = memory(method, shape, layout), messages(method, shape, layout)
     assert held["capture_transient"] / GB == pytest.approx(4.246, rel=0.01)
     assert held["gradient_copies"] / GB == pytest.approx(1.217, rel=0.01)
     (triangles,) = [m for m in by_kind(found, "statistics") if m.collective == "reduce"]
     assert triangles.bytes / GB == pytest.approx(2.124, rel=0.01)
     # The busiest rank inverts as much as one feed-forward layer is, 4096³ + 1025³, every 100 steps.
-    assert work(subject, facts, layout).inverse == pytest.approx((4096**3 + 1025**3) / 100, rel=0.01)
+    assert work(method, shape, layout).inverse == pytest.approx((4096**3 + 1025**3) / 100, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -102,48 +101,48 @@ def test_kfac_factors_gradients_statistics_and_makespan(large: nn.Module) -> Non
 )
 def test_kfac_on_8_ranks_of_bert_base(k: int, data: float, directions: float, tera: float) -> None:
     base = meta_model("bert-base-uncased")
-    subject, layout = asked(base, "kfac_expand", f"grad_workers={k}", gpus=8, batch=128)
-    found = messages(subject, ModelFacts.of(base), layout)
+    method, layout = asked(base, "kfac_expand", f"grad_workers={k}", gpus=8, batch=128)
+    found = messages(method, ModelShape.of(base), layout)
     inverses = sum(m.received or 0 for m in by_kind(found, "inverses"))
     assert inverses / GB == pytest.approx(data if k > 1 else 0, rel=0.01)
     assert sum(m.received or 0 for m in by_kind(found, "directions")) / GB == pytest.approx(directions, rel=0.01)
-    assert work(subject, ModelFacts.of(base), layout).precondition / TERA == pytest.approx(tera, rel=0.01)
+    assert work(method, ModelShape.of(base), layout).precondition / TERA == pytest.approx(tera, rel=0.01)
 
 
 def test_mkor_on_bert_large(large: nn.Module) -> None:
-    facts = ModelFacts.of(large)
-    subject, layout = asked(large, "mkor", "history=64", strategy="fsdp2")
-    held, found = memory(subject, facts, layout), messages(subject, facts, layout)
+    shape = ModelShape.of(large)
+    method, layout = asked(large, "mkor", "history=64", strategy="fsdp2")
+    held, found = memory(method, shape, layout), messages(method, shape, layout)
     assert held["factors"] / MB == pytest.approx(114, rel=0.01)
     (statistics,) = by_kind(found, "statistics")
     assert statistics.bytes / MB == pytest.approx(0.9, rel=0.01)  # b = bias.grad
     shards = [m for m in by_kind(found, "shards") if m.when == "step"]
     assert sum(m.bytes for m in shards) / MB == pytest.approx(58, rel=0.01)
     assert [m.bytes for m in by_kind(found, "shards") if m.when == "update"] == [
-        4 * sum(layer.shape[0] for layer in subject.layers)
+        4 * sum(layer.shape[0] for layer in method.layers)
     ]
     whole, ddp = asked(large, "mkor", "history=64")
-    assert work(whole, facts, ddp).precondition / 1e9 == pytest.approx(155, rel=0.01)
-    assert work(subject, facts, layout).precondition == work(whole, facts, ddp).precondition / 64
+    assert work(whole, shape, ddp).precondition / 1e9 == pytest.approx(155, rel=0.01)
+    assert work(method, shape, layout).precondition == work(whole, shape, ddp).precondition / 64
     grouped, _ = asked(large, "mkor", "rank=2")  # two groups: bias.grad no longer tells
-    (statistics,) = by_kind(messages(grouped, facts, ddp), "statistics")
+    (statistics,) = by_kind(messages(grouped, shape, ddp), "statistics")
     assert statistics.bytes / 2 / MB == pytest.approx(1.8, rel=0.01)
     dense, _ = asked(large, "mkor", "representation=dense")
-    assert memory(dense, facts, ddp)["factors"] / GB == pytest.approx(4.25, rel=0.01)
-    assert work(dense, facts, ddp).precondition / TERA == pytest.approx(2.48, rel=0.01)
+    assert memory(dense, shape, ddp)["factors"] / GB == pytest.approx(4.25, rel=0.01)
+    assert work(dense, shape, ddp).precondition / TERA == pytest.approx(2.48, rel=0.01)
 
 
 def test_what_shards_need_of_each_other(mini: nn.Module) -> None:
     """FSDP2: thin products, a few scalars, or the whole gradients; ZeRO's fragments: always the whole."""
-    facts = ModelFacts.of(mini)
+    shape = ModelShape.of(mini)
 
     def shards(optim: str, optim_args: str | None = None, strategy: str = "fsdp2") -> dict[str, int]:
-        subject, layout = asked(mini, optim, optim_args, strategy=strategy)
-        found = by_kind(messages(subject, facts, layout), "shards")
+        method, layout = asked(mini, optim, optim_args, strategy=strategy)
+        found = by_kind(messages(method, shape, layout), "shards")
         return {when: sum(m.bytes for m in found if m.when == when) for when in {m.when for m in found}}
 
-    subject, _ = asked(mini, "mkor")
-    sizes = [(layer.shape[0], layer.shape[1] + 1) for layer in subject.layers]
+    method, _ = asked(mini, "mkor")
+    sizes = [(layer.shape[0], layer.shape[1] + 1) for layer in method.layers]
     L, biases = len(sizes), 4 * sum(n for n, _ in sizes)
     whole, padded = (4 * sum(rows(n) * m for n, m in sizes) for rows in (int, lambda n: -(-n // 64) * 64))
     assert shards("mkor") == {"step": 4 * (32 * sum(m for _, m in sizes) + 3 * L), "update": biases}
@@ -161,8 +160,8 @@ def test_what_shards_need_of_each_other(mini: nn.Module) -> None:
 
 
 def test_every_strategy_shards_what_it_says(mini: nn.Module) -> None:
-    facts = ModelFacts.of(mini)
-    P, W = facts.count, 64
+    shape = ModelShape.of(mini)
+    P, W = shape.count, 64
     share = -(-P // W)
     expected = {  # parameters, gradients, base state (LAMB's 8 bytes), in fp32
         "ddp": (4 * P, 4 * P, 8 * P),
@@ -172,22 +171,22 @@ def test_every_strategy_shards_what_it_says(mini: nn.Module) -> None:
         "zero3": (4 * share, 4 * share, 8 * share),
     }
     for strategy, sizes in expected.items():
-        subject, layout = asked(mini, "lamb", strategy=strategy)
-        held = memory(subject, facts, layout)
+        method, layout = asked(mini, "lamb", strategy=strategy)
+        held = memory(method, shape, layout)
         assert (held["parameters"], held["gradients"], held["base_state"]) == sizes
         assert held["master_weights"] == 0
-    subject, layout = asked(mini, "lamb", strategy="zero2", precision="bf16")
-    held = memory(subject, facts, layout)
+    method, layout = asked(mini, "lamb", strategy="zero2", precision="bf16")
+    held = memory(method, shape, layout)
     assert (held["parameters"], held["gradients"], held["master_weights"]) == (2 * P, 2 * share, 4 * share)
-    subject, layout = asked(mini, "lamb", strategy="fsdp2")
-    rows = sum(-(-s[0] // W) * s[1:].numel() for s in facts.parameters.values())
-    assert memory(subject, facts, layout)["base_state"] == 8 * rows
+    method, layout = asked(mini, "lamb", strategy="fsdp2")
+    rows = sum(-(-s[0] // W) * s[1:].numel() for s in shape.parameters.values())
+    assert memory(method, shape, layout)["base_state"] == 8 * rows
 
 
 def test_every_strategy_sends_what_it_says(mini: nn.Module) -> None:
     """In a step of three micro-batches."""
-    facts = ModelFacts.of(mini)
-    P = 4 * facts.count
+    shape = ModelShape.of(mini)
+    P = 4 * shape.count
     expected = {  # gradients, parameters
         "ddp": (P, 0),
         "zero0": (P, 0),
@@ -197,20 +196,20 @@ def test_every_strategy_sends_what_it_says(mini: nn.Module) -> None:
     }
     assert set(expected) == set(STRATEGIES) - {"fsdp2"}
     for strategy, (gradients, parameters) in expected.items():
-        subject, layout = asked(mini, "lamb", strategy=strategy, micro_batch=16, batch=3 * 16 * 64)
+        method, layout = asked(mini, "lamb", strategy=strategy, micro_batch=16, batch=3 * 16 * 64)
         total = {"gradients": 0, "parameters": 0, "base": 0}
-        for m in messages(subject, facts, layout):
+        for m in messages(method, shape, layout):
             total[m.kind] += m.bytes * (3 if m.when == "micro_batch" else 1)
         assert (total["gradients"], total["parameters"]) == (gradients, parameters)
-        assert total["base"] == (4 * (2 * len(facts.parameters) + 1) if layout.sharded else 0)
+        assert total["base"] == (4 * (2 * len(shape.parameters) + 1) if layout.sharded else 0)
     one, layout = asked(mini, "mkor", gpus=1, batch=16)
-    assert messages(one, facts, layout) == []
+    assert messages(one, shape, layout) == []
 
 
 def test_flops_are_what_torch_counts(mini: nn.Module) -> None:
     """Forward and backward pass, and low-rank MKOR's products."""
-    facts = ModelFacts.of(mini)
-    subject, layout = asked(mini, "mkor", batch=64 * 4, micro_batch=4)
+    shape = ModelShape.of(mini)
+    method, layout = asked(mini, "mkor", batch=64 * 4, micro_batch=4)
     with torch.device("meta"):
         ids = torch.zeros(4, 512, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
@@ -218,24 +217,24 @@ def test_flops_are_what_torch_counts(mini: nn.Module) -> None:
         (out.prediction_logits.sum() + out.seq_relationship_logits.sum()).backward()
     for parameter in mini.parameters():
         parameter.grad = None
-    decoder = 6 * facts.hidden * facts.vocabulary * layout.tokens  # a tied weight, which the plan does not count
+    decoder = 6 * shape.hidden * shape.vocabulary * layout.tokens  # a tied weight, which the plan does not count
     # what is left are the heads on one token of a sequence, which the rule counts for all
-    assert work(subject, facts, layout).passes == pytest.approx(counter.get_total_flops() - decoder, rel=0.03)
-    layer = subject.layers[0]
+    assert work(method, shape, layout).passes == pytest.approx(counter.get_total_flops() - decoder, rel=0.03)
+    layer = method.layers[0]
     n, m, K = layer.shape[0], layer.shape[1], 32
     G, bias = torch.empty(1, n, m, device="meta"), torch.empty(1, n, device="meta")
     left, right = torch.empty(1, K, n, device="meta"), torch.empty(1, K, m + 1, device="meta")
     with FlopCounterMode(display=False) as counter:
         run_whole(lowrank_product(Joint(G, bias), left, right))
     counted = counter.get_total_flops() + 2 * n * 2 * K * m  # torch does not count the last product, in place
-    assert precondition_of(layer, subject) == pytest.approx(counted, rel=0.1)  # Z = X C_aᵀ is left out
+    assert method.preconditioner.flops(layer)[0] == pytest.approx(counted, rel=0.1)  # Z = X C_aᵀ is left out
 
 
 def test_a_sampled_loss_is_one_more_backward_pass(mini: nn.Module) -> None:
-    facts = ModelFacts.of(mini)
+    shape = ModelShape.of(mini)
     passes = [
-        work(subject, facts, layout).passes
-        for subject, layout in (asked(mini, "kfac_expand", f"fisher={fisher}") for fisher in ("empirical", "mc"))
+        work(method, shape, layout).passes
+        for method, layout in (asked(mini, "kfac_expand", f"fisher={fisher}") for fisher in ("empirical", "mc"))
     ]
     assert passes[1] == pytest.approx(passes[0] * (1 + 2 / 3 / 10))  # on every tenth step
 
@@ -262,10 +261,10 @@ def test_activations_are_near_what_a_pass_keeps(checkpointing: bool) -> None:
             model(input_ids=torch.zeros(4, 512, dtype=torch.long))
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         saved = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
-        facts = dataclasses.replace(ModelFacts.of(model), vocabulary=0)
-    estimate = activations(facts, layout)
+        shape = dataclasses.replace(ModelShape.of(model), vocabulary=0)
+    estimate = activations(shape, layout)
     if checkpointing:  # the block that runs again is not yet there
-        estimate -= activations(dataclasses.replace(facts, blocks=facts.blocks[:1]), layout) - 4 * 4 * 512 * 1024
+        estimate -= activations(dataclasses.replace(shape, blocks=shape.blocks[:1]), layout) - 4 * 4 * 512 * 1024
     assert estimate == pytest.approx(saved, rel=0.15)
 
 
@@ -291,10 +290,10 @@ def test_messages_take_the_time_of_a_ring(message: Message, seconds: float) -> N
 
 
 def test_the_prediction_adds_its_parts(mini: nn.Module) -> None:
-    facts = ModelFacts.of(mini)
-    subject, layout = asked(mini, "kaisa", "grad_workers=8")
-    found, amount = messages(subject, facts, layout), work(subject, facts, layout)
-    parts = predict(subject, amount, found, layout, HARDWARE)
+    shape = ModelShape.of(mini)
+    method, layout = asked(mini, "kaisa", "grad_workers=8")
+    found, amount = messages(method, shape, layout), work(method, shape, layout)
+    parts = predict(method, amount, found, layout, HARDWARE)
     assert parts["passes"] == amount.passes / 100
     assert parts["inverse"] == amount.inverse / 10
     assert parts["base"] == amount.base / 100 + amount.traffic / 50
@@ -303,13 +302,13 @@ def test_the_prediction_adds_its_parts(mini: nn.Module) -> None:
     assert parts["communication"] == pytest.approx(always + refresh / 10, rel=1e-12)
     assert parts["step"] == pytest.approx(sum(v for k, v in parts.items() if k != "step"), rel=1e-12)
     half = dataclasses.replace(layout, bf16=True)
-    assert predict(subject, amount, found, half, HARDWARE)["passes"] == amount.passes / 200
+    assert predict(method, amount, found, half, HARDWARE)["passes"] == amount.passes / 200
     assert set(PROFILES) == {"a100-80gb-4", "cpu"}
 
 
 def test_a_step_of_a_kind_sends_its_messages_alone(mini: nn.Module) -> None:
-    subject, layout = asked(mini, "kaisa", "grad_workers=8")
-    found, cycle = messages(subject, ModelFacts.of(mini), layout), subject.cycle
+    method, layout = asked(mini, "kaisa", "grad_workers=8")
+    found, cycle = messages(method, ModelShape.of(mini), layout), method.step_kinds
     assert cycle is not None
     with_refresh, without = (sent(found, kind) for kind in cycle.distinct)
     assert with_refresh["inverses"] > 0 == without["inverses"]

@@ -12,9 +12,9 @@ import yaml
 from transformers import BertConfig, GPT2Config, ViTConfig
 
 from hf_soo import cli
+from hf_soo.plan import cost as plan_cost
 from hf_soo.plan import model_shape as plan_model
-from hf_soo.plan import time as plan_time
-from hf_soo.plan.time import PROFILES, Profile, load_profile
+from hf_soo.plan.cost import PROFILES, Profile, load_profile
 
 SMALL = {"model": "bert-tiny", "gpus": "8", "batch": "64", "seq": "128"}
 
@@ -236,7 +236,7 @@ def test_profiles(tmp_path: Path) -> None:
 
 def test_this_machine_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that says two seconds for each call."""
-    monkeypatch.setattr(plan_time, "_seconds", lambda call, device: 2.0 if call() is not None else 0.0)
+    monkeypatch.setattr(plan_cost, "_seconds", lambda call, device: 2.0 if call() is not None else 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     profile = load_profile("measure")
     assert isinstance(profile, Profile)

@@ -17,12 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_soo import cli
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.engine.selection import select_layers
-from hf_soo.plan.counter import MessageCounter
-from hf_soo.plan.dry_run import fake_ranks, run_passes, wrap
+from hf_soo.plan.command import compared, dry_run
+from hf_soo.plan.dry_run import MessageCounter, fake_ranks, run_passes, wrap
 from hf_soo.plan.messages import messages, sent
-from hf_soo.plan.method_on_model import subjects
-from hf_soo.plan.model_shape import ModelFacts, build_model
-from hf_soo.plan.plan import compared, dry_run
+from hf_soo.plan.method_on_model import asked_methods
+from hf_soo.plan.model_shape import ModelShape, build_model
 from hf_soo.plan.request import Layout, PlanConfig
 
 LARGE, TINY = "bert-large-uncased", "bert-tiny"
@@ -36,8 +35,8 @@ def models() -> dict[str, nn.Module]:
 
 def counted(models: dict[str, nn.Module], model: str, **flags: Any) -> dict[str, Any]:
     config = PlanConfig(model=model, gpus=64, batch=64, seq=128, beside="", **flags)
-    subject, *_ = subjects(config, models[model])
-    return dry_run(subject, ModelFacts.of(models[model]), Layout.of(config), model)
+    method, *_ = asked_methods(config, models[model])
+    return dry_run(method, ModelShape.of(models[model]), Layout.of(config), model)
 
 
 CASES = [  # bases with one kernel for all tensors, but for LAMB alone: its step is many operations, each a fake one
@@ -121,10 +120,10 @@ def test_row_shards_on_64_ranks(model: str, optim: str, base: str | None, models
 
 def test_kfac_counts_the_rank_with_the_most_factors(models: dict[str, nn.Module]) -> None:
     dry = counted(models, TINY, optim="kaisa", optim_args="grad_workers=2")
-    subject, *_ = subjects(PlanConfig(optim="kaisa", optim_args="grad_workers=2", gpus=64, batch=64), models[TINY])
+    method, *_ = asked_methods(PlanConfig(optim="kaisa", optim_args="grad_workers=2", gpus=64, batch=64), models[TINY])
     sizes = {
         rank: sum(t.nbytes for s in states for f in s.values() for t in f.values())
-        for rank, states in subject.states(64)
+        for rank, states in method.states(64)
     }
     (row,) = (row for row in dry["memory"] if row["kind"] == "factors")
     assert row["counted"] == max(sizes.values()) == sizes[dry["rank"]]
@@ -141,7 +140,7 @@ def test_fsdp2_gathers_and_scatters_what_is_planned(
         model=TINY, optim="adamw", gpus=64, batch=64, seq=128, strategy="fsdp2", precision=precision, beside="",
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    layout, facts = Layout.of(config), ModelFacts.of(models[TINY])
+    layout, shape = Layout.of(config), ModelShape.of(models[TINY])
     with fake_ranks(64, 0):
         mesh = init_device_mesh("cpu", (64,))
         counter = MessageCounter()
@@ -150,23 +149,23 @@ def test_fsdp2_gathers_and_scatters_what_is_planned(
             if gradient_checkpointing:
                 bare.gradient_checkpointing_enable()
             run_passes(wrap(bare, layout, mesh), layout)
-    subject, *_ = subjects(config, models[TINY])
-    planned = sent(messages(subject, facts, layout), Kind(False, False))
+    method, *_ = asked_methods(config, models[TINY])
+    planned = sent(messages(method, shape, layout), Kind(False, False))
     assert {k: b for k, b in planned.items() if b} == counter.take()
 
 
 def test_bytes_of_half_precision_and_of_micro_batches(models: dict[str, nn.Module]) -> None:
     """DDP under autocast sends fp32; a dry run takes one micro-batch, whatever the plan accumulates."""
     config = PlanConfig(model=TINY, gpus=8, batch=64, micro_batch=2, seq=128, precision="bf16", beside="")
-    subject, *_ = subjects(config, models[TINY])
-    layout, facts = Layout.of(config), ModelFacts.of(models[TINY])
+    method, *_ = asked_methods(config, models[TINY])
+    layout, shape = Layout.of(config), ModelShape.of(models[TINY])
     assert layout.accumulation == 4
-    dry = dry_run(subject, facts, layout, TINY)
+    dry = dry_run(method, shape, layout, TINY)
     assert dry["largest_difference"] < 1e-4
     (row,) = (row for row in dry["steps"][0]["bytes"] if row["kind"] == "gradients")
-    assert row["counted"] == 4 * facts.count
+    assert row["counted"] == 4 * shape.count
     fsdp = dataclasses.replace(layout, strategy="fsdp2")
-    once, three = (sent(messages(subject, facts, fsdp), Kind(False, False), n) for n in (1, 3))
+    once, three = (sent(messages(method, shape, fsdp), Kind(False, False), n) for n in (1, 3))
     assert three["parameters"] == 3 * once["parameters"]
     assert three["gradients"] == once["gradients"]
 

@@ -14,9 +14,8 @@ from hf_soo.bert.data.prepare import PrepareConfig
 from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.cli import report_of
 from hf_soo.glue import sweep as glue_runs
-from hf_soo.reproduce import reproduce
 from hf_soo.reproduce import table as reproduce_table
-from hf_soo.reproduce.reproduce import ReproduceArguments, stages
+from hf_soo.reproduce.command import ReproduceArguments, main, stages
 from hf_soo.runs import arguments
 from hf_soo.runs.pretrained import PretrainedArguments
 from hf_soo.runs.record import RunRecord
@@ -100,7 +99,7 @@ def test_refused_at_once(flags: list[str], message: str, tmp_path: Path, capsys:
     (tmp_path / "bad.json").write_text("{")
     given = [flag.format(folder=tmp_path) for flag in flags]
     text = [] if "--text" in given else ["--text", "embedded"]
-    assert reproduce.main([*text, "--launch", "false", *given]) == 1
+    assert main([*text, "--launch", "false", *given]) == 1
     check_error(capsys, message)
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +110,7 @@ def test_a_stage_that_fails_is_named_and_its_dependents_too(tmp_path: Path, caps
     for phase in ("phase1", "phase2"):  # as if prepared
         (data / phase).mkdir(parents=True)
         (data / phase / "manifest.json").touch()
-    assert reproduce.main(["--text", "embedded", "--launch", "false", "--optimizers", "lamb"]) == 1
+    assert main(["--text", "embedded", "--launch", "false", "--optimizers", "lamb"]) == 1
     check_error(capsys, "4 of 6 stages did not end well: phase1, phase2_lamb, squad_lamb, glue_lamb.")
 
 
@@ -162,7 +161,7 @@ def test_table(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert reproduce.main(["--scale", "base", "--optimizers", "eva", "--num_proc", "3", "--dry_run"]) == 0
+    assert main(["--scale", "base", "--optimizers", "eva", "--num_proc", "3", "--dry_run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and "configs/pretrain/bert_base_phase2.yaml" in printed[3]
     assert printed[0].endswith("--num_proc 3") and [each.name for each in tmp_path.iterdir()] == ["configs"]

@@ -1,14 +1,19 @@
-"""A prediction of a step's seconds from a hardware profile.
+"""Floating-point operations of a rank in a step, the bytes its optimizer moves, and a prediction of the step's seconds.
 
-Compute at a sustained rate; the optimizer's traffic at the memory's bandwidth; each message by bandwidth and latency of
-the links its ranks share, as a ring: an all-reduce moves 2(g-1)/g of its bytes in 2(g-1) hops, an all-gather or
-reduce-scatter half of that, a broadcast or reduction its bytes once. Nothing overlaps: an upper bound for training
-loops that hide messages behind the backward pass.
+Forward and backward pass: 6 for each token and parameter that is no embedding (2 forward, 4 backward; Kaplan et al.,
+arXiv 2001.08361), and 12 s h for each token and block for the attention scores and their products; 8 and 16 under
+gradient checkpointing. A tied vocabulary decoder is an embedding here. All is averaged over a method's steps.
+
+Seconds follow from a hardware profile. Compute at a sustained rate; the optimizer's traffic at the memory's bandwidth;
+each message by bandwidth and latency of the links its ranks share, as a ring: an all-reduce moves 2(g-1)/g of its bytes
+in 2(g-1) hops, an all-gather or reduce-scatter half of that, a broadcast or reduction its bytes once. Nothing overlaps:
+an upper bound for training loops that hide messages behind the backward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,11 +24,89 @@ import torch
 import yaml
 
 from hf_soo.engine.checks import require_count, require_range, unknown_key
-from hf_soo.plan.messages import Message
-from hf_soo.plan.method_on_model import Subject
+from hf_soo.engine.factors import FactorRecorder
+from hf_soo.engine.layers import Layer
+from hf_soo.engine.preconditioner import Preconditioner
+from hf_soo.optimizers.bases import BASES
+from hf_soo.plan.messages import FLOAT, Message
+from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
+from hf_soo.plan.model_shape import ModelShape
 from hf_soo.plan.request import Layout
-from hf_soo.plan.work import Work
 from hf_soo.runs import machine
+
+_BASE_OPERATIONS = {"lamb": 20, "adamw": 14, "sgd": 4, "rmsprop": 8, "muon": 4}  # on a parameter, about
+_BACKWARD = 2 / 3  # of the two passes
+_NEWTON_SCHULZ = 5  # Muon's iterations, each three products
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a rank in a step, and bytes moved."""
+
+    passes: float  # the forward and backward passes of all micro-batches
+    precondition: float  # G -> P, the rank with the most
+    statistics: float  # what the hooks sum, averaged over steps
+    update: float  # the factors, averaged over steps, the rank with the most
+    inverse: float  # factorisations, averaged over steps, the rank with the most
+    base: float  # the base optimizer
+    traffic: float  # bytes that the optimizer step reads and writes
+
+
+def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Work:
+    """The work of a step of the rank with the most."""
+    transform, passes = method.preconditioner, _passes(shape, layout)
+    own = layout.share(shape.count, "zero1", "zero2", "zero3", "fsdp2")
+    base = own * float(_BASE_OPERATIONS[method.base])
+    # The base reads gradient, parameter and state, and writes the latter two; LAMB writes its update too, and reads it.
+    moved = own * (FLOAT * (5 if method.base == "lamb" else 3) + 2 * BASES[method.base].state_bytes)
+    if method.base == "muon":
+        base += sum(6 * _NEWTON_SCHULZ * min(matrix) * matrix.numel() for matrix in shape.matrices)
+    if transform is None or method.step_kinds is None:
+        return Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))
+    counts = method.step_kinds.counts
+    updates, refreshes = counts["updates"] / counts["steps"], counts["refreshes"] / counts["steps"]
+    # the part of each layer's thin work that a rank does: FSDP2's shards are moved where they lie
+    share = 1 / layout.ranks if transform.row_wise and layout.strategy == "fsdp2" else 1.0
+    sampled = transform.recorder.fisher_pass is not None  # labels drawn from the model: one more backward pass
+    flops = {layer.name: transform.flops(layer) for layer in method.layers}
+    grid, ranks = method.grid(layout.ranks), range(layout.ranks)
+    if grid is None:
+        precondition, inverse = (sum(each[i] for each in flops.values()) for i in (0, 2))
+    else:
+        workers = range(grid.columns)  # one of each column
+        precondition = max(sum(f[0] for n, f in flops.items() if grid.is_gradient_worker(r, n)) for r in workers)
+        inverse = max(sum(f[2] for n, f in flops.items() if grid.owner[n] == r) for r in ranks)
+    return Work(
+        passes=passes * (1 + updates * _BACKWARD if sampled else 1),
+        precondition=precondition * share,
+        statistics=updates * sum(_statistics(layer, transform, layout.tokens) for layer in method.layers),
+        update=updates * share * sum(update for _, update, _ in flops.values()),
+        inverse=refreshes * inverse,
+        base=base,
+        traffic=float(moved) + share * _traffic(method.layers, transform, 1.0 if grid is None else 1 / grid.columns),
+    )
+
+
+def _passes(shape: ModelShape, layout: Layout) -> float:
+    again = layout.checkpointing
+    dense = (8 if again else 6) * (shape.count - shape.embeddings)
+    attention = (16 if again else 12) * len(shape.blocks) * shape.hidden * layout.seq
+    return float(layout.tokens * (dense + attention))
+
+
+def _statistics(layer: Layer, transform: Preconditioner, rows: int) -> float:
+    """What the hooks of one layer do with so many rows."""
+    recorder, (n, m) = transform.recorder, layer.matrix
+    if isinstance(recorder, FactorRecorder):
+        return 2.0 * rows * (m * m + (n * n if recorder.outputs else 0))
+    return float(rows * (m + n)) if recorder.hooks else 0.0
+
+
+def _traffic(layers: list[Layer], transform: Preconditioner, part: float) -> float:
+    """Bytes of G -> P of a part of the layers: the gradient some times, and once every factor that is applied."""
+    factors = sum(bytes_of(transform.init(layer), transform.shared) for layer in layers)
+    passes = transform.gradient_passes
+    return part * (passes * FLOAT * sum(math.prod(layer.matrix) for layer in layers) + factors)
 
 
 @dataclass(frozen=True)
@@ -100,33 +183,25 @@ PROFILES = {
         latency=50e-6,
     ),
 }
-MEASURE = "measure"
+_MEASURE = "measure"
 
 
 def load_profile(name: str) -> Profile:
-    """A profile by name, from a file, or measured.
-
-    Args:
-        name: of ``PROFILES``, "measure", or a YAML or JSON file with the fields of ``Profile``.
+    """A profile by name (``PROFILES``), "measure"d here, or from a YAML or JSON file with the fields of ``Profile``.
 
     Raises:
         ValueError: there is none, or a field is unknown, missing or out of range.
     """
     if name in PROFILES:
         return PROFILES[name]
-    if name == MEASURE:
-        return measure()
-    file = Path(name)
-    if not file.is_file():
-        raise ValueError(f"profile={name!r} is no file; give one, or one of {', '.join([*PROFILES, MEASURE])}.")
+    if name == _MEASURE:
+        return _measure()
+    if not Path(name).is_file():
+        raise ValueError(f"profile={name!r} is no file; give one, or one of {', '.join([*PROFILES, _MEASURE])}.")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"profile={name!r} is neither YAML nor JSON; write it as NAME: NUMBER lines.") from error
-    return _from_values(name, values)
-
-
-def _from_values(name: str, values: Any) -> Profile:
     known = [field.name for field in dataclasses.fields(Profile)]
     if not isinstance(values, dict):
         raise ValueError(f"profile={name!r} holds no table; its keys are {', '.join(known)}.")
@@ -137,20 +212,18 @@ def _from_values(name: str, values: Any) -> Profile:
     missing = [key for key in known if key not in values]
     if missing:
         raise ValueError(f"profile={name!r} lacks {', '.join(missing)}; give all of {', '.join(known)}.")
-    numbers = {k: _number(v) for k, v in values.items()}  # YAML 1.1 reads 3e9 as a word
-    return Profile(**numbers)
+    return Profile(**{key: _number(value) for key, value in values.items()})
 
 
 def _number(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+    """YAML 1.1 reads 3e9 as a word."""
     try:
-        return float(value)
+        return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def measure() -> Profile:
+def _measure() -> Profile:
     """What this machine sustains on one rank: products, a factorisation, a copy. Links are the ``cpu`` profile's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     d = 4096 if device.type == "cuda" else 1024
@@ -166,7 +239,7 @@ def measure() -> Profile:
     links = PROFILES["cpu" if device.type == "cpu" else "a100-80gb-4"]
     return dataclasses.replace(
         links,
-        name=MEASURE,
+        name=_MEASURE,
         source=f"measured on {machine.device_name(device)}; links are those of {links.name}",
         flops_bf16=products(torch.bfloat16),
         flops_fp32=products(torch.float32),
@@ -188,7 +261,7 @@ def _seconds(call: Callable[[], object], device: torch.device, times: int = 3) -
 
 
 def seconds_of(message: Message, profile: Profile, world: int) -> float:
-    """One occurrence of all messages of an entry."""
+    """One occurrence of all messages of an entry, among ``world`` ranks."""
     g, per_node = message.ranks, profile.gpus_per_node
     span = g * message.stride  # ranks from a group's first one to the next group's
     inside = span <= per_node and (per_node % span == 0 or span == world)
@@ -205,9 +278,9 @@ def seconds_of(message: Message, profile: Profile, world: int) -> float:
 
 
 def predict(
-    subject: Subject, amount: Work, found: Iterable[Message], layout: Layout, profile: Profile
+    method: MethodOnModel, amount: Work, found: Iterable[Message], layout: Layout, profile: Profile
 ) -> dict[str, float]:
-    """Seconds of a step, averaged over a cycle, by part and in all: a prediction.
+    """Seconds of a step, averaged over a method's steps, by part and in all: a prediction.
 
     Returns:
         "passes", "precondition" (with statistics and update), "inverse", "base", "communication" and "step".
@@ -220,15 +293,15 @@ def predict(
         "precondition": transform,
         "inverse": amount.inverse / profile.flops_factorisation,
         "base": amount.base / profile.flops_fp32 + traffic,
-        "communication": sum(frequency(m, subject, layout) * seconds_of(m, profile, layout.ranks) for m in found),
+        "communication": sum(frequency(m, method, layout) * seconds_of(m, profile, layout.ranks) for m in found),
     }
     return {**parts, "step": sum(parts.values())}
 
 
-def frequency(message: Message, subject: Subject, layout: Layout) -> float:
+def frequency(message: Message, method: MethodOnModel, layout: Layout) -> float:
     """How often a message is sent in a step, on average."""
     if message.when in ("step", "micro_batch"):
         return float(layout.accumulation if message.when == "micro_batch" else 1)
-    assert subject.cycle is not None
-    counts = subject.cycle.counts
+    assert method.step_kinds is not None
+    counts = method.step_kinds.counts
     return counts["updates" if message.when == "update" else "refreshes"] / counts["steps"]

@@ -176,7 +176,7 @@ def _script(
     return Stage(stage, tuple(map(str, (*command, *flags))), needs, configs=configs)
 
 
-def check_inputs(of: ReproduceArguments) -> None:
+def _check_inputs(of: ReproduceArguments) -> None:
     """Read what is here, as the stages will read it hours later; the hub's data sets are left to them.
 
     Raises:
@@ -217,7 +217,7 @@ def run(flags: list[str]) -> None:
     if of.dry_run:
         print("\n".join(shlex.join(stage.whole) for stage in planned))
         return
-    check_inputs(of)
+    _check_inputs(of)
     # a launcher of several processes, one for each GPU, knows better
     cores = None if torch.cuda.is_available() else os.cpu_count()
     failed = Pipeline(planned, of.folder, jobs=of.jobs, cores=cores).run()
@@ -233,7 +233,3 @@ def main(flags: list[str] | None = None) -> int:
         flags: None: those of the process.
     """
     return guarded(run, flags)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
