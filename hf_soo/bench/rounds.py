@@ -73,7 +73,7 @@ class Stepper:
             Its times.
         """
         kinds = self.kinds.distinct
-        bare, idle, capturing = self._passes(kinds)
+        unhooked, idle, capturing = self._passes(kinds)
         references: list[float] = []
         seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         products: dict[Part, list[float]] = {part: [] for part in self.minimal.parts(kinds)}
@@ -87,7 +87,7 @@ class Stepper:
                     products[part].append(self.clock(lambda part=part: self.minimal.run(part)))  # type: ignore[misc]
         return Round(
             reference=statistics.median(references),
-            forward_backward=bare,
+            forward_backward=unhooked,
             steps={kind: statistics.median(times) for kind, times in seconds.items()},
             capturing=capturing,
             idle=idle,
@@ -97,14 +97,14 @@ class Stepper:
     def _passes(self, kinds: list[Kind]) -> tuple[float, float | None, float | None]:
         """Forward and backward: without hooks, with idle ones, with collecting ones; the last is remembered."""
         hooked = bool(self.optimizer.stages.capture.buffers)
-        bare = self._pass(self.work.twin)
+        unhooked = self._pass(self.work.twin)
         plain = next((kind for kind in kinds if not kind.updates), None)
         update = next((kind for kind in kinds if kind.updates), None)
         idle = self._pass(self.work.model, plain) if hooked and plain else None
         capturing = self._pass(self.work.model, update) if hooked and update else None
         self.work.keep_gradients()
         self._statistics = [buffer.clone() for buffer in self._buffers()] if hooked and update else []
-        return bare, idle, capturing
+        return unhooked, idle, capturing
 
     def _pass(self, model: nn.Module, kind: Kind | None = None) -> float:
         """Time a pass of either model, as before a step of a kind."""

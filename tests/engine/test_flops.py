@@ -1,4 +1,4 @@
-"""Bare products: the arithmetic that a method says it cannot do without, and what the benchmark runs of it."""
+"""Minimal products: the arithmetic that a method says it cannot do without, and what the benchmark runs of it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def over(*layers: nn.Module, **config: Any) -> PreconditionedOptimizer:
 def test_dense_mkor_multiplies_twice_a_step(bias: bool, columns: int, sides: str, left: int, right: int) -> None:
     """F_b [3, 3] times G [3, m] times F_a [m, m]."""
     optimizer = over(nn.Linear(5, 3, bias=bias), representation="dense", sides=sides)
-    bare = optimizer.preconditioner.minimal_products(optimizer.layers[0])
-    assert bare is not None
-    assert bare.flops == (left * 2 * 3 * 3 * columns + right * 2 * 3 * columns * columns, 0, 0)
+    minimal = optimizer.preconditioner.minimal_products(optimizer.layers[0])
+    assert minimal is not None
+    assert minimal.flops == (left * 2 * 3 * 3 * columns + right * 2 * 3 * columns * columns, 0, 0)
     lowrank = over(nn.Linear(5, 3, bias=bias), sides=sides)
     assert lowrank.preconditioner.minimal_products(lowrank.layers[0]) is None
 
 
 def test_flops_of_the_three_lists() -> None:
-    bare = MinimalWork(
+    minimal = MinimalWork(
         every=[Product(2, 3, 5), Product(2, 3, 5)],
         update=[Factorisation("cholesky_inverse", 4)],
         refresh=[Factorisation("eigh", 2), Product(1, 1, 1)],
     )
-    assert bare.flops == (120, 64, 74)
+    assert minimal.flops == (120, 64, 74)
     assert MinimalWork().flops == (0, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark averages over: the cycle of a method's steps, and the ratios of its rounds."""
+"""What the benchmark averages over: the kinds of a method's steps, and the ratios of its rounds."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def test_the_cycle_is_the_smallest_period(
     counts: tuple[int, int, int],
     kinds: list[Kind],
 ) -> None:
-    cycle = step_kinds_of(Schedule(updates, refreshes))
-    assert tuple(cycle.counts.values()) == counts
-    assert cycle.distinct == kinds
+    step_kinds = step_kinds_of(Schedule(updates, refreshes))
+    assert tuple(step_kinds.counts.values()) == counts
+    assert step_kinds.distinct == kinds
     for kind in kinds:
-        assert Kind(updates(cycle.step(kind)), refreshes(cycle.step(kind))) == kind
+        assert Kind(updates(step_kinds.step(kind)), refreshes(step_kinds.step(kind))) == kind
 
 
 def test_ratios_average_over_a_cycle() -> None:
-    cycle = StepKinds((UPDATE, PLAIN, PLAIN, PLAIN, PLAIN))
+    step_kinds = StepKinds((UPDATE, PLAIN, PLAIN, PLAIN, PLAIN))
     rounds = [
         Round(2.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=12.0, idle=11.0),
         Round(1.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=14.0, idle=10.0),
         Round(4.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=13.0, idle=10.0),
     ]
-    row = ratios(rounds, cycle)  # an amortised step is (6 + 4 · 1) / 5 = 2
+    row = ratios(rounds, step_kinds)  # an amortised step is (6 + 4 · 1) / 5 = 2
     assert [row[f"step_ratio{end}"] for end in ("", "_min", "_max")] == [1.0, 0.5, 2.0]
     assert (row["plain_step_ratio"], row["update_step_ratio"], row["capture_ratio"]) == (0.5, 3.0, 1.3)
     first, second, third = (12 + 44) / 5 + 2, (14 + 40) / 5 + 2, (13 + 40) / 5 + 2
@@ -84,12 +84,14 @@ def test_ratios_average_over_a_cycle() -> None:
 
 def test_refreshes_and_bare_products_are_amortised_over_the_same_cycle() -> None:
     """Ten steps: six plain, two that update, one that refreshes, one that does both."""
-    cycle = StepKinds((BOTH, *[PLAIN] * 3, UPDATE, REFRESH, *[PLAIN] * 3, UPDATE))
+    step_kinds = StepKinds((BOTH, *[PLAIN] * 3, UPDATE, REFRESH, *[PLAIN] * 3, UPDATE))
     seconds = {BOTH: 50.0, REFRESH: 40.0, UPDATE: 4.0, PLAIN: 2.0}
-    row = ratios([Round(10.0, 100.0, seconds, 130.0, 110.0, {"every": 1.0, "update": 2.0, "refresh": 12.0})], cycle)
+    row = ratios(
+        [Round(10.0, 100.0, seconds, 130.0, 110.0, {"every": 1.0, "update": 2.0, "refresh": 12.0})], step_kinds
+    )
     assert row["step_ratio"] == (50 + 40 + 2 * 4 + 6 * 2) / 10 / 10
     assert [row[f"{kind}_step_ratio"] for kind in ("plain", "update", "refresh")] == [0.2, 0.4, 4.5]
-    bare = 1 + 0.3 * 2 + 0.2 * 12
-    assert row["bare_products_ratio"] == pytest.approx(bare / 10, rel=1e-15)
-    assert row["step_to_bare_ratio"] == pytest.approx(11 / bare, rel=1e-15)
+    minimal = 1 + 0.3 * 2 + 0.2 * 12
+    assert row["bare_products_ratio"] == pytest.approx(minimal / 10, rel=1e-15)
+    assert row["step_to_bare_ratio"] == pytest.approx(11 / minimal, rel=1e-15)
     assert row["train_step_ratio"] == pytest.approx((0.3 * 130 + 0.7 * 110 + 11) / 110, rel=1e-15)

@@ -308,8 +308,8 @@ def test_the_prediction_adds_its_parts(mini: nn.Module) -> None:
 
 def test_a_step_of_a_kind_sends_its_messages_alone(mini: nn.Module) -> None:
     method, layout = asked(mini, "kaisa", "grad_workers=8")
-    found, cycle = messages(method, ModelShape.of(mini), layout), method.step_kinds
-    assert cycle is not None
-    with_refresh, without = (sent(found, kind) for kind in cycle.distinct)
+    found, kinds = messages(method, ModelShape.of(mini), layout), method.step_kinds
+    assert kinds is not None
+    with_refresh, without = (sent(found, kind) for kind in kinds.distinct)
     assert with_refresh["inverses"] > 0 == without["inverses"]
     assert with_refresh["directions"] == without["directions"] > 0
