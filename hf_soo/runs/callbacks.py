@@ -19,7 +19,7 @@ STATE_KEY = "hf_soo_run"
 
 
 class RecordCallback(TrainerCallback):
-    """Fills a `RunRecord` while the Trainer runs; its curve travels in the checkpoints, so a resumed run has all of it.
+    """Fills a ``RunRecord`` while the Trainer runs; its curve travels in the checkpoints: a resumed run has all of it.
 
     The clock runs from the end of one step to the end of the next (data loading included) and stands while the Trainer
     evaluates or saves. A loss that is not finite stops the run with the status ``diverged``; that needs

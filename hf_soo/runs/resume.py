@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "run_settings.json"
 # A run may be prolonged; everything else that a record says must be as it was.
-MAY_CHANGE = frozenset({"max_steps", "num_train_epochs"})
+_MAY_CHANGE = frozenset({"max_steps", "num_train_epochs"})
 # With a global batch, which stays as it was, so may how it is made. Step k then takes the examples it would have taken
 # (the sampler's order is one, and a step takes the next global batch of it); how they are dealt to ranks and
 # micro-batches changes, and with it dropout and the order of sums.
-HOW_THE_BATCH_IS_MADE = frozenset({"processes", "per_device_train_batch_size", "gradient_accumulation_steps"})
+_HOW_THE_BATCH_IS_MADE = frozenset({"processes", "per_device_train_batch_size", "gradient_accumulation_steps"})
 
 
 class OutputFolder(TrainerCallback):
@@ -34,7 +34,7 @@ class OutputFolder(TrainerCallback):
         """Look at the folder; change nothing yet.
 
         Args:
-            args: `output_dir` and `resume_from_checkpoint`.
+            args: ``output_dir`` and ``resume_from_checkpoint``.
             record: of the run to come.
             restart: begin anew, whatever is there.
         """
@@ -44,7 +44,7 @@ class OutputFolder(TrainerCallback):
         self._asked = args.resume_from_checkpoint
         # but batches of like lengths are drawn in rounds of all processes' micro-batches
         deals_alike = args.global_batch_size is not None and args.train_sampling_strategy != "group_by_length"
-        self._free = MAY_CHANGE | HOW_THE_BATCH_IS_MADE if deals_alike else MAY_CHANGE
+        self._free = _MAY_CHANGE | _HOW_THE_BATCH_IS_MADE if deals_alike else _MAY_CHANGE
 
     def checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one asked for, else the last whole one in the folder, else none.

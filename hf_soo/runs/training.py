@@ -1,4 +1,4 @@
-"""Training runs of any task: one run is (task, optimizer) -> `RunRecord`, written as JSON however it ends.
+"""Training runs of any task: one run is (task, optimizer) -> ``RunRecord``, written as JSON however it ends.
 
 Two runs that are compared share task and seed and, as the hash in their records shows, every initial weight; they
 differ in the optimizer's own settings alone.
@@ -202,7 +202,7 @@ def _train_one(job: Job, task: Task) -> RunRecord:
 
 
 def _keep_model(trainer: Trainer) -> None:
-    """The trained model in `output_dir` itself, where `from_pretrained` finds it; not for runs that keep nothing."""
+    """The trained model in ``output_dir`` itself, for ``from_pretrained``; not for runs that keep nothing."""
     if trainer.args.save_strategy != SaveStrategy.NO:
         trainer.save_model()
 
