@@ -308,11 +308,11 @@ class PreconditionedOptimizer(Optimizer):
 
         Every rank must call it.
         """
-        return state.whole_base_state(self._linked_base(), self.parameter_index.parameters, self.stages.strategy, keep)
+        return self.stages.strategy.base_state(self._linked_base(), self.parameter_index.parameters, keep)
 
     def load_base_state(self, saved: dict[str, Any]) -> None:
         """Continue from ``base_state()`` of a run under any strategy; ``ValueError`` for another optimizer's."""
-        state.load_base_state(self._linked_base(), self.parameter_index.parameters, self.stages.strategy, saved)
+        self.stages.strategy.load_base_state(self._linked_base(), self.parameter_index.parameters, saved)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:

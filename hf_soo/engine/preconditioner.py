@@ -291,11 +291,6 @@ class Method:
     select: Callable[..., Selection] = select_layers
 
 
-def keep_where(valid: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` for the layers where ``valid`` [L], ``old`` elsewhere; both [L, ...]."""
-    return torch.where(valid.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-
 def stacked(states: Sequence[LayerState], device: torch.device, names: Collection[str] | None = None) -> LayerState:
     """The states of a group, every tensor with a leading dimension [L]; views if the group is one layer.
 

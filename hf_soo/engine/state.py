@@ -4,11 +4,6 @@ The factors are plain tensors keyed by module name, the same for every world siz
 
     {"optimizer": name, "base": class, "config": {...}, "steps": t, "switched": bool, "own": {name: tensor},
      "layers": {module name: {"side.tensor": tensor}}}
-
-The base's state is in whole tensors by parameter name, whatever it was cut over, so that a run can go on with other
-ranks than it had:
-
-    {"groups": [{"lr": ..., "betas": ...}, ...], "state": {parameter name: {"exp_avg": tensor, "step": tensor, ...}}}
 """
 
 from __future__ import annotations
@@ -19,12 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import LayerState
-from hf_soo.engine.strategy import Names, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -150,71 +143,3 @@ def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) ->
 
 def _signature(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {key: f"{tensor.dtype}{list(tensor.shape)}" for key, tensor in sorted(tensors.items())}
-
-
-def whole_base_state(base: Optimizer, names: Names, strategy: Strategy, keep: bool) -> dict[str, Any]:
-    """The base's state for a checkpoint; every rank must call it.
-
-    Args:
-        base: the optimizer.
-        names: of the parameters of each group.
-        strategy: where its tensors lie.
-        keep: whether this rank keeps what it gets; the others hold one parameter's state at a time.
-
-    Returns:
-        See the module's docstring; loadable with ``weights_only=True``. Without states where they are not kept.
-    """
-    state = {name: entry for name, entry in strategy.base_entries(base, names) if keep}
-    return {"groups": [_settings(group) for group in base.param_groups], "state": state}
-
-
-def from_state_dict(saved: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Torch's ``Optimizer.state_dict()`` of one process or DDP in this form.
-
-    Args:
-        saved: the state dict; parameters are known by their number.
-        names: of the parameters of each group.
-
-    Raises:
-        ValueError: the groups have other sizes.
-    """
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
-    if sizes != [len(mine) for mine in names]:
-        raise ValueError(
-            f"the checkpoint's optimizer has groups of {sizes} parameters, this one of {[len(m) for m in names]}; use "
-            "the same model and optimizer."
-        )
-    numbers = (number for group in saved["param_groups"] for number in group["params"])
-    flat = [name for mine in names for name in mine]
-    return {
-        "groups": [_settings(group) for group in saved["param_groups"]],
-        "state": {name: saved["state"].get(number, {}) for number, name in zip(numbers, flat, strict=True)},
-    }
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
-
-
-def load_base_state(base: Optimizer, names: Names, strategy: Strategy, saved: Mapping[str, Any]) -> None:
-    """Continue from ``whole_base_state``.
-
-    Args:
-        base: the optimizer.
-        names: of the parameters of each group.
-        strategy: where the base's tensors lie.
-        saved: what was saved, under any strategy.
-
-    Raises:
-        ValueError: the groups or the parameters differ.
-    """
-    mine = [name for group in names for name in group]
-    missing, unknown = sorted(set(mine) - set(saved["state"])), sorted(set(saved["state"]) - set(mine))
-    if missing or unknown or len(saved["groups"]) != len(base.param_groups):
-        raise ValueError(
-            f"the checkpoint's optimizer has {len(saved['groups'])} groups, this one {len(base.param_groups)}; missing "
-            f"{missing[:3]} ({len(missing)}), unknown {unknown[:3]} ({len(unknown)}); use the same model and optimizer."
-        )
-    for group, values in zip(base.param_groups, saved["groups"], strict=True):
-        group.update(values)
-    strategy.restore_base_entries(base, names, saved["state"])

@@ -2,6 +2,10 @@
 
 ``WholeTensors`` is one process, DistributedDataParallel and ZeRO-0; ``RowShards`` (row_shards.py) is FSDP2, and
 ``ZeroFragments`` (integrations/zero.py) is ZeRO-1, 2 and 3. Tensor parallelism would be one more of them.
+
+A base's state is kept in whole tensors by parameter name, so that a run can go on with other ranks than it had:
+
+    {"groups": [{"lr": ..., "betas": ...}, ...], "state": {parameter name: {"exp_avg": tensor, "step": tensor, ...}}}
 """
 
 from __future__ import annotations
@@ -126,6 +130,37 @@ class Strategy(ABC):
 
     # ---- the base's state --------------------------------------------------------------------------------------------
 
+    def base_state(self, base: Optimizer, names: Names, keep: bool) -> dict[str, Any]:
+        """The base's state for a checkpoint, in whole tensors by parameter name; every rank must call it.
+
+        A rank that does not ``keep`` it holds one parameter's state at a time, and returns none.
+        """
+        state = {name: entry for name, entry in self.base_entries(base, names) if keep}
+        return {"groups": [_settings(group) for group in base.param_groups], "state": state}
+
+    def load_base_state(self, base: Optimizer, names: Names, saved: Mapping[str, Any]) -> None:
+        """Continue from the ``base_state`` of a run under any strategy.
+
+        Args:
+            base: the optimizer.
+            names: of the parameters of each group.
+            saved: what was saved.
+
+        Raises:
+            ValueError: the groups or the parameters differ.
+        """
+        mine = {name for group in names for name in group}
+        missing, unknown = sorted(mine - set(saved["state"])), sorted(set(saved["state"]) - mine)
+        if missing or unknown or len(saved["groups"]) != len(base.param_groups):
+            raise ValueError(
+                f"the checkpoint's optimizer has {len(saved['groups'])} groups, this one {len(base.param_groups)}; "
+                f"missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} ({len(unknown)}); use the same model "
+                "and optimizer."
+            )
+        for group, values in zip(base.param_groups, saved["groups"], strict=True):
+            group.update(values)
+        self.restore_base_entries(base, names, saved["state"])
+
     def base_entries(self, base: Optimizer, names: Names) -> Iterator[tuple[str, Entry]]:
         """(name, state) of each parameter, in whole tensors on the CPU; every rank must go through all."""
         for name, parameter in _named(base, names).items():
@@ -187,3 +222,31 @@ def _like(value: Any, parameter: Tensor) -> Any:
     if dtensors.is_dtensor(parameter) and value.shape == parameter.shape:
         return dtensors.placed_as(value, parameter)
     return value.to(parameter.device, copy=True)
+
+
+def from_state_dict(saved: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Torch's ``Optimizer.state_dict()`` of one process or DDP as ``Strategy.base_state`` has it.
+
+    Args:
+        saved: the state dict; parameters are known by their number.
+        names: of the parameters of each group.
+
+    Raises:
+        ValueError: the groups have other sizes.
+    """
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(mine) for mine in names]:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {sizes} parameters, this one of {[len(m) for m in names]}; use "
+            "the same model and optimizer."
+        )
+    numbers = (number for group in saved["param_groups"] for number in group["params"])
+    flat = [name for mine in names for name in mine]
+    return {
+        "groups": [_settings(group) for group in saved["param_groups"]],
+        "state": {name: saved["state"].get(number, {}) for number, name in zip(numbers, flat, strict=True)},
+    }
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}

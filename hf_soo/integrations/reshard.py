@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_soo.engine.dtensors import is_dtensor, placed_as
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.engine.state import from_state_dict
+from hf_soo.engine.strategy import from_state_dict
 from hf_soo.integrations.checkpoints import BASE_FILE, load_whole
 
 WHOLE = "whole"

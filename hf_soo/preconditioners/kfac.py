@@ -48,7 +48,7 @@ from hf_soo.engine.capture import Statistics
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated, keep_where
+from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, RowWise, Side, Updated
 from hf_soo.engine.rescale import make_rescale
 from hf_soo.preconditioners.kfac_config import FactorConfig, FOOFConfig, KAISAConfig, KFACConfig
 from hf_soo.preconditioners.kfac_inverse import Cholesky, Eigen, side_key
@@ -144,7 +144,7 @@ class KFAC(RowWise):
             norms[:, side] = F.diagonal(dim1=-2, dim2=-1).sum(-1)
             valid, own = outcomes[:, side] == Outcome.UPDATED.value, state[side_key(side)]
             # S ← ρS + (1-ρ)F
-            own["factor"].lerp_(keep_where(valid, F, own["factor"]), 1 - self.config.factor_decay)
+            own["factor"].lerp_(_keep_where(valid, F, own["factor"]), 1 - self.config.factor_decay)
             own["updates"].add_(valid)
         return state, Updated(outcomes, norms)
 
@@ -159,7 +159,7 @@ class KFAC(RowWise):
             seen = own["updates"] > 0
             outcomes[:, side] = torch.where(ok[side] | ~seen, Outcome.UPDATED.value, Outcome.FAILED.value)
             for name, tensor in new[side].items():
-                own[name].copy_(keep_where(ok[side] & seen, tensor, own[name]))
+                own[name].copy_(_keep_where(ok[side] & seen, tensor, own[name]))
         return state, outcomes
 
     def _corrected(self, factor: Factor) -> Tensor:
@@ -197,6 +197,11 @@ class KAISA(KFAC):
 
     def _default_workers(self, world: int) -> int:
         return max((k for k in range(1, world // 2 + 1) if world % k == 0), default=1)
+
+
+def _keep_where(valid: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the layers where ``valid`` [L], ``old`` elsewhere; both [L, ...]."""
+    return torch.where(valid.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 METHODS = (
