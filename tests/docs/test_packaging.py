@@ -60,7 +60,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     folder = f"hf_soo-{hf_soo.__version__}.dist-info"
     metadata = wheel.read(f"{folder}/METADATA").decode()
     assert f"Name: hf-soo\nVersion: {hf_soo.__version__}\n" in metadata
-    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Requires-Dist: torch<3,>=2.8"):
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Requires-Dist: torch<3,>=2.9"):
         assert line in metadata.splitlines()
     for extra in ("deepspeed", "eval", "vision", "report", "tracking", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata.splitlines()
