@@ -79,7 +79,7 @@ def slots_of(
         if partition is None:
             yield slot
         else:
-            yield from (slot.part(f.start, f.length, f.tensor) for f in partition.fragments(param) if f.length > 0)
+            yield from (slot.part(f.start, f.length, f.tensor) for f in partition.parts_of(param) if f.length > 0)
 
 
 def bundles(slots: Iterable[Slot], size: int) -> Iterator[tuple[list[Slot], list[list[Slot]]]]:

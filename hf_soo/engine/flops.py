@@ -62,7 +62,7 @@ class MinimalWork:
 
 @dataclass(frozen=True, slots=True)
 class RowSumSizes:
-    """How many numbers of one layer are in each sum over ranks, where its gradient lies in row shards.
+    """How many numbers of one layer are in each sum over ranks, where each rank has some rows of its gradient.
 
     Args:
         every: of ``transform_rows``, in every step.

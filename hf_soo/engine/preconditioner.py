@@ -151,7 +151,7 @@ class Preconditioner(ABC):
         return minimal.flops
 
     def row_sums(self, layer: Layer) -> RowSumSizes | None:
-        """What it sums over ranks where gradients lie in row shards; None: it gathers whole gradients."""
+        """What it sums over ranks where each rank has some rows of the gradients; None: it gathers whole gradients."""
         return None
 
     @abstractmethod

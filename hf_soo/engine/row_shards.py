@@ -71,7 +71,7 @@ class MeshPartition:
         self._params, self._group = params, group
         self._numbers = {id(param): number for number, param in enumerate(params)}
 
-    def fragments(self, param: Tensor) -> Sequence[Fragment]:
+    def parts_of(self, param: Tensor) -> Sequence[Fragment]:
         """The shard of a parameter, as one fragment."""
         return [Fragment(self._numbers[id(param)], 0, local(param).numel())]
 

@@ -37,7 +37,7 @@ class Partition(Protocol):
     tensors: int
     """The number of whole tensors, over all ranks and groups."""
 
-    def fragments(self, param: Tensor) -> Sequence[Any]:
+    def parts_of(self, param: Tensor) -> Sequence[Any]:
         """What a flat parameter consists of, in order, padding left out: ``Fragment``s."""
 
     def sum_norms_(self, values: Tensor) -> None:

@@ -80,7 +80,7 @@ class ZeroFragments(Fragments):
 
     # ---- norms of whole parameters -----------------------------------------------------------------------------------
 
-    def fragments(self, param: Tensor) -> Sequence[Fragment]:
+    def parts_of(self, param: Tensor) -> Sequence[Fragment]:
         """See ``Partition``."""
         return self._fragments.get(id(param), [])
 

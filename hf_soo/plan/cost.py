@@ -65,7 +65,7 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Work:
         return Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))
     counts = method.step_kinds.counts
     updates, refreshes = counts["updates"] / counts["steps"], counts["refreshes"] / counts["steps"]
-    # the part of each layer's thin work that a rank does: FSDP2's shards are moved where they lie
+    # the part of each layer's thin work that a rank does: FSDP2's rows are moved where they lie
     share = 1 / layout.ranks if transform.row_wise and layout.strategy == "fsdp2" else 1.0
     sampled = transform.recorder.fisher_pass is not None  # labels drawn from the model: one more backward pass
     flops = {layer.name: transform.flops(layer) for layer in method.layers}

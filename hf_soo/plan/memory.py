@@ -28,7 +28,7 @@ def memory(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int |
 
     ``capture`` are the buffers that a window is summed in and that stay, ``capture_transient`` those of windows that
     update (K-FAC's). ``gradient_copies`` are the stacks of gradients of one shape that a GPU works on, or the whole
-    gradients gathered from shards.
+    gradients gathered from all ranks.
     """
     buffers = sum(tensor.nbytes for each in method.buffers for tensor in each)
     transient = method.preconditioner is not None and method.preconditioner.recorder.transient
@@ -70,7 +70,7 @@ def _factors(method: MethodOnModel, layout: Layout) -> Iterator[tuple[int, int]]
 
 
 def _stored(shape: ModelShape, layout: Layout, *stages: str) -> int:
-    """Elements of the parameters on a rank, sharded under FSDP2 and the given stages of ZeRO."""
+    """Elements of the parameters on a rank, cut under FSDP2 and the given stages of DeepSpeed."""
     if layout.strategy == "fsdp2":
         return padded_elements(shape.parameters.values(), layout.ranks) // layout.ranks
     return layout.share(shape.count, *stages)

@@ -79,7 +79,7 @@ class ModelShape:
     parameters: dict[str, torch.Size]  # name -> shape, tied ones once
     embeddings: int  # parameters of embeddings among them
     matrices: list[torch.Size]  # shapes of the hidden layers' weights, Muon's part
-    blocks: list[list[str]]  # the names of the parameters of each block, what FSDP2 shards as one
+    blocks: list[list[str]]  # the names of the parameters of each block, what FSDP2 cuts as one
     hidden: int  # length of a token's vector
     intermediate: int  # the longest vector inside a block
     vocabulary: int  # entries of the vocabulary

@@ -142,5 +142,5 @@ class Layout:
         return 2 if self.bf16 and self.strategy != "ddp" else 4
 
     def share(self, whole: int, *strategies: str) -> int:
-        """A rank's part of ``whole`` if the strategy is one of those that shard it, rounded up."""
+        """A rank's part of ``whole`` if the strategy is one of those that cut it, rounded up."""
         return -(-whole // self.ranks) if self.strategy in strategies else whole

@@ -107,7 +107,7 @@ def unfolded(X: Tensor, axis: int) -> Tensor:
     if axis > 0 and axis == X.ndim - 2:
         return X.flatten(1, -2).mT
     moved = X.movedim(axis + 1, 1)
-    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))  # not -1: a shard may have no rows
+    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))  # not -1: there may be no rows
 
 
 def _along(vector: Tensor, X: Tensor, axis: int) -> Tensor:

@@ -245,7 +245,7 @@ class FlatPartition:
         dist.all_reduce(squares)
         self.norm = squares.sqrt()
 
-    def fragments(self, param: Tensor) -> list[Fragment]:
+    def parts_of(self, param: Tensor) -> list[Fragment]:
         return self._fragments[param]
 
     def sum_norms_(self, values: Tensor) -> None:
