@@ -26,12 +26,7 @@ class MinimalProducts:
     """
 
     def __init__(self, layers: Sequence[Layer], preconditioner: Preconditioner) -> None:
-        """Allocate.
-
-        Args:
-            layers: the layers that the method moves.
-            preconditioner: the method.
-        """
+        """Allocate for the layers that a method moves."""
         self._ready: dict[object, Callable[[], object]] = {}
         self._calls: dict[Part, list[Callable[[], object]]] = {part: [] for part in PARTS}
         for layer in layers:

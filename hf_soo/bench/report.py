@@ -49,9 +49,5 @@ def table(results: dict[str, Any]) -> str:
 
 
 def text_of(folder: Path) -> str:
-    """The tables of the benchmarks among a folder's JSONs, by file name.
-
-    Args:
-        folder: has JSONs of ``scripts/bench_step.py``.
-    """
+    """The tables of the benchmarks among a folder's JSONs, by file name."""
     return "\n".join(table(found) for found in read_documents(folder).values() if kind_of(found) == "bench")

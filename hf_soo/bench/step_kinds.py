@@ -42,12 +42,7 @@ class StepKinds:
         return _SETTLED + self.kinds.index(kind)
 
     def mean(self, of: Mapping[Kind, float], which: Callable[[Kind], bool] = lambda kind: True) -> float | None:
-        """Average over the steps of a period; None if there is no such step.
-
-        Args:
-            of: a number for each kind that occurs.
-            which: the kinds to average over.
-        """
+        """Average of a number of each kind over a period's steps of these kinds; None if there is none."""
         counts = Counter(kind for kind in self.kinds if which(kind))
         return sum(n * of[kind] for kind, n in counts.items()) / counts.total() if counts else None
 

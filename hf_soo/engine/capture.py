@@ -171,11 +171,7 @@ class Capture:
         ]
 
     def collect(self, collecting: bool) -> None:
-        """Whether the forward passes from now on collect; never called inside one (a compiled graph needs the buffers).
-
-        Args:
-            collecting: the new value.
-        """
+        """Whether forward passes collect from now on; never called in one (a compiled graph needs the buffers)."""
         if self.recorder.transient and collecting != self.collecting:
             for layer in self.layers if self.buffers else ():
                 self.buffers[layer.name] = self.recorder.allocate(layer) if collecting else []

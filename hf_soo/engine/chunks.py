@@ -41,15 +41,9 @@ class Slot:
 
     @classmethod
     def of(cls, param: Tensor, state: Mapping[str, Tensor], cut: bool = False) -> Slot:
-        """Flatten what this process holds of a parameter; a low-precision gradient is widened to the moments' dtype.
+        """Flatten what this process holds of a parameter and its state: of DTensors a part (`cut`).
 
-        Args:
-            param: The parameter, with a gradient.
-            state: Its `step`, `exp_avg` and `exp_avg_sq`.
-            cut: Whether this process holds a part of each.
-
-        Returns:
-            The slot. Its tensors share memory with the originals where those are contiguous and of the right dtype.
+        It shares their memory where they are contiguous; a low-precision gradient is widened to the moments' dtype.
         """
         assert param.grad is not None
         home, grad, m, v = param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"]
@@ -105,15 +99,7 @@ def bundles(slots: Iterable[Slot], size: int) -> Iterator[tuple[list[Slot], list
 
 
 def _cut(slots: list[Slot], size: int) -> list[list[Slot]]:
-    """Cut a bundle into pieces of at most `size` elements; a bundle of several slots is one piece.
-
-    Args:
-        slots: What `bundles` grouped.
-        size: Elements in a piece.
-
-    Returns:
-        The pieces, each a list of slots.
-    """
+    """A bundle in pieces of at most `size` elements; of several slots it is one piece."""
     whole, length = slots[0], slots[0].param.numel()
     if len(slots) > 1 or length <= size:
         return [slots]

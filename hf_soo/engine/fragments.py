@@ -58,12 +58,7 @@ class Fragments(Strategy):
     in_rows = False
 
     def __init__(self, comm: Communicator, group: Group) -> None:
-        """Take the ranks.
-
-        Args:
-            comm: the means of communication.
-            group: the ranks that hold the pieces of a gradient.
-        """
+        """Take the group of ranks that hold the pieces of a gradient."""
         self.comm, self.group = comm, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 

@@ -48,13 +48,7 @@ class Joint:
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: slice = ALL_ROWS) -> Joint:
-        """Layers of one shape together; views where there is just one.
-
-        Args:
-            weights: their weight gradients, [d_out, d_in] each.
-            biases: their bias gradients [d_out], or Nones.
-            rows: which rows these are.
-        """
+        """Layers of one shape together, from [d_out, d_in] and [d_out] of each; views where there is just one."""
         given = [bias for bias in biases if bias is not None]
         return cls(stack(weights), stack(given) if given else None, rows)
 
@@ -119,15 +113,7 @@ class Joint:
             self.bias.sub_(u * a[..., m, None]).div_(divisor)
 
     def multiply_(self, left: Tensor | None, right: Tensor | None) -> RowSums[TransformNorms]:
-        """Ĝ ← B Ĝ A in place, for B [L, n, n], which needs all rows, and A [L, m (+ 1), m (+ 1)]; see ``replace_``.
-
-        Args:
-            left: B, or None for the identity.
-            right: A, or None for the identity.
-
-        Returns:
-            Squared norms and inner product of Ĝ and P.
-        """
+        """Ĝ ← B Ĝ A in place, for B [L, n, n], which needs all rows, and A [L, m, m], or None; see ``replace_``."""
         G = self.matrix()
         P = G if left is None else left @ G
         return self.replace_(G, P if right is None else P @ right)

@@ -126,15 +126,7 @@ class RowLayer(Layer):
         """
 
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
-        """Sums of input rows in ``groups`` consecutive parts, and the number of rows.
-
-        Args:
-            x: what the module got, with any leading dimensions.
-            groups: the number of parts.
-
-        Returns:
-            [groups, d_in] in the accumulation dtype, and the number of rows.
-        """
+        """Sums of ``groups`` consecutive parts of the rows, [groups, d_in] (accumulation dtype); their number."""
         rows = self.input_rows(x).flatten(0, 1)
         return group_sums(rows, groups), rows.shape[0]
 

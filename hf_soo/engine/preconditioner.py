@@ -72,12 +72,7 @@ class Updated:
 
     @classmethod
     def of_gradient(cls, size: Tensor, valid: Tensor) -> Updated:
-        """The report of a method of which the gradient is the one side.
-
-        Args:
-            size: |g|² of each layer, [L].
-            valid: whether its gradient could be used, bool [L].
-        """
+        """The report on the gradient as the one side: |g|² [L], and whether it could be used [L]."""
         return cls((~valid * Outcome.NOT_FINITE.value)[:, None], size[:, None])  # Outcome.UPDATED is 0
 
 

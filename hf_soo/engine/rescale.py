@@ -47,11 +47,7 @@ class KLClip:
     joint = True
 
     def __init__(self, kl_clip: float) -> None:
-        """Clip the step's predicted KL divergence.
-
-        Args:
-            kl_clip: κ > 0.
-        """
+        """Clip the step's predicted KL divergence at κ > 0."""
         self.kl_clip = kl_clip
 
     def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor]:

@@ -56,11 +56,7 @@ class ParameterIndex:
         )
 
     def extend(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take down groups that were added to the base.
-
-        Args:
-            groups: the new ones.
-        """
+        """Take down groups that were added to the base."""
         self.parameters.extend([self.name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups)
 
     def check(self, groups: Sequence[Mapping[str, Any]], layers: Sequence[Layer], method: str) -> None:

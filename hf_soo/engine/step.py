@@ -313,11 +313,7 @@ class Step:
         return whole
 
     def restore_states(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Fill the states, as far as this rank keeps them.
-
-        Args:
-            saved: layer name -> "side.tensor" -> the whole tensor.
-        """
+        """Fill the states, as far as this rank keeps them, from layer -> "side.tensor" -> the whole tensor."""
         for layer in self.layers:
             for side, factor in self.states[layer.name].items():
                 for key, tensor in factor.items():

@@ -91,9 +91,7 @@ class Strategy(ABC):
     def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
         """The groups in portions that are read, transformed and written one after the other.
 
-        Args:
-            groups: all of them.
-            joined: whether a portion costs messages whatever its size, so that few are better.
+        Few are better where a portion costs messages whatever its size (``joined``).
         """
 
     @abstractmethod

@@ -52,21 +52,13 @@ def _is_fine_tuning(record: RunRecord) -> bool:
 
 
 def medians(runs: Sequence[RunRecord]) -> dict[str, float]:
-    """The median of each official metric over the completed runs of a cell.
-
-    Args:
-        runs: of one task.
-    """
+    """The median of each official metric over the completed runs of a cell."""
     task = TASKS[runs[0].config["task"]]
     return {metric: median(values) for metric in shown(task) if (values := _values(runs, metric))}
 
 
 def shown(task: GlueTask) -> list[str]:
-    """The metrics of a task that stand in its column.
-
-    Args:
-        task: of GLUE.
-    """
+    """The metrics of a task that stand in its column."""
     return [metric for metric in task.metrics if metric != _COMBINED]
 
 
@@ -144,11 +136,7 @@ def _row(runs: Sequence[RunRecord], difference: str) -> _Row:
 
 
 def text_of(folder: Path) -> str:
-    """The table of a folder of run JSONs; of evaluations alone, which are no fine-tuning, that of any runs.
-
-    Args:
-        folder: has JSONs of ``scripts/run_glue.py``.
-    """
+    """The table of a folder of run JSONs; of evaluations alone, which are no fine-tuning, that of any runs."""
     records = read_runs(folder)
     return table(records) if any(map(_is_fine_tuning, records)) else report.table(records)
 

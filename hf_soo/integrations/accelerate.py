@@ -12,11 +12,7 @@ from hf_soo.optimizers.bases import check_row_shards
 
 
 def unwrap_optimizer(optimizer: Any) -> PreconditionedOptimizer | None:
-    """Our optimizer inside accelerate's wrapper, or None if it is another one.
-
-    Args:
-        optimizer: what ``accelerator.prepare`` returned, or a bare optimizer.
-    """
+    """Our optimizer inside what ``accelerator.prepare`` returned, or None if it is another one."""
     while optimizer is not None and not isinstance(optimizer, PreconditionedOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer

@@ -107,13 +107,7 @@ def why_not_whole(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def save_whole(folder: str | os.PathLike[str], name: str, state: dict[str, Any]) -> None:
-    """Write a file of a checkpoint whole or not at all.
-
-    Args:
-        folder: a checkpoint folder.
-        name: the file's.
-        state: what ``torch.load(weights_only=True)`` shall give.
-    """
+    """Write a file of a checkpoint, for ``torch.load(weights_only=True)``, whole or not at all."""
     partial = Path(folder) / f"{name}.partial"
     torch.save(state, partial)
     os.replace(partial, Path(folder) / name)

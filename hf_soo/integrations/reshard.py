@@ -22,11 +22,7 @@ WHOLE = "whole"
 
 
 def strategy_of(trainer: Any) -> str:
-    """Over what a Trainer shards: what its own checkpoints can be read by.
-
-    Args:
-        trainer: a Trainer, prepared or not.
-    """
+    """Over what a Trainer, prepared or not, shards: what its own checkpoints can be read by."""
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         return f"zero{stage} x {trainer.args.world_size}"  # DeepSpeed reads its files on as many ranks alone

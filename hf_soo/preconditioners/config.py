@@ -69,10 +69,5 @@ def check_batch(batch_size: int | None, state_dtype: StateDtype) -> None:
 
 
 def stored_dtype(state_dtype: StateDtype, model: torch.dtype) -> torch.dtype:
-    """The dtype of a state; "float32" is float64 for a float64 model.
-
-    Args:
-        state_dtype: the setting.
-        model: the parameter's dtype.
-    """
+    """The dtype of a state; "float32" is float64 for a float64 model."""
     return torch.bfloat16 if state_dtype == "bfloat16" else accumulation_dtype(model)

@@ -115,13 +115,7 @@ def _joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: s
 
 
 def _shrinking(v: Tensor, damping: float, exponent: float) -> Tensor:
-    """The e of (vvᵀ + γI)⁻ᵖ = γ⁻ᵖ(I + e vvᵀ), [L]; 0 where v is 0.
-
-    Args:
-        v: [L, d].
-        damping: γ.
-        exponent: p.
-    """
+    """The e of (vvᵀ + γI)⁻ᵖ = γ⁻ᵖ(I + e vvᵀ) for v [L, d], [L]; 0 where v is 0."""
     size = v.square().sum(-1)
     e = ((1 + size / damping) ** -exponent - 1) / size
     return torch.where(size > 0, e, 0.0)

@@ -68,12 +68,7 @@ class FactorConfig(Periodic):
         require_in("factor_start", self.factor_start, ("corrected", "identity"))
 
     def recorder(self, *, outputs: bool, reduce: bool) -> FactorRecorder:
-        """What collects the factors.
-
-        Args:
-            outputs: whether B is wanted too.
-            reduce: one row an example ("reduce"), or all of them ("expand").
-        """
+        """What collects the factors: B too (``outputs``), of one row an example (``reduce``) or of all."""
         return FactorRecorder(outputs, reduce, self.row_filter)
 
 

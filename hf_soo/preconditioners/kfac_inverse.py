@@ -32,14 +32,9 @@ class Cholesky:
         return {"inverse": identity(d, like)}
 
     def refresh(self, factors: BySide, means: BySide) -> tuple[dict[Side, Factor], BySide]:
-        """By Cholesky, with retries.
+        """By Cholesky, with retries, from F̂ [L, d, d] and its mean eigenvalue tr F̂/d [L] of each side.
 
-        Args:
-            factors: F̂ of each side, [L, d, d].
-            means: its mean eigenvalue tr F̂/d, [L].
-
-        Returns:
-            The tensors of each side, and whether each layer's succeeded, bool [L].
+        Gives the tensors of each side, and whether each layer's succeeded, bool [L].
         """
         damping, new, ok = self._damping(means), {}, {}
         for side, factor in factors.items():

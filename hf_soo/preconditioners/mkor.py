@@ -177,12 +177,7 @@ class LowRank:
     """F = I - CᵀC; ``columns`` [K, d] holds C, ``head`` the slot of its oldest row."""
 
     def __init__(self, history: int, factor_decay: float) -> None:
-        """Choose how much is kept.
-
-        Args:
-            history: K.
-            factor_decay: γ.
-        """
+        """Choose K and γ."""
         self.history, self.factor_decay = history, factor_decay
 
     def init(self, d: int, like: Tensor) -> Factor:

@@ -90,12 +90,9 @@ def blend_update(F: Tensor, V: Tensor, factor_decay: float) -> Tensor:
 
 
 def exact_update(F: Tensor, v: Tensor, factor_decay: float) -> Tensor:
-    """F ← (γF⁻¹ + (1-γ)vvᵀ)⁻¹ by Sherman-Morrison; winds up as γ⁻ᵗ where there is no data, so stabilise first.
+    """F ← (γF⁻¹ + (1-γ)vvᵀ)⁻¹ by Sherman-Morrison, F [..., d, d] and v [..., d].
 
-    Args:
-        F: inverse factor, [..., d, d].
-        v: Kronecker vector, [..., d].
-        factor_decay: γ.
+    It winds up as γ⁻ᵗ where there is no data, so stabilise first.
     """
     u = torch.einsum("...ij,...j->...i", F, v)
     s = (v * u).sum(-1)

@@ -251,12 +251,7 @@ def _correction(updates: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
 
 
 def _normalised(factor: Factor, config: ShampooConfig) -> Tensor:
-    """L̂, divided by its mean eigenvalue with ``trace_scaling``; [L, d, d].
-
-    Args:
-        factor: an axis's tensors.
-        config: the settings.
-    """
+    """L̂ of an axis, divided by its mean eigenvalue with ``trace_scaling``; [L, d, d]."""
     L = factor["factor"]
     L = L / layerwise(_correction(factor["updates"], config.factor_decay, L.dtype), L)
     if config.trace_scaling:

@@ -79,13 +79,9 @@ def inverse_root(M: Tensor, exponent: float, epsilon: float) -> tuple[Tensor, Te
 
 
 def eigen(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; a matrix on which eigh fails is tried again in float64 on the CPU.
+    """Values [L, d], ascending, and vectors [L, d, d] in columns of symmetric M, and whether each succeeded, [L].
 
-    Args:
-        M: symmetric, [L, d, d].
-
-    Returns:
-        Values [L, d], ascending; vectors [L, d, d] in columns; whether each succeeded, bool [L].
+    A matrix on which eigh fails is tried again in float64 on the CPU.
     """
     try:
         values, vectors = torch.linalg.eigh(M)

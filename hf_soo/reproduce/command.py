@@ -227,9 +227,5 @@ def run(flags: list[str]) -> None:
 
 
 def main(flags: list[str] | None = None) -> int:
-    """The command: 0 when every stage ended well, 1 after an error, 130 after Ctrl-C.
-
-    Args:
-        flags: None: those of the process.
-    """
+    """The command: 0 when every stage ended well, 1 after an error, 130 after Ctrl-C."""
     return guarded(run, flags)

@@ -48,11 +48,7 @@ def write(results: Path, scale: str) -> str:
 
 
 def text_of(results: Path) -> str:
-    """The table, and what its numbers are of.
-
-    Args:
-        results: the folder with phase1, phase2, squad and glue.
-    """
+    """The table, and what its numbers are of, from a folder with phase1, phase2, squad and glue."""
     phase_2 = {record.name: record for record in _read(results / PHASE_2_FOLDER)}
     squad = {record.name: record for record in _read(results / "squad")}
     glue = {name: _read(results / "glue" / name) for name in phase_2}

@@ -18,12 +18,7 @@ from hf_soo.runs.recipes import read_recipe, unknown_name
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field that is a flag with a line of help.
-
-    Args:
-        default: value when the flag is not given.
-        text: the help.
-    """
+    """A dataclass field that is a flag with a line of help."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 

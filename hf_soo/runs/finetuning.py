@@ -34,12 +34,7 @@ def check_evaluation(args: TrainingArguments, metrics: Sequence[str]) -> None:
 
 
 def best_class(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-    """The class with the largest logit [B]: all that is kept of an evaluation of classes.
-
-    Args:
-        logits: [B, classes]; the first of a tuple, which some models return.
-        labels: [B], not used.
-    """
+    """The class with the largest logit, [B], of logits [B, classes] (the first of a tuple)."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 

@@ -153,12 +153,7 @@ def check_vocabulary(config: BertConfig, vocab_size: int) -> None:
 
 
 def sizes(config: Any, *more: str) -> dict[str, int | float]:
-    """What a record says of a model's shape: those of ``SIZES`` that its configuration has.
-
-    Args:
-        config: of the model.
-        *more: settings that it names besides.
-    """
+    """What a record says of a model's shape: those of ``SIZES``, and ``more``, that its configuration has."""
     return {key: value for key in (*SIZES, *more) if (value := getattr(config, key, None)) is not None}
 
 

@@ -138,12 +138,6 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> str:
-    """What is said of a name that is not known, with the nearest one that is.
-
-    Args:
-        kind: of thing that is named.
-        got: the name.
-        known: the names there are.
-    """
+    """What is said of a name of a kind that is not known, with the nearest one that is."""
     near = difflib.get_close_matches(got, list(known), n=1)
     return f"unknown {kind} {got!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists every flag.")

@@ -108,12 +108,7 @@ class RunRecord:
 
 
 def differing(*settings: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """The keys in which mappings differ, in alphabetical order; None and a key that is not there are the same.
-
-    Args:
-        settings: workloads, methods, or any others.
-        free: keys that may differ.
-    """
+    """The keys, but for ``free``, in which mappings differ, sorted; None is as good as no key."""
     keys = sorted(set().union(*settings).difference(free))
     return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings[1:])]
 
@@ -215,11 +210,7 @@ def _upgraded(path: Path, data: Any) -> RunRecord:
 
 
 def kind_of(document: Any) -> str:
-    """What a JSON is of: "pretraining", "glue", "bench", "plan"; "run" where it does not say.
-
-    Args:
-        document: as it was read.
-    """
+    """What a JSON is of: "pretraining", "glue", "bench", "plan"; "run" where it does not say."""
     if not isinstance(document, dict):
         return "run"
     config = document.get("config") or {}

@@ -48,11 +48,7 @@ def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_M
 
 
 def label(run: RunRecord) -> str:
-    """A run's method, for a legend: "mkor over lamb (update_period=5)".
-
-    Args:
-        run: any of the method's.
-    """
+    """A run's method, for a legend: "mkor over lamb (update_period=5)"."""
     over = "" if run.base == run.optimizer else f" over {run.base}"
     return f"{run.optimizer}{over}{_settings(run)}"
 

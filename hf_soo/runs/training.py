@@ -231,11 +231,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A digest of every weight and its name; equal for equal initial weights.
-
-    Args:
-        model: any module with its weights on the CPU or a GPU.
-    """
+    """A digest of every weight and its name; equal for equal initial weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())

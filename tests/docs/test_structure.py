@@ -36,9 +36,8 @@ MOST_FILES = 24
 MOST_PUBLIC_NAMES = 400
 MOST_LINES = 20_800
 
-# What does not hold yet: today's number, or today's imports. Nothing here may grow.
-NOT_YET_PUBLIC_NAMES = 456
-NOT_YET_LINES = 21_300
+# What does not hold yet: today's number, which may not grow.
+NOT_YET_PUBLIC_NAMES = 433
 
 # Names that nothing is called any more; generic words only where they were misleading.
 GONE = {
@@ -163,7 +162,7 @@ def test_files_and_functions_are_short() -> None:
         if (length := (node.end_lineno or 0) - node.lineno + 1 - signature_lines(node)) > MOST_FUNCTION_LINES
     }
     assert long == {}
-    total, most = sum(lines.values()), max(MOST_LINES, NOT_YET_LINES)
+    total, most = sum(lines.values()), MOST_LINES
     assert total <= most, f"{total} lines in the package, at most {most}"
 
 
