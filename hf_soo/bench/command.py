@@ -84,7 +84,7 @@ def parse_pairs(text: str, base: str | None = None) -> list[Pair]:
     return pairs
 
 
-def run(config: BenchConfig, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _run(config: BenchConfig, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Measure all methods of a configuration.
 
     Args:
@@ -115,24 +115,24 @@ def run(config: BenchConfig, show: Callable[[dict[str, Any]], None]) -> dict[str
         "reference": _measure_reference(work, config),
         "rows": [],
     }
-    reference_memory = peak_memory_apart(config, None)
+    reference_memory = _peak_memory_apart(config, None)
     for pair in pairs:
         row = _measure(work, config, pair)
-        memory = peak_memory_apart(config, pair)
+        memory = _peak_memory_apart(config, pair)
         row["peak_memory_ratio"] = None if memory is None or reference_memory is None else memory / reference_memory
         results["rows"].append(row)
         show(results)
     return results
 
 
-def adamw(model: nn.Module, **kind: bool) -> Optimizer:
+def _adamw(model: nn.Module, **kind: bool) -> Optimizer:
     """The reference: AdamW over decay and no-decay groups, `foreach=True` or `fused=True`."""
     return torch.optim.AdamW(decay_groups(model, _WEIGHT_DECAY), lr=_LEARNING_RATE, **kind)  # type: ignore[arg-type]
 
 
 def _measure_reference(work: Workload, config: BenchConfig) -> dict[str, float]:
     """Time AdamW(foreach) alone, and AdamW(fused) relative to it."""
-    clock, optimizers = Clock(work.device), [adamw(work.twin, foreach=True), adamw(work.twin, fused=True)]
+    clock, optimizers = Clock(work.device), [_adamw(work.twin, foreach=True), _adamw(work.twin, fused=True)]
     work.forward_backward(work.twin)
     work.keep_gradients()
     rounds = []
@@ -152,7 +152,7 @@ def _measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
     """Time one method: its row, without the memory ratio."""
     optimizer = pair.build(work.model)
     try:
-        stepper, reference = Stepper(work, optimizer), adamw(work.twin, foreach=True)
+        stepper, reference = Stepper(work, optimizer), _adamw(work.twin, foreach=True)
         stepper.round(reference, 2)  # allocate, and let kernels choose themselves
         rounds = [stepper.round(reference, config.steps) for _ in range(config.rounds)]
         return {
@@ -162,14 +162,14 @@ def _measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
             "set": dict(pair.settings),
             "cycle": stepper.kinds.counts,
             **ratios(rounds, stepper.kinds),
-            "state_bytes_per_parameter": state_bytes(optimizer) / sum(p.numel() for p in work.parameters),
+            "state_bytes_per_parameter": _state_bytes(optimizer) / sum(p.numel() for p in work.parameters),
         }
     finally:
         optimizer.remove_hooks()
         optimizer.zero_grad()
 
 
-def state_bytes(optimizer: PreconditionedOptimizer) -> int:
+def _state_bytes(optimizer: PreconditionedOptimizer) -> int:
     """Bytes of the base's state, the preconditioner's factors and the capture's buffers."""
     buffers = [tensor for each in optimizer.stages.capture.buffers.values() for tensor in each]
     return sum(
@@ -188,15 +188,15 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
-def peak_memory_apart(config: BenchConfig, pair: Pair | None) -> int | None:
+def _peak_memory_apart(config: BenchConfig, pair: Pair | None) -> int | None:
     """`peak_memory` in a process of its own, where nothing else has left its mark; None if it is not wanted."""
     if not config.memory:
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_memory, config, pair).result()
+        return pool.submit(_peak_memory, config, pair).result()
 
 
-def peak_memory(config: BenchConfig, pair: Pair | None) -> int:
+def _peak_memory(config: BenchConfig, pair: Pair | None) -> int:
     """Bytes that three whole train steps need over what the process held before the model was built.
 
     Args:
@@ -209,7 +209,7 @@ def peak_memory(config: BenchConfig, pair: Pair | None) -> int:
     torch.set_num_threads(config.threads)
     before = machine.peak_memory_bytes(torch.device(config.device))
     work = Workload(config)
-    optimizer = adamw(work.model, foreach=True) if pair is None else pair.build(work.model)
+    optimizer = _adamw(work.model, foreach=True) if pair is None else pair.build(work.model)
     for index in range(3):
         optimizer.zero_grad()
         work.forward_backward(work.model)
@@ -235,4 +235,4 @@ def _print_and_keep(flags: list[str]) -> None:
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(config.json), json.dumps(jsonable(results), indent=1, ensure_ascii=False) + "\n")
 
-    run(config, show)
+    _run(config, show)

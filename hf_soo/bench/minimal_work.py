@@ -47,22 +47,22 @@ class MinimalProducts:
     def _prepared(self, operation: Product | Factorisation, prototype: Tensor) -> Callable[[], object]:
         key = (operation, prototype.dtype, prototype.device)
         if key not in self._ready:
-            self._ready[key] = prepared(operation, prototype)
+            self._ready[key] = _prepared(operation, prototype)
         return self._ready[key]
 
 
-def prepared(operation: Product | Factorisation, prototype: Tensor) -> Callable[[], object]:
+def _prepared(operation: Product | Factorisation, prototype: Tensor) -> Callable[[], object]:
     """An operation on operands of its own, in the dtype and on the device of ``prototype``."""
-    return product(operation, prototype) if isinstance(operation, Product) else factorisation(operation, prototype)
+    return _product(operation, prototype) if isinstance(operation, Product) else _factorisation(operation, prototype)
 
 
-def product(shape: Product, prototype: Tensor) -> Callable[[], object]:
+def _product(shape: Product, prototype: Tensor) -> Callable[[], object]:
     """A product of random matrices into a third one."""
     left, right = prototype.new_empty(shape.m, shape.k).normal_(), prototype.new_empty(shape.k, shape.n).normal_()
     return partial(torch.mm, left, right, out=prototype.new_empty(shape.m, shape.n))
 
 
-def factorisation(of: Factorisation, prototype: Tensor) -> Callable[[], object]:
+def _factorisation(of: Factorisation, prototype: Tensor) -> Callable[[], object]:
     """A factorisation of a random positive definite matrix."""
     rows = torch.randn(of.d, of.d, dtype=accumulation_dtype(prototype.dtype), device=prototype.device)
     A = (rows @ rows.mT / of.d).add_(torch.eye(of.d, dtype=rows.dtype, device=rows.device))

@@ -43,11 +43,11 @@ def line(row: dict[str, Any]) -> str:
     return f"| {name:<16} | {' | '.join(padded)} |"
 
 
-def table(results: dict[str, Any]) -> str:
+def _table(results: dict[str, Any]) -> str:
     """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round."""
     return "\n".join([heading(results), *map(line, results["rows"])]) + "\n"
 
 
 def text_of(folder: Path) -> str:
     """The tables of the benchmarks among a folder's JSONs, by file name."""
-    return "\n".join(table(found) for found in read_documents(folder).values() if kind_of(found) == "bench")
+    return "\n".join(_table(found) for found in read_documents(folder).values() if kind_of(found) == "bench")

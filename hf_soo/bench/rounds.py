@@ -21,7 +21,7 @@ from hf_soo.engine.optimizer import PreconditionedOptimizer
 
 
 @dataclass(slots=True)
-class Round:
+class _Round:
     """Seconds of one round; None where the method has no such pass."""
 
     reference: float
@@ -62,7 +62,7 @@ class Stepper:
         self.minimal = MinimalProducts(optimizer.layers, optimizer.preconditioner)
         self._statistics: list[Tensor] = []
 
-    def round(self, reference: Optimizer, steps: int) -> Round:
+    def round(self, reference: Optimizer, steps: int) -> _Round:
         """Take a round: the passes, then a step of each kind in turn with the reference's, again and again.
 
         Args:
@@ -85,7 +85,7 @@ class Stepper:
             for part in products:
                 if index == 0 or part != "refresh":
                     products[part].append(self.clock(lambda part=part: self.minimal.run(part)))  # type: ignore[misc]
-        return Round(
+        return _Round(
             reference=statistics.median(references),
             forward_backward=unhooked,
             steps={kind: statistics.median(times) for kind, times in seconds.items()},
@@ -134,7 +134,7 @@ class Stepper:
         return [buffer for buffers in self.optimizer.stages.capture.buffers.values() for buffer in buffers]
 
 
-def ratios(rounds: list[Round], kinds: StepKinds) -> dict[str, float | None]:
+def ratios(rounds: list[_Round], kinds: StepKinds) -> dict[str, float | None]:
     """Medians over the rounds of each ratio, and the spread of the step's; None where a method has no such step.
 
     Plain steps neither update nor refresh, update steps update alone, refresh steps refresh, with an update or without.
@@ -143,7 +143,7 @@ def ratios(rounds: list[Round], kinds: StepKinds) -> dict[str, float | None]:
         The row's ratios.
     """
 
-    def median(of: Callable[[Round], float | None]) -> float | None:
+    def median(of: Callable[[_Round], float | None]) -> float | None:
         values = [value for value in map(of, rounds) if value is not None]
         return statistics.median(values) if values else None
 

@@ -49,7 +49,7 @@ class Slot:
         home, grad, m, v = param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"]
         if cut:
             home, grad, m, v = local(home), local(grad), local(m), local(v)
-        return cls(flat(home), flat(grad.to(m.dtype)), flat(m), flat(v), state["step"], home)
+        return cls(_flat(home), _flat(grad.to(m.dtype)), _flat(m), _flat(v), state["step"], home)
 
     def part(self, start: int, length: int, tensor: int = 0) -> Slot:
         """The elements `start : start + length`, which belong to the whole tensor of that number."""
@@ -118,7 +118,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def flat(tensor: Tensor) -> Tensor:
+def _flat(tensor: Tensor) -> Tensor:
     """One dimension: a view if the tensor is contiguous, else a copy in the order of its indices."""
     return tensor.reshape(-1)
 
@@ -126,7 +126,7 @@ def flat(tensor: Tensor) -> Tensor:
 def piece_norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """Norms of gradients, piece by piece: one fp32 reduction over 31M elements comes out 1.6e-3 too small on a CPU."""
     size = piece_size(grads[0])
-    pieces = [piece for grad in grads for piece in torch.split(flat(grad), size)]
+    pieces = [piece for grad in grads for piece in torch.split(_flat(grad), size)]
     return list(torch._foreach_norm(pieces, 2, dtype=wide_dtype(grads[0])))
 
 

@@ -201,11 +201,11 @@ class Grid:
     def sum_at_owner_(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """One reduction of packed triangles for each owner."""
         for owner, mine in self._by(self.plan.owner, tensors):
-            packed = [pack_triangle(tensor) for tensor in mine]
+            packed = [_pack_triangle(tensor) for tensor in mine]
             self.comm.sum_at_(owner, packed)
             if owner == self.rank:
                 for tensor, triangle in zip(mine, packed, strict=True):
-                    unpack_triangle_(tensor, triangle)
+                    _unpack_triangle_(tensor, triangle)
 
     def broadcast_inverses(self, tensors: Mapping[str, list[Tensor]]) -> None:
         """One broadcast in the column for each owner in it."""
@@ -255,7 +255,7 @@ class Assignment:
         return cls(placement.column(name), placement.is_inverse_worker(name), placement.is_gradient_worker(name))
 
 
-def pack_triangle(matrix: Tensor) -> Tensor:
+def _pack_triangle(matrix: Tensor) -> Tensor:
     """The distinct entries of a symmetric matrix [d, d], in a few operations whatever d: [d(d+1)/2].
 
     With halves p = ⌊d/2⌋ and q = d - p of it, S = [[X, Z], [Zᵀ, Y]], the upper triangle of X fits above the lower one
@@ -269,8 +269,8 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     return torch.cat([rectangle.flatten(), Z.flatten()])
 
 
-def unpack_triangle_(matrix: Tensor, triangle: Tensor) -> None:
-    """The inverse of ``pack_triangle``, into ``matrix``."""
+def _unpack_triangle_(matrix: Tensor, triangle: Tensor) -> None:
+    """The inverse of ``_pack_triangle``, into ``matrix``."""
     d = len(matrix)
     p, q = d // 2, d - d // 2
     rectangle, Z = triangle[: q * (p + 1)].view(q, p + 1), triangle[q * (p + 1) :].view(p, q)

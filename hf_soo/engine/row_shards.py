@@ -62,7 +62,7 @@ class RowShards(Fragments):
         return local(parameter.grad)
 
 
-class MeshPartition:
+class _MeshPartition:
     """DTensors of one mesh, for norms of whole parameters: each rank holds some rows of each, perhaps none."""
 
     def __init__(self, params: Sequence[Tensor], group: Group) -> None:
@@ -133,7 +133,7 @@ def divide(groups: list[dict[str, Any]], partition: Partition | None) -> tuple[l
     shares = []
     for (ranks, _, _), together in sharded.items():
         params = [param for job in together for param in job.params]
-        shares.append(Share(MeshPartition(params, ranks), together, params[0]))
+        shares.append(Share(_MeshPartition(params, ranks), together, params[0]))
     return [job for job in jobs if job.ranks is None], shares
 
 

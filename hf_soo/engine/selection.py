@@ -17,7 +17,7 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
-def as_layer(name: str, module: nn.Module) -> Layer | None:
+def _as_layer(name: str, module: nn.Module) -> Layer | None:
     """The module as a Layer, or None if its weight is no matrix that a Kronecker factor describes."""
     if isinstance(module, nn.Linear):
         return LinearLayer(name, module)
@@ -73,7 +73,7 @@ def select_layers(
 
     def candidates() -> Iterator[tuple[Layer, str, str | None]]:
         for name, module in model.named_modules():
-            layer = as_layer(name, module)
+            layer = _as_layer(name, module)
             if layer is not None:
                 yield layer, name, _reason_to_leave(layer, owners, decoders)
 

@@ -44,7 +44,7 @@ ELEMENTWISE = tuple(
 
 
 @dataclass(frozen=True)
-class Base:
+class _Base:
     """A base optimizer by name.
 
     Args:
@@ -60,14 +60,14 @@ class Base:
     state_bytes: int
 
 
-BASES: dict[str, Base] = {
-    "lamb": Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}, 8),
-    "adamw": Base(
+BASES: dict[str, _Base] = {
+    "lamb": _Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}, 8),
+    "adamw": _Base(
         "AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel", torch.optim.AdamW, {"fused": True}, 8
     ),
-    "sgd": Base("SGD with momentum 0.9, torch's fused kernel", torch.optim.SGD, {"momentum": 0.9, "fused": True}, 4),
-    "rmsprop": Base("RMSProp (Tieleman and Hinton, 2012)", torch.optim.RMSprop, {}, 4),
-    "muon": Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}, 4),
+    "sgd": _Base("SGD with momentum 0.9, torch's fused kernel", torch.optim.SGD, {"momentum": 0.9, "fused": True}, 4),
+    "rmsprop": _Base("RMSProp (Tieleman and Hinton, 2012)", torch.optim.RMSprop, {}, 4),
+    "muon": _Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}, 4),
 }
 
 

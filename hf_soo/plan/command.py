@@ -1,6 +1,6 @@
 """What a run would cost on a machine that is not at hand: memory, communication, arithmetic and a predicted step time.
 
-``memory``, ``messages`` and ``cost`` are the model; ``dry_run`` counts.
+``memory``, ``messages`` and ``cost`` are the model; ``_dry_run`` counts.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         "profile": dataclasses.asdict(profile),
         "convention": _CONVENTION,
         "methods": [_method_plan(method, shape, layout, profile) for method in methods],
-        "dry_run": dry_run(methods[0], shape, layout, config.model) if config.dry_run else None,
+        "dry_run": _dry_run(methods[0], shape, layout, config.model) if config.dry_run else None,
     }
     if config.json:
         write_atomically(config.json, json.dumps(plan, indent=1) + "\n")
@@ -120,15 +120,15 @@ def _method_plan(method: MethodOnModel, shape: ModelShape, layout: Layout, profi
     }
 
 
-def dry_run(method: MethodOnModel, shape: ModelShape, layout: Layout, name: str) -> dict[str, Any]:
+def _dry_run(method: MethodOnModel, shape: ModelShape, layout: Layout, name: str) -> dict[str, Any]:
     """Count the bytes of the rank that keeps the most factors, with one micro-batch, and hold the plan against them."""
     layout = dataclasses.replace(layout, accumulation=1)
     rank, _ = factors(method, layout)
     counted = count(method, name, layout, rank)
     found = messages(method, shape, layout, rank)
     held = memory(method, shape, layout, rank)
-    steps = [{**kind._asdict(), "bytes": compared(counted.sent(kind), sent(found, kind))} for kind in counted.steps]
-    parts = compared(counted.memory, {kind: held[kind] for kind in counted.memory})
+    steps = [{**kind._asdict(), "bytes": _compared(counted.sent(kind), sent(found, kind))} for kind in counted.steps]
+    parts = _compared(counted.memory, {kind: held[kind] for kind in counted.memory})
     return {
         "rank": rank,
         "steps": steps,
@@ -137,7 +137,7 @@ def dry_run(method: MethodOnModel, shape: ModelShape, layout: Layout, name: str)
     }
 
 
-def compared(counted: Mapping[str, int], planned: Mapping[str, int]) -> list[dict[str, Any]]:
+def _compared(counted: Mapping[str, int], planned: Mapping[str, int]) -> list[dict[str, Any]]:
     """What either has, side by side, and the difference relative to the larger one."""
     rows = []
     for kind in [*planned, *(kind for kind in counted if kind not in planned)]:

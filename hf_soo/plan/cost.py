@@ -40,7 +40,7 @@ _NEWTON_SCHULZ = 5  # Muon's iterations, each three products
 
 
 @dataclass(frozen=True)
-class Work:
+class _Work:
     """Floating-point operations of a rank in a step, and bytes moved."""
 
     passes: float  # the forward and backward passes of all micro-batches
@@ -52,7 +52,7 @@ class Work:
     traffic: float  # bytes that the optimizer step reads and writes
 
 
-def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Work:
+def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> _Work:
     """The work of a step of the rank with the most."""
     transform, passes = method.preconditioner, _passes(shape, layout)
     own = layout.share(shape.count, "zero1", "zero2", "zero3", "fsdp2")
@@ -62,7 +62,7 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Work:
     if method.base == "muon":
         base += sum(6 * _NEWTON_SCHULZ * min(matrix) * matrix.numel() for matrix in shape.matrices)
     if transform is None or method.step_kinds is None:
-        return Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))
+        return _Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))
     counts = method.step_kinds.counts
     updates, refreshes = counts["updates"] / counts["steps"], counts["refreshes"] / counts["steps"]
     # the part of each layer's thin work that a rank does: FSDP2's rows are moved where they lie
@@ -76,7 +76,7 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Work:
         workers = range(grid.columns)  # one of each column
         precondition = max(sum(f[0] for n, f in flops.items() if grid.is_gradient_worker(r, n)) for r in workers)
         inverse = max(sum(f[2] for n, f in flops.items() if grid.owner[n] == r) for r in ranks)
-    return Work(
+    return _Work(
         passes=passes * (1 + updates * _BACKWARD if sampled else 1),
         precondition=precondition * share,
         statistics=updates * sum(_statistics(layer, transform, layout.tokens) for layer in method.layers),
@@ -260,7 +260,7 @@ def _seconds(call: Callable[[], object], device: torch.device, times: int = 3) -
     return min(found[1:])
 
 
-def seconds_of(message: Message, profile: Profile, world: int) -> float:
+def _seconds_of(message: Message, profile: Profile, world: int) -> float:
     """One occurrence of all messages of an entry, among ``world`` ranks."""
     g, per_node = message.ranks, profile.gpus_per_node
     span = g * message.stride  # ranks from a group's first one to the next group's
@@ -278,7 +278,7 @@ def seconds_of(message: Message, profile: Profile, world: int) -> float:
 
 
 def predict(
-    method: MethodOnModel, amount: Work, found: Iterable[Message], layout: Layout, profile: Profile
+    method: MethodOnModel, amount: _Work, found: Iterable[Message], layout: Layout, profile: Profile
 ) -> dict[str, float]:
     """Seconds of a step, averaged over a method's steps, by part and in all: a prediction.
 
@@ -293,7 +293,7 @@ def predict(
         "precondition": transform,
         "inverse": amount.inverse / profile.flops_factorisation,
         "base": amount.base / profile.flops_fp32 + traffic,
-        "communication": sum(frequency(m, method, layout) * seconds_of(m, profile, layout.ranks) for m in found),
+        "communication": sum(frequency(m, method, layout) * _seconds_of(m, profile, layout.ranks) for m in found),
     }
     return {**parts, "step": sum(parts.values())}
 

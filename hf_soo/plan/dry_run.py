@@ -54,7 +54,7 @@ _PASSES = {"all_reduce": "gradients", "reduce_scatter": "gradients", "all_gather
 """What a collective in the forward and backward pass carries."""
 
 
-class MessageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _MessageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation: counts the collectives, and answers what fake tensors cannot."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class _LabelledPlacement:
         "broadcast_preconditioned_gradients": "directions",
     }
 
-    def __init__(self, placement: Placement, counter: MessageCounter) -> None:
+    def __init__(self, placement: Placement, counter: _MessageCounter) -> None:
         """Take the real one."""
         self._real, self._counter = placement, counter
 
@@ -153,15 +153,15 @@ def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _
     Raises:
         ValueError: a process group is running already.
     """
-    with fake_ranks(layout.ranks, rank), _quick_and_quiet():
+    with _fake_ranks(layout.ranks, rank), _quick_and_quiet():
         mesh = init_device_mesh("cpu", (layout.ranks,)) if layout.strategy == "fsdp2" else None
-        counter = MessageCounter()
+        counter = _MessageCounter()
         with FakeTensorMode(), counter:
             net = build_model(model, layout.seq)
             if layout.checkpointing:
                 net.gradient_checkpointing_enable()  # type: ignore[operator]
             counted = _Counted()
-            wrapped = wrap(net, layout, mesh)
+            wrapped = _wrap(net, layout, mesh)
             with counter.labelled("build"):
                 optimizer = method.pair.build(net)
             optimizer.ranks_checked = True  # made-up ranks would not answer
@@ -170,7 +170,7 @@ def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _
 
 
 @contextlib.contextmanager
-def fake_ranks(world: int, rank: int) -> Iterator[None]:
+def _fake_ranks(world: int, rank: int) -> Iterator[None]:
     """A default process group of ``world`` ranks, of which only this one exists.
 
     Raises:
@@ -213,7 +213,7 @@ class _Silent(Diagnostics):
         """Nothing."""
 
 
-def wrap(model: nn.Module, layout: Layout, mesh: Any) -> nn.Module:
+def _wrap(model: nn.Module, layout: Layout, mesh: Any) -> nn.Module:
     """The module that a rank calls: a fake model under FSDP2 over the ranks' ``mesh``, or under DDP."""
     if layout.strategy == "fsdp2":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if layout.bf16 else MixedPrecisionPolicy()
@@ -235,7 +235,7 @@ def _reduce(bucket: Any) -> torch.futures.Future[Tensor]:
     return done
 
 
-def run_passes(net: nn.Module, layout: Layout) -> None:
+def _run_passes(net: nn.Module, layout: Layout) -> None:
     """Forward and backward of one micro-batch; the loss is the sum of the outputs."""
     ids = torch.zeros(layout.micro_batch, layout.seq, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=layout.bf16 and layout.strategy == "ddp"):
@@ -249,7 +249,7 @@ def _take_steps(
     kinds: StepKinds | None,
     net: nn.Module,
     layout: Layout,
-    counter: MessageCounter,
+    counter: _MessageCounter,
     counted: _Counted,
 ) -> None:
     """One pass, then a step of each kind on its gradients; what is held is counted before the first step frees any."""
@@ -264,7 +264,7 @@ def _take_steps(
             optimizer.steps = kinds.step(kind)
             optimizer._schedule()
         if index == 0:
-            run_passes(net, layout)
+            _run_passes(net, layout)
             counted.passes = counter.take()
             counted.memory = _capture(optimizer)
         optimizer.report_loss(torch.ones(()))

@@ -45,7 +45,7 @@ def memory(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int |
         "capture_transient": buffers if transient else 0,
         "gradient_copies": _copies(method, layout),
         "gathered_parameters": _gathered(shape, layout),
-        "activations": activations(shape, layout),
+        "activations": _activations(shape, layout),
     }
 
 
@@ -119,7 +119,7 @@ def _gathered(shape: ModelShape, layout: Layout) -> int:
     return (shape.count - sum(blocks) + 2 * max(blocks, default=0)) * layout.sent_bytes
 
 
-def activations(shape: ModelShape, layout: Layout) -> int:
+def _activations(shape: ModelShape, layout: Layout) -> int:
     """An estimate of what the forward pass keeps for the backward pass, at the end of a micro-batch's forward pass.
 
     Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv 2205.05198), eq. 1: a

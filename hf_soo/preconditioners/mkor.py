@@ -173,7 +173,7 @@ def lowrank_product(grad: Joint, C_b: Tensor, C_a: Tensor) -> RowSums[TransformN
     return TransformNorms(before, after, inner)
 
 
-class LowRank:
+class _LowRank:
     """F = I - CᵀC; ``columns`` [K, d] holds C, ``head`` the slot of its oldest row."""
 
     def __init__(self, history: int, factor_decay: float) -> None:
@@ -220,7 +220,7 @@ class MKOR(RowWise):
         """Take the settings."""
         super().__init__(config)
         self.stacks = self.row_wise = config.representation == "lowrank"
-        self.form: LowRank | Dense = LowRank(config.history, config.factor_decay)
+        self.form: _LowRank | Dense = _LowRank(config.history, config.factor_decay)
         self.gradient_passes = 6 if config.representation == "lowrank" else 4
         if config.representation == "dense":
             self.form = Dense(

@@ -215,7 +215,7 @@ class Shampoo(Preconditioner):
         return torch.stack(squares).sum(0).sqrt()[:, None]
 
 
-def merge_dims(shape: Sequence[int], threshold: int, target: int = 2) -> tuple[int, ...]:
+def _merge_dims(shape: Sequence[int], threshold: int, target: int = 2) -> tuple[int, ...]:
     """Merge neighbouring small axes, from the last one on, as Distributed Shampoo does.
 
     Args:
@@ -240,7 +240,7 @@ def merge_dims(shape: Sequence[int], threshold: int, target: int = 2) -> tuple[i
 @lru_cache(maxsize=1024)
 def _cut_of(shape: tuple[int, ...], max_dim: int) -> Cut:
     """How a tensor of a shape is seen: merged, then every axis cut at ``max_dim``."""
-    merged = merge_dims(shape, max_dim)
+    merged = _merge_dims(shape, max_dim)
     return Cut.of(merged, [max_dim] * len(merged))
 
 

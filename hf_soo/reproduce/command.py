@@ -109,7 +109,7 @@ class ReproduceArguments:
         return Path(self.output or f"out/reproduce_{self.scale}")
 
 
-def stages(of: ReproduceArguments) -> list[Stage]:
+def _stages(of: ReproduceArguments) -> list[Stage]:
     """All stages, each after those that it needs."""
     data, results = of.folder / "data", of.folder / "results"
     vocab = (of.vocab,) if of.vocab is not None else ()
@@ -206,14 +206,14 @@ def _check_inputs(of: ReproduceArguments) -> None:
         next(corpus.texts())
 
 
-def run(flags: list[str]) -> None:
+def _run(flags: list[str]) -> None:
     """Run the stages, and make the table of what is there.
 
     Raises:
         ValueError: settings that cannot be, or stages that failed.
     """
     (of,) = arguments.parse((ReproduceArguments,), flags, __doc__ or "")
-    planned = stages(of)
+    planned = _stages(of)
     if of.dry_run:
         print("\n".join(shlex.join(stage.whole) for stage in planned))
         return
@@ -228,4 +228,4 @@ def run(flags: list[str]) -> None:
 
 def main(flags: list[str] | None = None) -> int:
     """The command: 0 when every stage ended well, 1 after an error, 130 after Ctrl-C."""
-    return guarded(run, flags)
+    return guarded(_run, flags)

@@ -104,13 +104,13 @@ def find_pretrained(
     found = Pretrained(arguments, config, tokenizer)
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no padding token; use a model of the kind of BERT.")
-    check_tokenizer(config, len(tokenizer), arguments.tokenizer_name or name)
+    _check_tokenizer(config, len(tokenizer), arguments.tokenizer_name or name)
     if (positions := found.positions()) is not None and max_seq_length > positions:
         raise ValueError(f"max_seq_length={max_seq_length}, but {name} has {positions} positions; give {positions}.")
     return found
 
 
-def check_tokenizer(config: PretrainedConfig, size: int, name: str) -> None:
+def _check_tokenizer(config: PretrainedConfig, size: int, name: str) -> None:
     """Refuse a tokenizer that was not made for the checkpoint.
 
     Args:

@@ -23,7 +23,7 @@ _LOSSES = ("train_loss", "eval_loss")
 _Method = list[RunRecord]  # the runs of one optimizer, base and configuration, best first; their learning rates differ
 
 
-def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_Method]:
+def _methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_Method]:
     """Group runs by optimizer, base and configuration, each group and the list of groups best first.
 
     Args:
@@ -43,11 +43,11 @@ def methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_M
                 "one table compares runs of one workload, so keep each workload's runs in a folder of its own."
             )
         decay_and_clip = [run.method.get(key) for key in ("weight_decay", "max_grad_norm")]
-        groups.setdefault(f"{label(run)}|{run.base}|{decay_and_clip}", []).append(run)
+        groups.setdefault(f"{_label(run)}|{run.base}|{decay_and_clip}", []).append(run)
     return sorted((sorted(group, key=final_loss) for group in groups.values()), key=lambda group: final_loss(group[0]))
 
 
-def label(run: RunRecord) -> str:
+def _label(run: RunRecord) -> str:
     """A run's method, for a legend: "mkor over lamb (update_period=5)"."""
     over = "" if run.base == run.optimizer else f" over {run.base}"
     return f"{run.optimizer}{over}{_settings(run)}"
@@ -68,18 +68,18 @@ def table(records: Sequence[RunRecord]) -> str:
     Raises:
         ValueError: the runs are of different workloads.
     """
-    found = methods(records)
+    found = _methods(records)
     bests = [method[0] for method in found]
     finished = {run.optimizer: run for run in reversed(bests) if math.isfinite(final_loss(run))}
     baseline = next((finished[name] for name in _BASELINES if name in finished), None)
     target = final_loss(baseline) if baseline else math.inf
-    goal = f"{label(baseline)}'s {target:.3f}" if baseline else "the baseline"
+    goal = f"{_label(baseline)}'s {target:.3f}" if baseline else "the baseline"
     metrics = tuple(dict.fromkeys(key for run in bests for key in run.final if key not in _LOSSES))
     header = " | ".join((*_HEADER, *metrics, *_HEADER_END)).format(goal)
     lines = [f"| {header} |", "|" + "---|" * 3 + "---:|" * (3 + len(metrics)) + "---|"]
     lines += ["| " + " | ".join(_row(run, target, metrics)) + " |" for run in bests]
     tried = [[f"{_rates(run)} → {_outcome(run)}" for run in method[1:]] for method in found]
-    if others := [f"{label(run)}: {', '.join(each)}" for run, each in zip(bests, tried, strict=True) if each]:
+    if others := [f"{_label(run)}: {', '.join(each)}" for run, each in zip(bests, tried, strict=True) if each]:
         lines += ["", "Other learning rates tried (final eval loss). " + "; ".join(others) + "."]
     return "\n".join(lines) + "\n"
 
@@ -142,7 +142,7 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, 
         raise ValueError("The picture needs matplotlib; pip install 'hf-soo[report]'.") from error
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    found = methods(records, free)
+    found = _methods(records, free)
     for index, method in enumerate(found):
         _draw(panels, method[0], index)
     for axis, name in zip(panels, ("optimizer steps", "seconds of training"), strict=True):
@@ -171,7 +171,7 @@ def _draw(panels: Any, run: RunRecord, index: int) -> None:
         "color": _COLOURS[index % len(_COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4,
-        "label": f"{label(run)}, lr {_rates(run)}: {_outcome(run)}",
+        "label": f"{_label(run)}, lr {_rates(run)}: {_outcome(run)}",
     }
     for axis, key in zip(panels, ("step", "seconds"), strict=True):
         axis.plot([point[key] for point in points], [point["eval_loss"] for point in points], **style)

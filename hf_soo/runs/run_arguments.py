@@ -90,7 +90,7 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
                 "would be another one; leave one of them out."
             )
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # what the Trainer will see: `script.check_processes`
-        steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, processes)
+        steps = _accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, processes)
         if given not in {None, steps}:
             raise ValueError(
                 f"gradient_accumulation_steps={given}, but global_batch_size={self.global_batch_size} with "
@@ -135,7 +135,7 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
         )
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
+def _accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> int:
     """Micro-batches that make a global batch.
 
     Args:

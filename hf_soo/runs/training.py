@@ -215,7 +215,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         {} if args.train_sampling_strategy == "random" else {"train_sampling_strategy": args.train_sampling_strategy}
     )
     config = {
-        "initial_weights": weights_hash(model),
+        "initial_weights": _weights_hash(model),
         **task.describe(model),
         **task.describe_start(args),
         **order,
@@ -230,7 +230,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
     )  # fmt: skip
 
 
-def weights_hash(model: nn.Module) -> str:
+def _weights_hash(model: nn.Module) -> str:
     """A digest of every weight and its name; equal for equal initial weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_soo
 from hf_soo.engine.capture import Capture
-from hf_soo.engine.selection import as_layer, select_layers
+from hf_soo.engine.selection import _as_layer, select_layers
 from hf_soo.engine.sums import SumRecorder
 from tests.oracles.core import assert_close_report
 
@@ -18,7 +18,7 @@ ALL = SumRecorder(inputs=True, outputs=True, groups=1, noise=True)
 
 
 def watched(module: nn.Module, recorder: SumRecorder = ALL) -> Capture:
-    layers = [layer for name, m in module.named_modules() if (layer := as_layer(name, m)) is not None]
+    layers = [layer for name, m in module.named_modules() if (layer := _as_layer(name, m)) is not None]
     capture = Capture(layers, recorder)
     capture.collecting = True
     return capture
@@ -125,7 +125,7 @@ def test_input_sums_and_gradient_matrix(case: str) -> None:
         x = torch.randn([1] * (len(shape) - 1) + [shape[-1]], dtype=torch.float64)
     capture = watched(module, SumRecorder(inputs=True, outputs=True))
     module(x).square().sum().backward()
-    layer = as_layer("", module)
+    layer = _as_layer("", module)
     assert layer is not None and capture.buffers[""][0].item() == 1
     b, a = module.bias.grad, capture.buffers[""][1][0]
     assert_close_report(torch.outer(b, a), layer.as_matrix(module.weight.grad), 1e-12, case)
@@ -136,7 +136,7 @@ def test_conv_patch_mean_is_the_unfolded_mean() -> None:
     """mkor_eva 9.14, stride 2, padding 1, dilation 2."""
     conv = nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2).double()
     x = torch.randn(5, 3, 11, 12, dtype=torch.float64)
-    layer = as_layer("", conv)
+    layer = _as_layer("", conv)
     assert layer is not None
     sums, rows = layer.input_sums(x, 1)
     patches = nn.functional.unfold(x, 3, dilation=2, padding=1, stride=2)
@@ -152,7 +152,7 @@ def test_input_given_by_keyword() -> None:
 
 
 def test_groups_are_consecutive_rows() -> None:
-    layer = as_layer("", nn.Linear(3, 2))
+    layer = _as_layer("", nn.Linear(3, 2))
     assert layer is not None
     x = torch.arange(15.0).view(5, 3)
     sums, rows = layer.input_sums(x, 2)

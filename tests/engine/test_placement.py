@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_soo
 from hf_soo.engine.comm import Communicator
-from hf_soo.engine.placement import make_plan, pack_triangle, unpack_triangle_
+from hf_soo.engine.placement import _pack_triangle, _unpack_triangle_, make_plan
 from tests.methods.toy import batches, loss_of, toy, train, weights
 from tests.oracles.core import assert_close_report
 from tests.ranks.distributed import run_ranks
@@ -95,8 +95,8 @@ def test_workers_must_divide_the_world() -> None:
 def test_triangles_pack_and_unpack(d: int) -> None:
     matrix = torch.randn(d, d)
     matrix = matrix + matrix.T
-    packed, again = pack_triangle(matrix), torch.zeros(d, d)
-    unpack_triangle_(again, packed)
+    packed, again = _pack_triangle(matrix), torch.zeros(d, d)
+    _unpack_triangle_(again, packed)
     assert packed.numel() == d * (d + 1) // 2 and torch.equal(again, matrix)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_soo
 from hf_soo.preconditioners.config import prototype_updates_at
-from hf_soo.preconditioners.shampoo import merge_dims
+from hf_soo.preconditioners.shampoo import _merge_dims
 from tests.oracles.core import assert_close_report
 
 
@@ -49,7 +49,7 @@ def test_merged_dims() -> None:
         ((32, 3, 64, 64), 10**6, 2, (32, 12288)), ((1, 2, 5, 1), 10, 1, (10,)), ((1, 1), 8, 1, (1,)),
     ]  # fmt: skip
     for shape, threshold, target, merged in table:
-        assert merge_dims(shape, threshold, target) == merged, shape
+        assert _merge_dims(shape, threshold, target) == merged, shape
 
 
 STATES: list[tuple[str, tuple[int, ...], dict[str, Any], dict[str, list[int]]]] = [

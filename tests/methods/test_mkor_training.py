@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hf_soo
 from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.preconditioners.mkor import LowRank
+from hf_soo.preconditioners.mkor import _LowRank
 from tests.oracles import core as oracles
 from tests.oracles.core import Array, assert_close_report, relative_error
 from tests.oracles.training import AdamW, Lamb, Mkor, Sgd
@@ -39,7 +39,7 @@ def joint(G: Tensor, bias: Tensor | None) -> Array:
 def lowrank(G: Tensor, bias: Tensor | None, C_left: Tensor | None, C_right: Tensor | None) -> TransformNorms:
     """The library's P in place, for factors of which a side may be the identity."""
     left, right = (None if C is None else {"columns": C} for C in (C_left, C_right))
-    return run_whole(LowRank(history=4, factor_decay=0.9).transform(left, right, Joint(G, bias)))
+    return run_whole(_LowRank(history=4, factor_decay=0.9).transform(left, right, Joint(G, bias)))
 
 
 SIDES = pytest.mark.parametrize(("left", "right"), [(True, True), (True, False), (False, True), (False, False)])

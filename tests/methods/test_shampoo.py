@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hf_soo
-from hf_soo.preconditioners.shampoo import merge_dims
+from hf_soo.preconditioners.shampoo import _merge_dims
 from tests.oracles import shampoo as sh
 from tests.oracles.core import assert_close_report
 from tests.oracles.twin_parameters import (
@@ -170,14 +170,14 @@ def test_shampoo_of_a_zero_gradient_is_zero(rng: np.random.Generator, grafting: 
     [(64, 3, 7, 7), (512, 512, 3, 3), (6, 6), (8, 4, 3, 3), (8, 1, 3, 1), (5,), (1, 1), (2, 2, 2, 2, 2), (30, 2, 2)],
 )
 def test_merge_dims_is_the_oracle(shape: tuple[int, ...], threshold: int, target: int) -> None:
-    assert tuple(merge_dims(shape, threshold, target=target)) == sh.merge_dims(shape, threshold, target)
+    assert tuple(_merge_dims(shape, threshold, target=target)) == sh.merge_dims(shape, threshold, target)
 
 
 def test_merge_dims_is_the_published_table() -> None:
-    assert tuple(merge_dims((64, 3, 7, 7), 1024, target=1)) == (64, 147)
-    assert tuple(merge_dims((512, 512, 3, 3), 1024, target=1)) == (512, 512, 9)
-    assert tuple(merge_dims((512, 512, 3, 3), 8192, target=1)) == (512, 4608)
-    assert tuple(merge_dims((6, 6), 1024)) == (6, 6)  # two axes stay a matrix unless asked
+    assert tuple(_merge_dims((64, 3, 7, 7), 1024, target=1)) == (64, 147)
+    assert tuple(_merge_dims((512, 512, 3, 3), 1024, target=1)) == (512, 512, 9)
+    assert tuple(_merge_dims((512, 512, 3, 3), 8192, target=1)) == (512, 4608)
+    assert tuple(_merge_dims((6, 6), 1024)) == (6, 6)  # two axes stay a matrix unless asked
 
 
 def test_shampoo_of_a_convolution_is_that_of_a_merged_matrix(rng: np.random.Generator) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_soo.engine import chunks as pieces
 from hf_soo.engine.fragments import Fragment
-from hf_soo.engine.row_shards import MeshPartition
+from hf_soo.engine.row_shards import _MeshPartition
 from hf_soo.optimizers import Lamb
 
 STEPS = 6
@@ -103,12 +103,12 @@ class Twins:
 @contextlib.contextmanager
 def local_norms() -> Iterator[None]:
     """The sum over ranks left out."""
-    right = MeshPartition.sum_norms_
-    MeshPartition.sum_norms_ = lambda self, values: None  # type: ignore[method-assign]
+    right = _MeshPartition.sum_norms_
+    _MeshPartition.sum_norms_ = lambda self, values: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        MeshPartition.sum_norms_ = right  # type: ignore[method-assign]
+        _MeshPartition.sum_norms_ = right  # type: ignore[method-assign]
 
 
 def steps_of_dtensors(mesh: DeviceMesh, cases: Sequence[int] = range(len(OPTIONS))) -> dict[str, Any]:

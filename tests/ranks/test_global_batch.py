@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.task import PretrainingTask
 from hf_soo.runs import arguments
-from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments, accumulation_steps
+from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments, _accumulation_steps
 from hf_soo.runs.training import Job, train
 from tests.ranks.distributed import run_ranks
 from tests.scripts.launch_runs import CLASSES, TINY
@@ -31,7 +31,7 @@ def parsed(folder: Path, *flags: str) -> tuple[RunArguments, RunTrainingArgument
     ("size", "micro", "processes", "steps"), [(65536, 64, 8, 128), (32768, 32, 64, 16), (8, 8, 1, 1), (12, 2, 3, 2)]
 )
 def test_accumulation_follows(size: int, micro: int, processes: int, steps: int) -> None:
-    assert accumulation_steps(size, micro, processes) == steps
+    assert _accumulation_steps(size, micro, processes) == steps
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_accumulation_follows(size: int, micro: int, processes: int, steps: int)
 )  # fmt: skip
 def test_a_batch_that_cannot_be_made_says_what_can(size: int, micro: int, processes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        accumulation_steps(size, micro, processes)
+        _accumulation_steps(size, micro, processes)
 
 
 def test_arguments(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_soo.bench.report import COLUMNS, line, table
+from hf_soo.bench.report import COLUMNS, _table, line
 from hf_soo.cli import report_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def test_variants_of_a_method_are_told_apart() -> None:
 def test_rows_are_as_wide_as_the_head() -> None:
     reference = {"adamw_foreach_seconds": 0.2, "adamw_fused_ratio": 0.5}
     results = {"preset": "tiny", "parameters": 1, "device": "cpu", "reference": reference, "rows": [ROW]}
-    *_, head, rule, row = table(results).splitlines()
+    *_, head, rule, row = _table(results).splitlines()
     assert head.count("|") == rule.count("|") == row.count("|") == len(COLUMNS) + 2
 
 

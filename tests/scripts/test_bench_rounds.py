@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_soo.bench.rounds import Round, ratios
+from hf_soo.bench.rounds import _Round, ratios
 from hf_soo.bench.step_kinds import Kind, StepKinds, step_kinds_of
 from hf_soo.engine.preconditioner import Identity
 
@@ -66,9 +66,9 @@ def test_the_cycle_is_the_smallest_period(
 def test_ratios_average_over_a_cycle() -> None:
     step_kinds = StepKinds((UPDATE, PLAIN, PLAIN, PLAIN, PLAIN))
     rounds = [
-        Round(2.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=12.0, idle=11.0),
-        Round(1.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=14.0, idle=10.0),
-        Round(4.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=13.0, idle=10.0),
+        _Round(2.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=12.0, idle=11.0),
+        _Round(1.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=14.0, idle=10.0),
+        _Round(4.0, 10.0, {UPDATE: 6.0, PLAIN: 1.0}, capturing=13.0, idle=10.0),
     ]
     row = ratios(rounds, step_kinds)  # an amortised step is (6 + 4 · 1) / 5 = 2
     assert [row[f"step_ratio{end}"] for end in ("", "_min", "_max")] == [1.0, 0.5, 2.0]
@@ -76,9 +76,9 @@ def test_ratios_average_over_a_cycle() -> None:
     first, second, third = (12 + 44) / 5 + 2, (14 + 40) / 5 + 2, (13 + 40) / 5 + 2
     assert row["train_step_ratio"] == pytest.approx(sorted([first / 12, second / 11, third / 14])[1], rel=1e-15)
     assert [row[key] for key in ("refresh_step_ratio", "bare_products_ratio", "step_to_bare_ratio")] == [None] * 3
-    every_step = ratios([Round(2.0, 10.0, {UPDATE: 3.0}, capturing=11.0)], StepKinds((UPDATE,)))
+    every_step = ratios([_Round(2.0, 10.0, {UPDATE: 3.0}, capturing=11.0)], StepKinds((UPDATE,)))
     assert [every_step[key] for key in ("step_ratio", "plain_step_ratio", "train_step_ratio")] == [1.5, None, 14 / 12]
-    alone = ratios([Round(2.0, 10.0, {PLAIN: 1.0})], StepKinds((PLAIN,)))
+    alone = ratios([_Round(2.0, 10.0, {PLAIN: 1.0})], StepKinds((PLAIN,)))
     assert [alone[key] for key in ("step_ratio", "capture_ratio", "train_step_ratio")] == [0.5, None, 11 / 12]
 
 
@@ -87,7 +87,7 @@ def test_refreshes_and_bare_products_are_amortised_over_the_same_cycle() -> None
     step_kinds = StepKinds((BOTH, *[PLAIN] * 3, UPDATE, REFRESH, *[PLAIN] * 3, UPDATE))
     seconds = {BOTH: 50.0, REFRESH: 40.0, UPDATE: 4.0, PLAIN: 2.0}
     row = ratios(
-        [Round(10.0, 100.0, seconds, 130.0, 110.0, {"every": 1.0, "update": 2.0, "refresh": 12.0})], step_kinds
+        [_Round(10.0, 100.0, seconds, 130.0, 110.0, {"every": 1.0, "update": 2.0, "refresh": 12.0})], step_kinds
     )
     assert row["step_ratio"] == (50 + 40 + 2 * 4 + 6 * 2) / 10 / 10
     assert [row[f"{kind}_step_ratio"] for kind in ("plain", "update", "refresh")] == [0.2, 0.4, 4.5]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_soo.bench.command import Pair, adamw, parse_pairs, peak_memory, peak_memory_apart, run, state_bytes
+from hf_soo.bench.command import Pair, _adamw, _peak_memory, _peak_memory_apart, _run, _state_bytes, parse_pairs
 from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.bench.workload import BenchConfig, Workload
@@ -101,7 +101,7 @@ def test_update_steps_update_and_plain_steps_do_not(period: int | None, kinds: l
     optimizer = pair.build(work.model)
     stepper, seen = Stepper(work, optimizer), watch(work, optimizer)
     for _ in range(2):
-        times = stepper.round(adamw(work.twin, foreach=True), 3)
+        times = stepper.round(_adamw(work.twin, foreach=True), 3)
     assert [each.kind for each in seen] == kinds * 2
     assert all(each.kind.updates == (period is not None and each.steps % period == 0) for each in seen)
     assert all(each.same_gradients and each.rows == (2 * 16 if each.kind.updates else 0) for each in seen)
@@ -121,7 +121,7 @@ def test_a_refresh_is_taken_once_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     stepper, seen, parts = Stepper(work, optimizer), watch(work, optimizer), []
     run_part = stepper.minimal.run
     monkeypatch.setattr(stepper.minimal, "run", lambda part: (parts.append(part), run_part(part)))
-    times = stepper.round(adamw(work.twin, foreach=True), 3)
+    times = stepper.round(_adamw(work.twin, foreach=True), 3)
     assert [each.kind for each in seen] == [BOTH, UPDATE, PLAIN, UPDATE, PLAIN, UPDATE, PLAIN]
     assert parts == ["every", "update", "refresh", "every", "update", "every", "update"]
     assert set(times.minimal) == {"every", "update", "refresh"}
@@ -138,7 +138,7 @@ def test_mkor_h_stays_mkor_in_a_benchmark() -> None:
     work = Workload(tiny())
     eager = (("patience", 1), ("min_steps", 0), ("update_period", 1), ("rate_fraction", 1e6))
     optimizer = Pair("mkor_h", "lamb", eager).build(work.model)
-    stepper, reference = Stepper(work, optimizer), adamw(work.twin, foreach=True)
+    stepper, reference = Stepper(work, optimizer), _adamw(work.twin, foreach=True)
     for _ in range(3):
         stepper.round(reference, 3)
     assert not optimizer.switched and optimizer.stages.states
@@ -161,7 +161,7 @@ def test_state_bytes_counts_the_bases_state() -> None:
     optimizer = Pair("lamb").build(work.model)
     work.forward_backward(work.model)
     optimizer.step()
-    assert state_bytes(optimizer) == 8 * sum(p.numel() for p in work.parameters) + 4 * len(work.parameters)
+    assert _state_bytes(optimizer) == 8 * sum(p.numel() for p in work.parameters) + 4 * len(work.parameters)
 
 
 def test_peak_memory_holds_parameters_gradients_and_state() -> None:
@@ -169,10 +169,10 @@ def test_peak_memory_holds_parameters_gradients_and_state() -> None:
     config = tiny(preset="mini")
     work = Workload(config)
     floor = 16 * sum(p.numel() for p in work.parameters)
-    assert floor < peak_memory(config, None) < 4 * floor
-    apart = peak_memory_apart(tiny(preset="mini", memory=True), Pair("sgd"))
+    assert floor < _peak_memory(config, None) < 4 * floor
+    apart = _peak_memory_apart(tiny(preset="mini", memory=True), Pair("sgd"))
     assert apart is not None and 0.75 * floor < apart < 4 * floor
-    assert peak_memory_apart(config, None) is None
+    assert _peak_memory_apart(config, None) is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_bad_values_are_named(bad: dict[str, Any], match: str, monkeypatch: pyte
 
 def test_a_bad_setting_shows_before_anything_is_timed() -> None:
     with pytest.raises(ValueError, match="histroy"):
-        run(tiny(optim="lamb,mkor:histroy=4"), lambda results: pytest.fail("something was measured first"))
+        _run(tiny(optim="lamb,mkor:histroy=4"), lambda results: pytest.fail("something was measured first"))
 
 
 def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:

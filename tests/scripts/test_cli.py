@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_soo
 from hf_soo import cli
-from hf_soo.bench.command import state_bytes
+from hf_soo.bench.command import _state_bytes
 from hf_soo.engine.capture import GradientRecorder
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.sums import SumRecorder
@@ -47,7 +47,7 @@ def test_the_memory_listed_is_what_an_optimizer_holds(name: str, capsys: pytest.
     optimizer = hf_soo.build_optimizer(name, model, lr=1e-3, weight_decay=0.01)
     model(torch.randn(2, 1024)).square().sum().backward()
     optimizer.step()
-    held = state_bytes(optimizer) / sum(p.numel() for p in model.parameters())
+    held = _state_bytes(optimizer) / sum(p.numel() for p in model.parameters())
     (row,) = (row for row in listed(capsys) if row["name"] == name)
     assert float(row["state B/param"]) == pytest.approx(held, abs=0.051)  # printed with one decimal
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining
 
 from hf_soo.engine.gradients import Joint, run_whole
-from hf_soo.plan.cost import PROFILES, Profile, predict, seconds_of, work
-from hf_soo.plan.memory import activations, factors, memory
+from hf_soo.plan.cost import PROFILES, Profile, _seconds_of, predict, work
+from hf_soo.plan.memory import _activations, factors, memory
 from hf_soo.plan.messages import Message, messages, sent
 from hf_soo.plan.method_on_model import MethodOnModel, asked_methods
 from hf_soo.plan.model_shape import BERTS, ModelShape, build_model
@@ -262,9 +262,9 @@ def test_activations_are_near_what_a_pass_keeps(checkpointing: bool) -> None:
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         saved = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
         shape = dataclasses.replace(ModelShape.of(model), vocabulary=0)
-    estimate = activations(shape, layout)
+    estimate = _activations(shape, layout)
     if checkpointing:  # the block that runs again is not yet there
-        estimate -= activations(dataclasses.replace(shape, blocks=shape.blocks[:1]), layout) - 4 * 4 * 512 * 1024
+        estimate -= _activations(dataclasses.replace(shape, blocks=shape.blocks[:1]), layout) - 4 * 4 * 512 * 1024
     assert estimate == pytest.approx(saved, rel=0.15)
 
 
@@ -286,7 +286,7 @@ HARDWARE = Profile("by hand", "a test", 200.0, 100.0, 10.0, 50.0, 4, 8.0, 2.0, 0
     ],
 )
 def test_messages_take_the_time_of_a_ring(message: Message, seconds: float) -> None:
-    assert seconds_of(message, HARDWARE, 64) == pytest.approx(seconds, rel=1e-12)
+    assert _seconds_of(message, HARDWARE, 64) == pytest.approx(seconds, rel=1e-12)
 
 
 def test_the_prediction_adds_its_parts(mini: nn.Module) -> None:
@@ -297,8 +297,8 @@ def test_the_prediction_adds_its_parts(mini: nn.Module) -> None:
     assert parts["passes"] == amount.passes / 100
     assert parts["inverse"] == amount.inverse / 10
     assert parts["base"] == amount.base / 100 + amount.traffic / 50
-    refresh = sum(seconds_of(m, HARDWARE, 64) for m in found if m.when == "refresh")  # every tenth step
-    always = sum(seconds_of(m, HARDWARE, 64) for m in found if m.when != "refresh")
+    refresh = sum(_seconds_of(m, HARDWARE, 64) for m in found if m.when == "refresh")  # every tenth step
+    always = sum(_seconds_of(m, HARDWARE, 64) for m in found if m.when != "refresh")
     assert parts["communication"] == pytest.approx(always + refresh / 10, rel=1e-12)
     assert parts["step"] == pytest.approx(sum(v for k, v in parts.items() if k != "step"), rel=1e-12)
     half = dataclasses.replace(layout, bf16=True)

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_soo import cli
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.engine.selection import select_layers
-from hf_soo.plan.command import compared, dry_run
-from hf_soo.plan.dry_run import MessageCounter, fake_ranks, run_passes, wrap
+from hf_soo.plan.command import _compared, _dry_run
+from hf_soo.plan.dry_run import _fake_ranks, _MessageCounter, _run_passes, _wrap
 from hf_soo.plan.messages import messages, sent
 from hf_soo.plan.method_on_model import asked_methods
 from hf_soo.plan.model_shape import ModelShape, build_model
@@ -36,7 +36,7 @@ def models() -> dict[str, nn.Module]:
 def counted(models: dict[str, nn.Module], model: str, **flags: Any) -> dict[str, Any]:
     config = PlanConfig(model=model, gpus=64, batch=64, seq=128, beside="", **flags)
     method, *_ = asked_methods(config, models[model])
-    return dry_run(method, ModelShape.of(models[model]), Layout.of(config), model)
+    return _dry_run(method, ModelShape.of(models[model]), Layout.of(config), model)
 
 
 CASES = [  # bases with one kernel for all tensors, but for LAMB alone: its step is many operations, each a fake one
@@ -141,14 +141,14 @@ def test_fsdp2_gathers_and_scatters_what_is_planned(
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     layout, shape = Layout.of(config), ModelShape.of(models[TINY])
-    with fake_ranks(64, 0):
+    with _fake_ranks(64, 0):
         mesh = init_device_mesh("cpu", (64,))
-        counter = MessageCounter()
+        counter = _MessageCounter()
         with FakeTensorMode(), counter:
             bare = build_model(TINY, 128)
             if gradient_checkpointing:
                 bare.gradient_checkpointing_enable()
-            run_passes(wrap(bare, layout, mesh), layout)
+            _run_passes(_wrap(bare, layout, mesh), layout)
     method, *_ = asked_methods(config, models[TINY])
     planned = sent(messages(method, shape, layout), Kind(False, False))
     assert {k: b for k, b in planned.items() if b} == counter.take()
@@ -160,7 +160,7 @@ def test_bytes_of_half_precision_and_of_micro_batches(models: dict[str, nn.Modul
     method, *_ = asked_methods(config, models[TINY])
     layout, shape = Layout.of(config), ModelShape.of(models[TINY])
     assert layout.accumulation == 4
-    dry = dry_run(method, shape, layout, TINY)
+    dry = _dry_run(method, shape, layout, TINY)
     assert dry["largest_difference"] < 1e-4
     (row,) = (row for row in dry["steps"][0]["bytes"] if row["kind"] == "gradients")
     assert row["counted"] == 4 * shape.count
@@ -173,8 +173,8 @@ def test_bytes_of_half_precision_and_of_micro_batches(models: dict[str, nn.Modul
 @pytest.mark.filterwarnings("ignore:`torch.distributed._functional_collectives:FutureWarning")
 def test_every_form_of_a_collective_is_counted_whole() -> None:
     """DTensor's functional forms have no result yet when they are seen; what is not known is no silent zero."""
-    with fake_ranks(4, 1):
-        counter = MessageCounter()
+    with _fake_ranks(4, 1):
+        counter = _MessageCounter()
         with FakeTensorMode(), counter:
             tensor = torch.zeros(10)
             with counter.labelled("gathered"):
@@ -191,7 +191,7 @@ def test_every_form_of_a_collective_is_counted_whole() -> None:
 
 
 def test_differences_are_seen() -> None:
-    rows = compared({"gradients": 100, "unplanned": 7}, {"gradients": 90, "inverses": 0, "shards": 5})
+    rows = _compared({"gradients": 100, "unplanned": 7}, {"gradients": 90, "inverses": 0, "shards": 5})
     assert [(r["kind"], r["difference"]) for r in rows] == [("gradients", 0.1), ("shards", 1.0), ("unplanned", 1.0)]
 
 

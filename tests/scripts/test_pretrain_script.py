@@ -20,7 +20,7 @@ from hf_soo.bert.task import _PretrainingTrainer
 from hf_soo.runs import arguments
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.script import check
-from hf_soo.runs.training import Job, weights_hash
+from hf_soo.runs.training import Job, _weights_hash
 from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import check_error, load_script, only_run, prepare_corpus
 
@@ -292,16 +292,16 @@ def test_model_flags(prepared: Path, tmp_path: Path) -> None:
     assert (shape, bert.config.intermediate_size, bert.config.hidden_dropout_prob) == ((128, 2, 2), 48, 0.1)
     assert bert.config.vocab_size == loaded.ids.size and bert.config._attn_implementation == "eager"
     assert (
-        weights_hash(bert)
-        == weights_hash(make_model(model, loaded, seed=0))
-        != weights_hash(make_model(model, loaded, seed=1))
+        _weights_hash(bert)
+        == _weights_hash(make_model(model, loaded, seed=0))
+        != _weights_hash(make_model(model, loaded, seed=1))
     )
 
     bert.bfloat16().save_pretrained(tmp_path / "phase1")
     model, *_ = parse(*common, "--model_name_or_path", str(tmp_path / "phase1"), "--dropout", "0.2")
     started = make_model(model, loaded, seed=1)
     assert {parameter.dtype for parameter in started.parameters()} == {torch.float32}
-    assert weights_hash(started) == weights_hash(bert.float())
+    assert _weights_hash(started) == _weights_hash(bert.float())
     assert started.config.hidden_dropout_prob == 0.2
     bert.bfloat16().save_pretrained(tmp_path / "phase1")  # as under DeepSpeed: it goes on with weights in fp32
     assert {parameter.dtype for parameter in make_model(model, loaded, seed=1).parameters()} == {torch.float32}

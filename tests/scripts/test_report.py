@@ -61,9 +61,9 @@ def test_metrics_are_columns_and_a_run_without_one_has_an_empty_cell() -> None:
 def test_only_learning_rates_are_searched_over() -> None:
     other = run("mkor", "lamb", 0.02, [10.0, 7.0, 5.0], config={"optim_args": {"update_period": 5}})
     decayed = run("lamb", "lamb", 0.01, [10.0, 8.0, 7.2], config={"weight_decay": 0.1})
-    found = report.methods([*runs(), other, decayed])
+    found = report._methods([*runs(), other, decayed])
     labels = ["mkor over lamb (update_period=5)", "mkor over lamb", "lamb", "lamb", "muon"]
-    assert [report.label(method[0]) for method in found] == labels
+    assert [report._label(method[0]) for method in found] == labels
     assert [len(method) for method in found] == [1, 3, 1, 1, 1]
 
 

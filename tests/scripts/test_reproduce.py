@@ -15,7 +15,7 @@ from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.cli import report_of
 from hf_soo.glue import sweep as glue_runs
 from hf_soo.reproduce import table as reproduce_table
-from hf_soo.reproduce.command import ReproduceArguments, main, stages
+from hf_soo.reproduce.command import ReproduceArguments, _stages, main
 from hf_soo.runs import arguments
 from hf_soo.runs.pretrained import PretrainedArguments
 from hf_soo.runs.record import RunRecord
@@ -50,14 +50,14 @@ def local(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("scale", ["mini", "small", "base", "large"])
 def test_every_command_is_understood(scale: Any, local: dict[str, str]) -> None:
     of = ReproduceArguments(scale=scale, output="out/here", seeds=[0, 1], **local)  # type: ignore[arg-type]
-    for stage in stages(of):
+    for stage in _stages(of):
         command, *flags = stage.whole[stage.whole.index("hf_soo.cli") + 1 :]
         *_, last = arguments.parse(FLAGS[command], [*flags, *(["--use_cpu", "true"] if "--config" in flags else [])])
         assert Path(getattr(last, "output_dir", None) or last.output).parts[:2] == ("out", "here")
 
 
 def test_the_stages_follow_from_each_other(local: dict[str, str]) -> None:
-    found = {stage.name: stage for stage in stages(ReproduceArguments(optimizers=["lamb", "mkor"], **local))}  # type: ignore[arg-type]
+    found = {stage.name: stage for stage in _stages(ReproduceArguments(optimizers=["lamb", "mkor"], **local))}  # type: ignore[arg-type]
     assert list(found) == [
         "prepare_phase1", "prepare_phase2", "phase1", "phase2_lamb", "phase2_mkor",
         "squad_lamb", "glue_lamb", "squad_mkor", "glue_mkor",
@@ -71,7 +71,7 @@ def test_the_stages_follow_from_each_other(local: dict[str, str]) -> None:
 
 
 def test_from_the_hub_without_local_files() -> None:
-    commands = {stage.name: shlex.join(stage.command) for stage in stages(ReproduceArguments(optimizers=["lamb"]))}
+    commands = {stage.name: shlex.join(stage.command) for stage in _stages(ReproduceArguments(optimizers=["lamb"]))}
     assert "--source wikimedia/wikipedia:20231101.en" in commands["prepare_phase1"]
     assert "--vocab" not in commands["prepare_phase1"]
     assert "--vocab out/reproduce_mini/data/phase1/vocab.txt" in commands["prepare_phase2"]

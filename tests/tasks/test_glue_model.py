@@ -28,7 +28,7 @@ from hf_soo.glue.model import GlueModelArguments, find_classifier, make_classifi
 from hf_soo.glue.task import GlueFineTuning, _numbers
 from hf_soo.glue.tasks import TASKS
 from hf_soo.runs.finetuning import best_class
-from hf_soo.runs.pretrained import Pretrained, check_tokenizer
+from hf_soo.runs.pretrained import Pretrained, _check_tokenizer
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from tests.tasks.glue_cases import make_model, write_archive
 
@@ -103,10 +103,10 @@ def test_models_that_return_more_than_logits() -> None:
 def test_tokenizers_of_other_kinds_of_model() -> None:
     """Rounded up is fine; an empty one, which transformers makes where it finds no files, is not."""
     config = DebertaV2Config(vocab_size=128100)
-    check_tokenizer(config, 128001, "x")
+    _check_tokenizer(config, 128001, "x")
     for size in (5, 128101):
         with pytest.raises(ValueError, match=f"The tokenizer of 'x' does not fit the model: the vocabulary has {size}"):
-            check_tokenizer(config, size, "x")
+            _check_tokenizer(config, size, "x")
 
 
 def test_padding(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_soo.runs.training import weights_hash
+from hf_soo.runs.training import _weights_hash
 from hf_soo.vision.data import ImageCollator, ImageData, ImageDataConfig, _stratified_split
 from hf_soo.vision.images import Pixels, fit
 from hf_soo.vision.models import ImageModelConfig, make_image_model
@@ -283,8 +283,8 @@ def test_default_models() -> None:
     )
     for model, shape in ((vit, (2, 1, 8, 8)), (resnet, (2, 3, 32, 32))):
         assert model(pixel_values=torch.zeros(shape)).logits.shape == (2, 3)
-    assert weights_hash(vit) == weights_hash(make_image_model(ImageModelConfig(), tiny_data(), seed=0))
-    assert weights_hash(vit) != weights_hash(make_image_model(ImageModelConfig(), tiny_data(), seed=1))
+    assert _weights_hash(vit) == _weights_hash(make_image_model(ImageModelConfig(), tiny_data(), seed=0))
+    assert _weights_hash(vit) != _weights_hash(make_image_model(ImageModelConfig(), tiny_data(), seed=1))
 
 
 def test_model_settings_reach_the_model() -> None:
