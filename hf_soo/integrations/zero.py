@@ -47,7 +47,7 @@ class ZeroFragments(Fragments):
         self._fragments: dict[int, list[Fragment]] = {}
         for number, (parameter, span) in enumerate(zip(self.parameters, mine, strict=True)):
             if span.length:
-                flat, start = self.place(parameter)
+                flat, start = self.flat_of(parameter)
                 self._fragments.setdefault(id(flat), []).append(Fragment(number, start, span.length))
         for fragments in self._fragments.values():
             fragments.sort(key=lambda fragment: fragment.start)
@@ -75,7 +75,7 @@ class ZeroFragments(Fragments):
         """This rank's piece of a parameter."""
 
     @abstractmethod
-    def place(self, parameter: Tensor) -> tuple[Tensor, int]:
+    def flat_of(self, parameter: Tensor) -> tuple[Tensor, int]:
         """The flat tensor that the base steps on, and the first element of this rank's piece (0: there is none)."""
 
     # ---- norms of whole parameters -----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class ZeroFragments(Fragments):
         """The pieces of each parameter's state from all ranks; what has not the flat tensor's shape as it is."""
         for name in (name for mine in names for name in mine):
             parameter = self.named[name]
-            flat, start = self.place(parameter)
+            flat, start = self.flat_of(parameter)
             length, entry = self.own_span(parameter).length, {}
             for key, value in base.state.get(flat, {}).items():
                 if isinstance(value, Tensor) and value.shape == flat.shape:
@@ -129,7 +129,7 @@ class ZeroFragments(Fragments):
         """This rank's pieces, into the flat tensors; "step" holds for all of them."""
         for name in (name for mine in names for name in mine):
             parameter = self.named[name]
-            flat, start = self.place(parameter)
+            flat, start = self.flat_of(parameter)
             mine, state = self.own_span(parameter), base.state[flat]
             for key, value in saved[name].items():
                 if isinstance(value, Tensor) and key != "step" and tuple(value.shape) == full_shape(parameter):
@@ -167,7 +167,7 @@ class _FlatFragments(ZeroFragments):
             return grad
         return grad.view(-1)[span.start : span.start + span.length]  # BF16_Optimizer keeps all of it on each rank
 
-    def place(self, parameter: Any) -> tuple[Tensor, int]:
+    def flat_of(self, parameter: Any) -> tuple[Tensor, int]:
         """In the partition of its group."""
         mapping = parameter._hp_mapping
         (flat,) = self.zero.optimizer.param_groups[self._group[id(parameter)]]["params"]
@@ -201,7 +201,7 @@ class _ScatteredFragments(ZeroFragments):
         buffer: Tensor = self.zero.averaged_gradients[i][j]
         return buffer.view(-1)[: self.own_span(parameter).length]
 
-    def place(self, parameter: Tensor) -> tuple[Tensor, int]:
+    def flat_of(self, parameter: Tensor) -> tuple[Tensor, int]:
         """In its sub-group."""
         i, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return self.zero.fp32_partitioned_groups_flat[i], int(offset)
