@@ -11,11 +11,8 @@ from torch import nn
 import hf_soo
 from hf_soo.engine.selection import select_all_parameters, select_layers
 from hf_soo.registry import METHODS
-from tests.methods.toy import batches, build, every_case, second_order, tolerance, toy, train, weights
+from tests.methods.toy import MATRICES_ONLY, batches, build, every_case, second_order, tolerance, toy, train, weights
 from tests.oracles.core import assert_close_report
-
-MATRICES_ONLY = {"shampoo", "eva_s"}
-"""Methods that leave biases and norms to the base: they have fewer than two axes."""
 
 
 @second_order

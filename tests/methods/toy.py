@@ -240,6 +240,8 @@ OTHER_VALUES["shampoo"] = {
     "max_dim": (5, {}),
 }
 
+# Methods that leave biases and norms to the base: they have fewer than two axes.
+MATRICES_ONLY = {"shampoo", "eva_s"}
 
 ROUNDING = {
     "mkor+muon": 2e-3,  # torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9)

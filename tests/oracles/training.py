@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -259,8 +259,16 @@ class MuonAndRest:
             rule.step([p for p, _ in chosen], [g for _, g in chosen], rate)
 
 
+class Method(Protocol):
+    """What `simulate` asks of a method."""
+
+    def transform(self, layers: list[tuple[Array, Array]], lr: float) -> list[Array]:
+        """P of each layer, of the rows `a` [N, m(+1)] that went in and `e` [N, n]; G is `e.T @ a`."""
+        ...
+
+
 def simulate(
-    mlp: Mlp, batches: Sequence[tuple[Array, Array]], method: Mkor | Eva | None, base: Any, lrs: Sequence[float]
+    mlp: Mlp, batches: Sequence[tuple[Array, Array]], method: Method | None, base: Any, lrs: Sequence[float]
 ) -> list[float]:
     """Train `mlp` in place, one step per batch; returns the losses before each step."""
     losses = []

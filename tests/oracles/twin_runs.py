@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from tests.oracles.core import Array, assert_close_report
-from tests.oracles.training import Eva, Mkor, Mlp, simulate
+from tests.oracles.training import Method, Mlp, simulate
 
 Batches = list[tuple[Array, Array]]
 
@@ -64,7 +64,7 @@ def run_library(
 
 def assert_same_run(
     make: Callable[[nn.Module], PreconditionedOptimizer],
-    method: Mkor | Eva | None,
+    method: Method | None,
     base: Any,
     *,
     steps: int = 10,
