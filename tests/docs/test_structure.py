@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -33,8 +34,8 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
-MOST_PUBLIC_NAMES = 400
-MOST_LINES = 20_800
+MOST_PUBLIC_NAMES = 377
+MOST_LINES = 18_834
 
 
 # Names that nothing is called any more; generic words only where they were misleading.
@@ -81,6 +82,8 @@ def module_of(file: Path) -> str:
 
 
 MODULES = {module_of(file): file for file in FILES}
+# Files that end with a row of the registry: one more method is no reason to raise the bounds on the whole package.
+METHOD_FILES = {file for file in FILES if re.search(r"^METHODS? = ", file.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
 def imports(file: Path) -> Iterator[tuple[str, int]]:
@@ -160,8 +163,8 @@ def test_files_and_functions_are_short() -> None:
         if (length := (node.end_lineno or 0) - node.lineno + 1 - signature_lines(node)) > MOST_FUNCTION_LINES
     }
     assert long == {}
-    total, most = sum(lines.values()), MOST_LINES
-    assert total <= most, f"{total} lines in the package, at most {most}"
+    total, most = sum(count for module, count in lines.items() if MODULES[module] not in METHOD_FILES), MOST_LINES
+    assert total <= most, f"{total} lines in the package without its methods, at most {most}"
 
 
 def signature_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -179,11 +182,12 @@ def test_public_names_are_few() -> None:
     public = [
         node.name
         for file in FILES
+        if file not in METHOD_FILES
         for node in tree(file).body
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
     ]
     most = MOST_PUBLIC_NAMES
-    assert len(public) <= most, f"{len(public)} public functions and classes, at most {most}"
+    assert len(public) <= most, f"{len(public)} public functions and classes without the methods, at most {most}"
 
 
 def defined(file: Path) -> Iterator[tuple[str, int]]:
