@@ -263,8 +263,14 @@ def test_interrupted_run_leaves_nothing(text: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("no_ignored_signals")
 def test_ctrl_c_stops_the_script_and_its_workers(text: str, tmp_path: Path) -> None:
     big = tmp_path / "big.txt"
-    big.write_text((Path(text).read_text() + "\n\n") * 100, encoding="utf-8")
-    flags = ["--source", str(big), "--output", str(tmp_path / "out"), "--vocab_size", "300"]
+    big.write_text(
+        (Path(text).read_text() + "\n\n") * 300, encoding="utf-8"
+    )  # on a busy machine too it is not done yet
+    vocabulary = tmp_path / "letters.txt"
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    flags = ["--source", str(big), "--output", str(tmp_path / "out"), "--vocab", str(vocabulary)]
     flags += ["--num_proc", "2", "--keep_duplicates"]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags],
@@ -281,7 +287,7 @@ def test_ctrl_c_stops_the_script_and_its_workers(text: str, tmp_path: Path) -> N
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "error: interrupted; nothing was kept" and "Traceback" not in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.txt", "text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.txt", "letters.txt", "text.txt"]
 
 
 def test_killed_worker_is_a_clear_error() -> None:
