@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import numpy as np
@@ -177,7 +178,7 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], n
     pending: deque[Future[_Result]] = deque()
     try:
         for item in items:
-            with _interrupts_ignored():  # processes start here, on demand
+            with _interrupts_held():  # processes start here, on demand
                 pending.append(pool.submit(function, item))
             if len(pending) >= 2 * num_proc:
                 yield pending.popleft().result()
@@ -206,13 +207,14 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C does nothing here, nor in processes started here, ever: it is the parent that stops them."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
+def _interrupts_held() -> Iterator[None]:
+    """A Ctrl-C waits until this is over, and processes started here never see one: it is the parent that stops them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # starting it later would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
