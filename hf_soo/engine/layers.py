@@ -61,14 +61,19 @@ class Layer(ABC):
         """The bias if it was trained at construction, else None: a frozen bias is no column of the gradient."""
         return self.module.bias if self.trains_bias else None  # type: ignore[return-value]
 
-    def gradients(self) -> tuple[Tensor, Tensor | None] | None:
-        """The weight's whole gradient as ``shape`` and the bias's, in the accumulation dtype; None if one is missing.
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the weight has a gradient, and the bias if it is trained."""
+        bias = self.bias
+        return self.weight.grad is not None and (bias is None or bias.grad is not None)
+
+    def gradients(self) -> tuple[Tensor, Tensor | None]:
+        """The weight's whole gradient as ``shape`` and the bias's, in the accumulation dtype, where ``has_gradients``.
 
         Views where dtype and strides allow.
         """
         weight, bias = self.weight.grad, self.bias
-        if weight is None or (bias is not None and bias.grad is None):
-            return None
+        assert weight is not None
         matrix = self.as_matrix(weight).to(accumulation_dtype(weight.dtype))
         return matrix, None if bias is None else bias.grad.to(accumulation_dtype(bias.dtype))  # type: ignore[union-attr]
 

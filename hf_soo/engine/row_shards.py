@@ -45,7 +45,7 @@ class RowShards(Fragments):
 
     def has(self, layer: Layer) -> bool:
         """See ``Strategy``; the same on every rank of FSDP2."""
-        return layer.weight.grad is not None and (layer.bias is None or layer.bias.grad is not None)
+        return layer.has_gradients
 
     def spans(self, parameter: Tensor) -> list[Span]:
         """As ``torch.chunk`` cuts the first dimension."""
@@ -144,7 +144,7 @@ def _alike(group: dict[str, Any]) -> list[Job]:
         if param.grad is None:
             continue
         if param.grad.is_sparse:
-            raise ValueError("LAMB: a sparse gradient is not supported; build the embedding with sparse=False")
+            raise ValueError("LAMB: a sparse gradient is not supported; build the embedding with sparse=False.")
         ranks = _ranks_of_rows(param) if is_dtensor(param) else None
         gathered.setdefault((param.device, param.dtype, ranks), Job(group, [], ranks)).params.append(param)
     return list(gathered.values())

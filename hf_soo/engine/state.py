@@ -93,8 +93,9 @@ class Identity:
         if saved is None:
             raise ValueError(
                 f"this checkpoint has no state of {self.name!r}: another optimizer wrote it, or a tool that keeps the "
-                "base's state alone (torch.distributed.checkpoint, accelerate's save_state under FSDP2; see README, "
-                "'A plain loop'); resume with that optimizer, or start a new run from the model's weights alone."
+                "base's state alone (torch.distributed.checkpoint, accelerate's save_state under FSDP2; see "
+                "docs/quickstart.md, 'FSDP2'); resume with that optimizer, or start a new run from the model's weights "
+                "alone."
             )
         for what, key, mine in (("optimizer", "optimizer", self.name), ("base optimizer", "base", self.base)):
             if saved[key] != mine:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_soo.engine import dtensors
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed
 from hf_soo.engine.layers import Layer
 
 Entry = dict[str, Any]
@@ -178,7 +178,7 @@ class WholeTensors(Strategy):
 
     def has(self, layer: Layer) -> bool:
         """See ``Strategy``."""
-        return layer.gradients() is not None
+        return layer.has_gradients
 
     def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
         """One by one: in cache."""
@@ -186,7 +186,7 @@ class WholeTensors(Strategy):
 
     def read(self, groups: Groups) -> list[Joint]:
         """See ``Strategy``."""
-        pairs = [[pair for layer in group if (pair := layer.gradients()) is not None] for group in groups]
+        pairs = [[layer.gradients() for layer in group] for group in groups]
         return [Joint.of([weight for weight, _ in group], [bias for _, bias in group]) for group in pairs]
 
     def write(self, group: list[Layer], grad: Joint) -> None:
@@ -199,7 +199,7 @@ class WholeTensors(Strategy):
 
     def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
         """See ``Strategy``."""
-        return [pair[1] for layer in layers if (pair := layer.gradients()) is not None and pair[1] is not None]
+        return [computed(layer.bias.grad) for layer in layers if layer.bias is not None and layer.bias.grad is not None]
 
 
 def _named(base: Optimizer, names: Names) -> dict[str, Tensor]:

@@ -124,3 +124,15 @@ def test_the_rank_one_family_makes_no_copy_of_a_gradient(name: str, allowed: int
                 optimizer.stages.refresh()
             optimizer.stages.transform({})
         assert (made.largest >= 200 * 300) == bool(allowed), made.largest
+
+
+@pytest.mark.parametrize("name", ["mkor", "kfac_expand"])
+def test_a_half_precision_gradient_is_widened_once_a_step(name: str) -> None:
+    """Asking whether there is a gradient makes no copy of it: in bf16 each look at it in fp32 is one."""
+    model = nn.Linear(300, 200, dtype=torch.bfloat16)
+    optimizer = build(name, model)
+    model(torch.randn(16, 300, dtype=torch.bfloat16)).square().mean().backward()
+    with Allocations() as made:
+        assert optimizer.stages.strategy.has(optimizer.layers[0])
+        (bias,) = optimizer.stages.strategy.biases(optimizer.layers)
+    assert bias.dtype == torch.float32 and made.largest < 200 * 300
