@@ -43,10 +43,6 @@ class RowShards(Fragments):
         super().__init__(comm, groups.pop())
         self._spans: dict[tuple[int, ...], list[Span]] = {}
 
-    def has(self, layer: Layer) -> bool:
-        """See ``Strategy``; the same on every rank of FSDP2."""
-        return layer.has_gradients
-
     def spans(self, parameter: Tensor) -> list[Span]:
         """As ``torch.chunk`` cuts the first dimension."""
         shape = full_shape(parameter)

@@ -75,9 +75,9 @@ class Strategy(ABC):
 
     # ---- gradients ---------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def has(self, layer: Layer) -> bool:
         """Whether this step produced a gradient for the layer's weight, and for its bias if it trains one."""
+        return layer.has_gradients
 
     def by_rows(self, layer: Layer) -> bool:
         """Whether ``read`` gives the rows of this rank alone."""
@@ -175,10 +175,6 @@ class WholeTensors(Strategy):
     """Gradients that are whole, ordinary tensors: one process, DistributedDataParallel, ZeRO-0."""
 
     layout = "whole"
-
-    def has(self, layer: Layer) -> bool:
-        """See ``Strategy``."""
-        return layer.has_gradients
 
     def batches(self, groups: Groups, joined: bool = False) -> list[Groups]:
         """One by one: in cache."""

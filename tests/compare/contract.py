@@ -15,41 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hf_soo
+from tests.methods.forms import FORMS, VOCABULARY, WIDTH, Toy
 
 STEPS = 12  # the default periods of 10, after 10 steps of warm-up, leave step 11 as a step without an update
 SAVED_AT = 7
 SIZES = (3, 3, 6)  # of a step's micro-batches
-VOCABULARY, WIDTH, LENGTH = 16, 8, 5
+LENGTH = 5
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 Weights = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, attention mask
-
-
-class Toy(nn.Module):
-    """Embedding; a layer used twice; one without bias; an in-place activation; unused, frozen and tied layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.twice = nn.Linear(WIDTH, WIDTH)
-        self.no_bias = nn.Linear(WIDTH, 12, bias=False)
-        self.norm = nn.LayerNorm(12)
-        self.hidden = nn.Linear(12, WIDTH)
-        self.frozen = nn.Linear(WIDTH, WIDTH)
-        self.frozen.requires_grad_(False)
-        self.unused = nn.Linear(WIDTH, 3)
-        self.decoder = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.decoder.weight = self.embedding.weight
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.decoder
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
-        x = self.norm(torch.relu_(self.no_bias(x)))
-        x = torch.relu_(self.hidden(x))
-        return self.decoder(x + self.frozen(x))
 
 
 class Images(nn.Module):
@@ -110,31 +84,6 @@ class Bert(nn.Module):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"toy": Toy, "conv": Images, "conv1d": Transposed, "bert": Bert}
-
-# Every name of the registry is a row too, with its defaults: see ``rows``.
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mkor-dense": ("mkor", {"representation": "dense"}),
-    "mkor-exact": ("mkor", {"representation": "dense", "update_rule": "exact"}),
-    "mkor-rank2": ("mkor", {"rank": 2}),
-    "mkor-sum": ("mkor", {"kv_scale": "sum"}),
-    "mkor+adamw": ("mkor", {"base": "adamw"}),
-    "mkor+muon": ("mkor", {"base": "muon"}),
-    "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
-    "eva-unit": ("eva", {"kv_scale": "unit"}),
-    "eva-unclipped": ("eva", {"kl_clip": None}),
-    "mkor_h-switching": ("mkor_h", {"rate_fraction": 100.0, "patience": 1, "min_steps": 3}),
-    "kfac-eigen": ("kfac_expand", {"inverse": "eigen"}),
-    "kfac-absolute": ("kfac_expand", {"damping_mode": "absolute", "damping": 3e-3, "rescale": "norm"}),
-    "kfac-published": ("kfac_expand", {"factor_scale": "published", "factor_start": "identity"}),
-    "foof-eigen": ("foof", {"inverse": "eigen", "rescale": "global"}),
-    "eva_s-separable": ("eva_s", {"form": "separable", "kv_scale": "sum"}),
-    "if_shampoo-blocks": ("if_shampoo", {"max_dim": 5, "vector_axes": "dense"}),
-    "if_shampoo-identity": ("if_shampoo", {"max_dim": 8, "large_axes": "identity"}),
-    "if_shampoo-prototype": ("if_shampoo", {"schedule": "prototype", "large_axes": "diagonal", "max_dim": 8}),
-    "shampoo-sum": ("shampoo", {"factor_decay": 1.0, "grafting": "none", "base": "sgd"}),
-    "shampoo-adam": ("shampoo", {"grafting": "adam", "max_dim": 5, "inverse_period": 3}),
-    "shampoo-orthogonal": ("shampoo", {"grafting": "muon", "base": "sgd", "trace_scaling": True}),
-}  # fmt: skip
 
 _MKOR: list[dict[str, Any]] = [
     {"update_period": 3, "warmup_updates": 2}, {"factor_decay": 0.5}, {"history": 3}, {"clip_value": 1e-3},
