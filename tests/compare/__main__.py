@@ -32,24 +32,30 @@ QUICK = (
     r"^equality/(single|FSDP2 x 2|ZeRO-[23] x 2)/(mkor|kfac_expand)/plain$",
 )  # fmt: skip
 UNREAD = {"training_args.bin", "zero_to_fp32.py", "zero_to_torch.py"}
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def checkout(version: str, folder: Path) -> None:
-    """Put the package of a commit, or of the working tree for ".", into a folder, and nothing else.
-
-    Args:
-        version: what git knows, or ".".
-        folder: where to.
+def refuse_uncommitted() -> None:
+    """Say that HEAD is not what lies in the package's folder.
 
     Raises:
-        SystemExit: HEAD is asked for, and the package has changes beside it.
+        SystemExit: the package has changes beside it.
     """
+    if git("status", "--porcelain", "--", "hf_soo").strip():
+        raise SystemExit("hf_soo has changes that are not committed: commit them, or compare the working tree by '.'.")
+
+
+def resolved(version: str) -> str:
+    """The commit of a name, in its short form; "." as it is."""
+    return version if version == "." else git("rev-parse", "--short", f"{version}^{{commit}}").decode().strip()
+
+
+def checkout(version: str, folder: Path) -> None:
+    """Put the package of a commit, or of the working tree for ".", into a folder, and nothing else."""
     if version == ".":
         shutil.copytree(ROOT / "hf_soo", folder / "hf_soo", ignore=shutil.ignore_patterns("__pycache__"))
         return
-    if version == "HEAD" and git("status", "--porcelain", "--", "hf_soo").strip():
-        raise SystemExit("hf_soo has changes that are not committed: commit them, or compare the working tree by '.'.")
     folder.mkdir()
     archive = subprocess.run(["git", "archive", version, "hf_soo"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
@@ -195,12 +201,15 @@ def main() -> None:
     parser.add_argument("--write-fixtures", type=Path, metavar="FOLDER", help="write --old's checkpoints, and no more")
     parser.add_argument("names", nargs="*", help="rows in whose names one of these regular expressions is found")
     options = parser.parse_args()
+    if options.new == "HEAD":
+        refuse_uncommitted()
+    old, new = resolved(options.old), resolved(options.new)  # now: a branch may move while this runs
     with tempfile.TemporaryDirectory(prefix="hf_soo_compare_") as name:
         names = [*options.names, *(QUICK if options.quick else [])]
         if options.write_fixtures is not None:
-            write_fixtures(Folder.of(Path(name), {"old": options.old}, names), options.write_fixtures.resolve())
+            write_fixtures(Folder.of(Path(name), {"old": old}, names), options.write_fixtures.resolve())
             return
-        folder = Folder.of(Path(name), {"old": options.old, "new": options.new}, names)
+        folder = Folder.of(Path(name), {"old": old, "new": new}, names)
         both = [part for part in options.only if part != "resume"]
         sides = folder.run(("old", "new"), both) if both else {"old": {}, "new": {}}
         for side in ("old", "new") if "resume" in options.only else ():  # the new one reads what the old one wrote
@@ -209,9 +218,14 @@ def main() -> None:
     for row, text in found.items():
         print(f"{row}: {text}")
     refused = sum(isinstance(result, str) for result in sides["old"].values())
-    print(f"{len(found)} of {len(sides['old'])} rows differ ({refused} are refused by {options.old})")
+    print(f"{len(found)} of {len(sides['old'])} rows differ ({refused} are refused by {old})")
     if options.json is not None:
-        report = {"old": options.old, "new": options.new, "rows": len(sides["old"]), "differences": found}
+        from hf_soo.runs import machine  # of the working tree; each side has its own
+
+        report = {
+            "old": old, "new": new, "parts": list(options.only), "names": names, "device": machine.device_name(CPU),
+            "versions": machine.versions(), "rows": len(sides["old"]), "refused": refused, "differences": found,
+        }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(bool(found))
 
