@@ -89,7 +89,17 @@ def vit(text: Tensor) -> tuple[nn.Module, list[Batch]]:
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(digits.target)
     batch = {"pixel_values": images[:32], "labels": labels[:32]}  # 30 fresh batches are too few for a ViT to learn from
-    return ViTForImageClassification(config), [batch] * STEPS
+    model = ViTForImageClassification(config)
+    scale_by_inputs(model)
+    return model, [batch] * STEPS
+
+
+def scale_by_inputs(model: nn.Module) -> None:
+    """Weights of variance 1 / inputs: with transformers' .02, other numbers in other versions, 30 steps barely start."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
 
 
 def lora(text: Tensor) -> tuple[nn.Module, list[Batch]]:
@@ -118,7 +128,7 @@ IMAGE_RATES = {"lamb": 3e-3, "sgd": 0.03, "rmsprop": 1e-3, "muon": 0.02, "rf_rms
 
 
 def settings_for(name: str, kind: str) -> dict[str, Any]:
-    """For a ViT over AdamW where the method takes a base: over SGD it hardly moves in 30 steps, as SGD itself."""
+    """For a ViT over AdamW where the method takes a base."""
     settings = dict(SETTINGS.get(name, {"lr": 1e-2}))
     if kind == "lora":
         settings["lr"] *= LORA_RATE
@@ -154,5 +164,5 @@ def test_trains(name: str, kind: str, text: Tensor) -> None:
         if health and not optimizer.switched:
             assert health["fallback_layers"] == expected_fallbacks(kind, optimizer, step), (step, health)
     first, last = statistics.mean(losses[:3]), statistics.mean(losses[-5:])
-    assert last < (0.99 if kind == "vit" else 0.97) * first, (losses, summary(optimizer.routing()))
+    assert last < (0.6 if kind == "vit" else 0.97) * first, (losses, summary(optimizer.routing()))
     assert optimizer.switched == (name == "mkor_h")
