@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # its command is given: they need transformers, which takes seconds.
 RUNS = {
     "prepare": ("hf_soo.bert.data.command", "text -> sequences for BERT pretraining"),
-    "pretrain": ("hf_soo.bert.command", "pretrain BERT"),
+    "pretrain": ("hf_soo.domains", "pretrain BERT"),
     "glue": ("hf_soo.glue.command", "fine-tune on GLUE"),
     "squad": ("hf_soo.squad.command", "fine-tune on SQuAD, or score a file of predictions"),
     "vision": ("hf_soo.vision.command", "classify images"),

@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_soo.bert.command import main
+from hf_soo.domains import main
 
 if __name__ == "__main__":
     sys.exit(main())

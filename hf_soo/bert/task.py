@@ -20,6 +20,7 @@ from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
 from hf_soo.runs.pretrained import sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
+from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
 
 EVAL_SEED = 0  # of the masks of every evaluation, whatever the run's seed: losses of different seeds compare
@@ -178,3 +179,6 @@ def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
             f"previous_phase={model.previous_phase!r} is this run's output_dir, and its checkpoints would be taken for "
             "this run's own; give another output_dir."
         )
+
+
+DOMAIN = Domain("bert", PretrainingTask, (ModelArguments, DataArguments))

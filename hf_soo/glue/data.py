@@ -36,7 +36,6 @@ class GlueDataArguments:
     task_name: list[str] | None = field(
         default=None, metadata={"help": "cola sst2 mrpc stsb qqp mnli qnli rte wnli, or all; several: a table."}
     )
-    task: list[str] | None = field(default=None, metadata={"help": "The same as task_name."})
     dataset_name: str = option("nyu-mll/glue", "Data set of the hub, whose configurations are the tasks.")
     data_dir: str | None = option(None, "Instead of the hub: a folder with GLUE's own (CoLA/train.tsv, ...).")
     train_file: str | None = option(None, "Instead of the hub: .tsv, .csv, .json or .jsonl with the hub's columns.")
@@ -57,15 +56,13 @@ class GlueDataArguments:
         check_positive(self, "max_train_samples", "max_eval_samples", "max_predict_samples")
         if self.max_seq_length < 8:
             raise ValueError(f"max_seq_length={self.max_seq_length} must be 8 or more.")
-        if self.task_name and self.task:
-            raise ValueError(f"task_name={self.task_name} and task={self.task} are the same flag; give one.")
         if self.data_dir is not None and self.files:
             raise ValueError(f"data_dir={self.data_dir!r} and {', '.join(self.files)} exclude each other; give one.")
 
     @property
     def names(self) -> list[str]:
         """The tasks as they were given."""
-        return self.task_name or self.task or []
+        return self.task_name or []
 
     @property
     def files(self) -> dict[str, str]:

@@ -14,14 +14,13 @@ from hf_soo.files import write_atomically
 from hf_soo.glue import table as glue_table
 from hf_soo.glue.data import GlueDataArguments
 from hf_soo.glue.metrics import check_installed
-from hf_soo.glue.model import GlueModelArguments, find_classifier
-from hf_soo.glue.task import GlueFineTuning
+from hf_soo.glue.model import find_classifier
+from hf_soo.glue.task import DOMAIN, GlueFineTuning
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
-from hf_soo.runs import arguments, script
+from hf_soo.runs import script
 from hf_soo.runs.record import RunRecord, check_same, read_runs
 from hf_soo.runs.resume import is_finished, kept_record
-from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, describe, train
 
 logger = logging.getLogger(__name__)
@@ -49,9 +48,6 @@ class _SeedArguments:
             raise ValueError(f"seeds={self.seeds} has one twice; each must be there once.")
 
 
-CLASSES = (GlueModelArguments, GlueDataArguments, _SeedArguments, RunArguments, RunTrainingArguments)
-
-
 @dataclass(frozen=True, slots=True)
 class _Planned:
     """A run to come, or one that is there already."""
@@ -76,7 +72,7 @@ def run(flags: list[str], description: str) -> None:
         ValueError: settings, files or a model that cannot be used.
         OSError: the results cannot be written.
     """
-    model, data, seeds, settings, training = arguments.parse(CLASSES, flags, description)
+    model, data, seeds, settings, training = DOMAIN.settings(flags, description, (_SeedArguments,))
     check_installed()
     tasks = find_tasks(data.names)
     job = Job(settings, training)

@@ -13,12 +13,13 @@ from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallbac
 
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.files import Examples, digest
-from hf_soo.glue.metrics import score, write_predictions
-from hf_soo.glue.model import check_head, make_classifier
-from hf_soo.glue.tasks import GlueTask
+from hf_soo.glue.metrics import check_installed, score, write_predictions
+from hf_soo.glue.model import GlueModelArguments, check_head, find_classifier, make_classifier
+from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.runs.finetuning import FineTuningTrainer, best_class, check_evaluation
 from hf_soo.runs.pretrained import Pretrained, sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
+from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
 
 logger = logging.getLogger(__name__)
@@ -156,3 +157,19 @@ class GlueFineTuning(Task):
 def _numbers(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
     """The predicted numbers [B] of a regression, of logits [B, 1], which some models return as the first of a tuple."""
     return (logits[0] if isinstance(logits, tuple) else logits).squeeze(-1)
+
+
+def _one_task(model: GlueModelArguments, data: GlueDataArguments, args: RunTrainingArguments) -> GlueFineTuning:
+    """The task of a single run; `sweep` makes those of a table.
+
+    Raises:
+        ValueError: several tasks are named, or what cannot be used.
+    """
+    check_installed()
+    tasks = find_tasks(data.names)
+    if len(tasks) > 1:
+        raise ValueError(f"task_name={','.join(data.names)} names {len(tasks)} tasks, and this is one run; give one.")
+    return GlueFineTuning(tasks[0], find_classifier(model, data.max_seq_length), data, args)
+
+
+DOMAIN = Domain("glue", _one_task, (GlueModelArguments, GlueDataArguments))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from hf_soo.runs.recipes import read_recipe, unknown_name
+from hf_soo.runs.recipes import read_recipe, unknown_name, values_of
 
 
 def option(default: Any, text: str) -> Any:
@@ -66,9 +66,7 @@ def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, descri
         "--config", action="append", metavar="FILE.yaml", help="YAML file of the same names; later ones and flags win"
     )
     flags = list(sys.argv[1:] if arguments is None else arguments)
-    finder = _Parser([], add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    files = finder.parse_known_args(flags)[0].config
+    files = _find(flags).config
     names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
     settings = read_recipe(files, names, {flag.split("=")[0].removeprefix("--") for flag in flags})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
@@ -77,6 +75,28 @@ def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, descri
     if unknown:
         raise ValueError(unknown_name("flag", unknown[0].split("=")[0], {f"--{name}" for name in names}))
     return tuple(parsed)
+
+
+def task_of(flags: Sequence[str]) -> str | None:
+    """The ``task`` of a command line: the flag, else that of the last recipe which says one; None: none says it.
+
+    Args:
+        flags: the command line without the program's name.
+
+    Raises:
+        ValueError: a recipe that cannot be read.
+    """
+    given = _find(flags)
+    named = [str(task) for task in (given.task, *reversed(values_of("task", given.config))) if task is not None]
+    return named[0] if named else None
+
+
+def _find(flags: Sequence[str]) -> argparse.Namespace:
+    """The recipes of a command line and its task, before it is known which other flags there are."""
+    finder = _Parser([], add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", action="append", default=[])
+    finder.add_argument("--task")
+    return finder.parse_known_args(flags)[0]
 
 
 def _as_flags(settings: Mapping[str, Any]) -> Iterator[str]:

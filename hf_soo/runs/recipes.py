@@ -79,6 +79,20 @@ def optimizer_names(file: str | Path) -> list[str]:
     return sorted(_read(Path(file), None, ()).cases)
 
 
+def values_of(key: str, files: Sequence[str | Path]) -> list[Any]:
+    """What each file says of a key itself, or what it extends; None where it says nothing.
+
+    Args:
+        key: of the settings, not of those under ``for:``.
+        files: YAML files.
+
+    Raises:
+        ValueError: as `read_recipe`.
+    """
+    names = [Path(file).stem for file in files]
+    return [_read(Path(file), None, names).settings.get(key) for file in files]
+
+
 def _is_open(value: Any) -> bool:
     return isinstance(value, str) and _NAME in value
 

@@ -19,6 +19,7 @@ class RunArguments:
 
     _argument_group_name = "run"
 
+    task: str | None = option(None, "What a recipe trains: bert, lm, glue, squad or vision; other commands refuse it.")
     name: str | None = option(None, "Name of the run's JSON; None: optimizer, base and learning rates.")
     results_dir: str | None = option(None, "Folder of the run JSONs; None: OUTPUT_DIR/runs.")
     target_eval_loss: float | None = option(

@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -18,28 +20,82 @@ from hf_soo.runs.training import Job, Task, compared, train
 GOES_ON = "stopped; the same command goes on from the last checkpoint"
 
 
-def run_script(
-    make_task: Callable[..., Task], classes: Sequence[type], description: str, flags: list[str] | None = None
-) -> int:
+# What a recipe's `task` may be, and the command of hf-soo that trains it.
+COMMANDS = {"bert": "pretrain", "lm": "pretrain", "glue": "glue", "squad": "squad", "vision": "vision"}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One kind of tasks: the dataclasses of its flags, and what makes a task of them.
+
+    `make_task` is called with an object of each of `classes` and the `RunTrainingArguments`.
+    """
+
+    name: str
+    make_task: Callable[..., Task]
+    classes: Sequence[type]
+
+    def settings(self, flags: Sequence[str], description: str = "", more: Sequence[type] = ()) -> tuple[Any, ...]:
+        """An object of each dataclass: those of `classes`, of `more`, the run's and the Trainer's.
+
+        Args:
+            flags: of the command line.
+            description: for --help.
+            more: further dataclasses of flags.
+
+        Raises:
+            ValueError: a recipe of another domain, or flags that cannot be.
+        """
+        task = arguments.task_of(flags)
+        if task is not None and task not in COMMANDS:
+            raise ValueError(f"task={task!r} is none of {', '.join(COMMANDS)}; a task of GLUE is named by task_name.")
+        if task not in {None, self.name}:
+            raise ValueError(
+                f"task={task!r}, and this trains {self.name!r}; give these recipes to hf-soo {COMMANDS[str(task)]}."
+            )
+        return arguments.parse((*self.classes, *more, RunArguments, RunTrainingArguments), flags, description)
+
+    def parse(self, flags: Sequence[str], description: str = "") -> tuple[Job, Callable[[], Task]]:
+        """A run's settings, checked, and what makes its task: reading data is left to the second.
+
+        Args:
+            flags: of the command line.
+            description: for --help.
+
+        Raises:
+            ValueError: a recipe of another domain, or settings that cannot be.
+        """
+        *settings, run, training = self.settings(flags, description)
+        job = Job(run, training)
+        check(job)
+        return job, lambda: self.make_task(*settings, training)
+
+    def run(self, flags: Sequence[str], description: str = "") -> None:
+        """Train, and print the table.
+
+        Args:
+            flags: of the command line.
+            description: for --help.
+
+        Raises:
+            ValueError: settings or data that cannot be.
+        """
+        job, make_task = self.parse(flags, description)
+        task = make_task()
+        present(job, train(job, task), task.title)
+
+
+def run_script(domain: Domain, description: str, flags: list[str] | None = None) -> int:
     """A whole script: 0 when it trained (also when it diverged), 1 after an error, 130 after Ctrl-C.
 
     An error is one line on stderr; --traceback shows where it came from.
 
     Args:
-        make_task: called with an object of each of `classes` and the `RunTrainingArguments`.
-        classes: dataclasses of the task's flags.
+        domain: what is trained.
         description: for --help.
         flags: None: those of the process.
     """
-
-    def body(given: list[str]) -> None:
-        *settings, run, training = arguments.parse((*classes, RunArguments, RunTrainingArguments), given, description)
-        job = Job(run, training)
-        check(job)
-        task = make_task(*settings, training)
-        present(job, train(job, task), task.title)
-
-    return guarded(body, flags)
+    return guarded(lambda given: domain.run(given, description), flags)
 
 
 def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None, stopped: str = GOES_ON) -> int:

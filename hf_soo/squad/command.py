@@ -25,9 +25,7 @@ def main(flags: list[str] | None = None) -> int:
     if any(flag.partition("=")[0] == "--score" for flag in given):
         return score_main(given)
     # Imported here: scoring needs none of it.
-    from hf_soo.runs.pretrained import PretrainedArguments
     from hf_soo.runs.script import run_script
-    from hf_soo.squad.inputs import QaDataArguments
-    from hf_soo.squad.task import SquadTask
+    from hf_soo.squad.task import DOMAIN
 
-    return run_script(SquadTask, (PretrainedArguments, QaDataArguments), __doc__ or "", flags)
+    return run_script(DOMAIN, __doc__ or "", flags)

@@ -13,6 +13,7 @@ from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer,
 from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
 from hf_soo.runs.pretrained import PretrainedArguments, find_pretrained, sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
+from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
 from hf_soo.squad.answers import AnswerConfig, Predictions, answer
 from hf_soo.squad.inputs import Part, QaData, QaDataArguments
@@ -139,3 +140,6 @@ def _write(predictions: Predictions, folder: Path, prefix: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     paths = predictions.write(folder, prefix)
     logger.info("Wrote %s", ", ".join(str(path) for path in paths))
+
+
+DOMAIN = Domain("squad", SquadTask, (PretrainedArguments, QaDataArguments))

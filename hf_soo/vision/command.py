@@ -15,11 +15,9 @@ with evaluation loss and accuracy; with --compare_with, two and a picture of bot
 from __future__ import annotations
 
 from hf_soo.runs.script import run_script
-from hf_soo.vision.data import ImageDataConfig
-from hf_soo.vision.models import ImageModelConfig
-from hf_soo.vision.task import VisionTask
+from hf_soo.vision.task import DOMAIN
 
 
 def main(flags: list[str] | None = None) -> int:
     """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
-    return run_script(VisionTask, (ImageModelConfig, ImageDataConfig), __doc__ or "", flags)
+    return run_script(DOMAIN, __doc__ or "", flags)

@@ -11,6 +11,7 @@ from transformers import EvalPrediction, TrainerCallback
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.runs.finetuning import best_class
 from hf_soo.runs.run_arguments import RunTrainingArguments
+from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
 from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageData, ImageDataConfig
 from hf_soo.vision.models import ImageModelConfig, make_image_model
@@ -65,3 +66,6 @@ class VisionTask(Task):
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of images whose class is right."""
     return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}
+
+
+DOMAIN = Domain("vision", VisionTask, (ImageModelConfig, ImageDataConfig))

@@ -178,7 +178,6 @@ def test_empty_texts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     [
         ({"max_eval_samples": 0}, "max_eval_samples=0 must be 1 or more"),
         ({"max_seq_length": 4}, "max_seq_length=4 must be 8 or more"),
-        ({"task": ["rte"], "task_name": ["mrpc"]}, "are the same flag"),
         ({"data_dir": "x", "test_file": "y"}, "data_dir='x' and test_file exclude each other"),
     ],
 )

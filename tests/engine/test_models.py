@@ -95,7 +95,7 @@ def vit(text: Tensor) -> tuple[nn.Module, list[Batch]]:
 
 
 def scale_by_inputs(model: nn.Module) -> None:
-    """Weights of variance 1 / inputs: with transformers' .02, other numbers in other versions, 30 steps barely start."""
+    """Weights of variance 1 / inputs: with transformers' .02, other in other versions, 30 steps barely start."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -21,7 +21,6 @@ import hf_soo
 from hf_soo.glue import sweep as glue_runs
 from hf_soo.glue.tasks import TASKS
 from hf_soo.integrations.arguments import parse_settings
-from hf_soo.runs import arguments
 from hf_soo.runs.recipes import read_recipe
 from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import ROOT, check_error, load_script, only_run
@@ -100,7 +99,7 @@ def test_a_run_from_the_shell(flags: list[str], tmp_path: Path) -> None:
 
 def test_all_tasks(script: ModuleType, flags: list[str], tmp_path: Path) -> None:
     """Each has its official metrics, by their names."""
-    assert script.main([*flags, "--task", "all", "--max_steps", "1"]) == 0
+    assert script.main([*flags, "--task_name", "all", "--max_steps", "1"]) == 0
     found = runs(tmp_path / "out" / "runs")
     assert len(found) == 9
     for run in found.values():
@@ -287,7 +286,7 @@ def test_the_configs_are_there() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_configs_parse_build_their_optimizer_and_have_a_header(path: Path) -> None:
     flags = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
-    *parsed, training = arguments.parse(glue_runs.CLASSES, flags)
+    *parsed, training = glue_runs.DOMAIN.settings(flags)
     for key, value in read_recipe([path]).items():
         (owner,) = (each for each in (*parsed, training) if hasattr(each, key))
         if isinstance(value, int | float) and key != "bf16":

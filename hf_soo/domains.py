@@ -1,0 +1,58 @@
+"""Pretrain BERT (masked words and next sentence) with any optimizer of hf_soo, from a YAML file and flags over it.
+
+    accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml
+    accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml --compare_with lamb
+    python scripts/pretrain_bert.py --config configs/pretrain/bert_mini_wiki.yaml --config configs/pretrain/mkor.yaml
+
+Every field of TrainingArguments is a flag and a YAML key. The run goes on from the last checkpoint in --output_dir
+unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with --compare_with, two and a picture of both curves.
+
+`hf-soo pretrain` is the same in one process, `accelerate launch -m hf_soo.cli pretrain` in any number.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from hf_soo.runs import arguments
+from hf_soo.runs.script import Domain, guarded
+
+DOMAINS = {
+    "bert": "hf_soo.bert.task",
+    "glue": "hf_soo.glue.task",
+    "squad": "hf_soo.squad.task",
+    "vision": "hf_soo.vision.task",
+}
+"""What a recipe's ``task`` may be -> the module whose DOMAIN trains it, imported when it is asked for."""
+
+_DEFAULT = "bert"
+_PRETRAINED = {"bert"}
+
+
+def domain_of(flags: Sequence[str]) -> Domain:
+    """The domain of a command line: the ``task`` of its recipes, or "bert" where none is said.
+
+    Args:
+        flags: of a command line, with ``--config FILE.yaml``.
+
+    Raises:
+        ValueError: no such task, or a recipe that cannot be read.
+    """
+    task = arguments.task_of(flags) or _DEFAULT
+    if task not in DOMAINS:
+        raise ValueError(f"task={task!r} is none of {', '.join(DOMAINS)}.")
+    domain: Domain = importlib.import_module(DOMAINS[task]).DOMAIN
+    return domain
+
+
+def main(flags: list[str] | None = None) -> int:
+    """Run; 0 when it trained (also when it diverged), 1 with one line on stderr for an error, 130 after Ctrl-C."""
+    return guarded(_pretrain, flags)
+
+
+def _pretrain(flags: list[str]) -> None:
+    domain = domain_of(flags)
+    if domain.name not in _PRETRAINED:
+        domain = domain_of([])  # which refuses the recipe, and says whose it is
+    domain.run(flags, __doc__ or "")
