@@ -23,7 +23,6 @@ from typing import Literal
 
 import torch
 
-from hf_soo.bert.data.corpus import Corpus
 from hf_soo.bert.data.wordpiece import read_vocabulary
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.tasks import find_tasks
@@ -34,6 +33,7 @@ from hf_soo.runs.arguments import option
 from hf_soo.runs.recipes import optimizer_names
 from hf_soo.runs.script import guarded
 from hf_soo.squad.files import QuestionSet
+from hf_soo.text.corpus import Corpus
 
 COMMAND = ("-m", "hf_soo.cli")
 PHASE_1 = "lamb"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_soo.bert.data.cleaning import Cleaning, RawDocument, _digest, _DigestSet, _remove_headings
-from hf_soo.bert.data.corpus import Corpus
+from hf_soo.text.cleaning import Cleaning, RawDocument, _digest, _DigestSet, _remove_headings
+from hf_soo.text.corpus import Corpus
 
 RECORD = (
     "Anarchism\n\nAnarchism is a philosophy.\n\nEtymology and terms \n\nThe word is old.\nIt is Greek.\n\nSee also\n"

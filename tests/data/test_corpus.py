@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_soo.bert.data.corpus import Corpus, sentences_of
 from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds, load_tokenizer, read_vocabulary, train_wordpiece
+from hf_soo.text.corpus import Corpus, sentences_of
 
 WIKI = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
 Anarchism
@@ -208,7 +208,7 @@ def test_folder_without_text_is_refused_and_stray_files_are_reported(
 
 
 def test_vocabulary_is_the_same_in_every_process(tmp_path: Path) -> None:
-    imports = "from hf_soo.bert.data.corpus import Corpus; from hf_soo.bert.data.wordpiece import train_wordpiece"
+    imports = "from hf_soo.text.corpus import Corpus; from hf_soo.bert.data.wordpiece import train_wordpiece"
     train = imports + "; train_wordpiece(Corpus('embedded'), 1500, {!r})"
     files = [tmp_path / "here.txt", tmp_path / "there.txt"]
     assert train_wordpiece(Corpus("embedded"), 1500, files[0]) == 1500

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 import hf_soo
-from hf_soo.bert.data.corpus import Corpus
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.routing import summary
 from hf_soo.registry import METHODS
+from hf_soo.text.corpus import Corpus
 
 STEPS, ROWS, LENGTH, SYMBOLS = 30, 8, 24, 128
 Batch = dict[str, Tensor]

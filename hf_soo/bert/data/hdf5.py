@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_soo.bert.data.pairs import PairBatch
-from hf_soo.bert.data.readers import visible_files
 from hf_soo.bert.data.wordpiece import SpecialIds
 from hf_soo.bert.data.workers import SplitPairs, eval_rows
+from hf_soo.text.readers import visible_files
 
 SUFFIXES = (".hdf5", ".h5")
 ROWS_AT_A_TIME = 4096

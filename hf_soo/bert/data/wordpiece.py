@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.files import read_lines, write_atomically
+from hf_soo.text.corpus import Document
 
-Document = list[str]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 

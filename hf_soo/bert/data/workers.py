@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hf_soo.bert.data.corpus import sentences_of
 from hf_soo.bert.data.pairs import PairBatch, PairConfig, TokenDocument, make_pairs
 from hf_soo.bert.data.wordpiece import load_tokenizer
+from hf_soo.text.corpus import sentences_of
 
 # A shard ends after so many documents, or so many characters: random next sentences come from the same shard, so it
 # must hold many documents; a worker holds a whole shard in memory, so it must not hold too much text.

@@ -16,9 +16,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_soo.bert.data.cleaning import Cleaner, Cleaning, CorpusCounts, RawDocument
-from hf_soo.bert.data.readers import read_embedded, read_hub, read_path
-from hf_soo.bert.data.wordpiece import Document
+from hf_soo.text.cleaning import Cleaner, Cleaning, CorpusCounts, RawDocument
+from hf_soo.text.readers import read_embedded, read_hub, read_path
+
+Document = list[str]
+"""The sentences of a document."""
 
 # A sentence ends at . ! or ? (with closing quotes) before white space and a capital or a digit, unless the word is an
 # initial or a title. The lookbehinds stand after the full stop, so that they run only there: 3 times faster.

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_soo.bert.data.cleaning import RawDocument
 from hf_soo.files import is_broken, read_json_lines, read_lines
+from hf_soo.text.cleaning import RawDocument
 
 logger = logging.getLogger(__name__)
 
