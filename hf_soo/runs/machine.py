@@ -1,12 +1,14 @@
-"""What a run JSON says about the machine and the code: device, versions, commit, peak memory."""
+"""What a run JSON says about the machine and the code: device, versions, commit, digest, peak memory."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 import hf_soo
 
+_NUMERICAL = ("engine", "optimizers", "preconditioners")  # what decides the numbers of a run
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -52,6 +55,17 @@ def commit() -> str | None:
     head = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return f"{head}-dirty" if head and changed else head
+
+
+@cache
+def code() -> str:
+    """A digest of the numerical packages, file names and contents: 12 hex digits, equal where numbers can be."""
+    root, digest = Path(hf_soo.__file__).parent, hashlib.sha256()
+    files = {path.relative_to(root).as_posix(): path for part in _NUMERICAL for path in (root / part).rglob("*.py")}
+    for name in sorted(files):
+        content = files[name].read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -6,7 +6,14 @@ The keys are fixed (more may be added)::
     {"name", "kind", "workload": {...}, "method": {...}, "status", "optimizer", "base", "config", "seed", "device",
      "versions", "commit", "parameters", "steps", "seconds",
      "curve": [{"step", "seconds", "train_loss", "eval_loss", "health": {...}}], "final": {metric: value},
-     "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}}
+     "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}, "code", "search": {...}}
+
+``code`` is a digest of the numerical packages (`machine.code`). ``search`` is empty but in trials of a search::
+
+    {"study": recipe of the workload, "space": file of the search space, "stage": "wide" | "narrow" | "confirm",
+     "number": of the trial within these, "trials": planned, "params": {flag: value}, "stopped_at": step | null}
+
+A trial that the stopping rule stopped has the status ``stopped``.
 
 ``kind`` says which report reads it. Runs can be compared when their ``workload`` is equal; what is compared is their
 ``method``. Both together are ``seed``, ``optimizer``, ``base`` and ``config``. ``target.stopped`` says, where the run
@@ -62,6 +69,7 @@ class RunRecord:
     device: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     commit: str | None = None
+    code: str = ""
     parameters: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -70,6 +78,7 @@ class RunRecord:
     target: dict[str, float | None] | None = None
     peak_memory_bytes: int = 0
     health: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def workload(self) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class Job:
 
     run: RunArguments
     training: RunTrainingArguments
+    callbacks: tuple[TrainerCallback, ...] = ()  # of who runs it, after the run's own
 
     @property
     def results_dir(self) -> Path:
@@ -179,7 +180,7 @@ def _train_one(job: Job, task: Task) -> RunRecord:
         return kept
     with recording(record, job.results_dir if args.process_index == 0 else None):
         keeper = RecordCallback(record, task.metrics, target)
-        trainer = task.make_trainer(model, args, [output, keeper])
+        trainer = task.make_trainer(model, args, [output, keeper, *job.callbacks])
         try:
             if finished:  # and ended before its evaluation did
                 assert checkpoint is not None
@@ -226,7 +227,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
     return RunRecord(
         job.name, args.optimizer_name, args.base_name, config, args.seed, kind=task.kind,
         device=machine.device_name(args.device), versions=machine.versions(), commit=machine.commit(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        code=machine.code(), parameters=sum(parameter.numel() for parameter in model.parameters()),
     )  # fmt: skip
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import hf_soo
 from hf_soo.runs import machine
 from hf_soo.runs.record import (
     RunRecord,
@@ -28,6 +31,7 @@ from hf_soo.runs.record import (
 KEYS = {
     "name", "kind", "workload", "method", "status", "optimizer", "base", "config", "seed", "device", "versions",
     "commit", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
+    "code", "search",
 }  # fmt: skip
 
 
@@ -63,6 +67,19 @@ def test_older_and_newer_records_read(tmp_path: Path) -> None:
         del written[key]
     (tmp_path / "r.json").write_text(json.dumps({**written, "weather": "fair"}))
     assert read_run(tmp_path / "r.json") == made
+
+
+def test_the_code_of_a_run_is_that_of_the_numerical_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(Path(hf_soo.__file__).parent, tmp_path / "hf_soo", ignore=shutil.ignore_patterns("__pycache__"))
+    digest = machine.code.__wrapped__
+    assert re.fullmatch(r"[0-9a-f]{12}", digest())
+    here = digest()
+    monkeypatch.setattr(hf_soo, "__file__", str(tmp_path / "hf_soo" / "__init__.py"))
+    assert digest() == here
+    (tmp_path / "hf_soo" / "runs" / "record.py").write_text("")
+    assert digest() == here
+    (tmp_path / "hf_soo" / "optimizers" / "lamb.py").write_text("")
+    assert digest() != here
 
 
 @pytest.mark.parametrize(
