@@ -40,10 +40,17 @@ class RecordCallback(TrainerCallback):
         self._mark = 0.0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Start the clock; after a resume, with what the checkpoint kept."""
         self.restore(state)
+        groups = getattr(optimizer, "param_groups", [])
+        self.record.arithmetic = {key: group[key] for key in ("ns_dtype",) for group in groups if key in group}
         machine.reset_peak_memory(args.device)
         self._mark = time.perf_counter()
 

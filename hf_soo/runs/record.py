@@ -17,7 +17,8 @@ A trial that the stopping rule stopped has the status ``stopped``.
 
 ``kind`` says which report reads it. Runs can be compared when their ``workload`` is equal; what is compared is their
 ``method``. Both together are ``seed``, ``optimizer``, ``base`` and ``config``. ``target.stopped`` says, where the run
-had a loss to stop at, whether it stopped there before its last step. Numbers that are not finite are written as
+had a loss to stop at, whether it stopped there before its last step. ``arithmetic`` is what an optimizer chose by the
+machine that it ran on (Muon: the dtype of its iterations). Numbers that are not finite are written as
 ``null``, and a path of the machine as its last part.
 """
 
@@ -68,6 +69,7 @@ class RunRecord:
     kind: str = "run"
     device: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    arithmetic: dict[str, str] = dataclasses.field(default_factory=dict)
     commit: str | None = None
     code: str = ""
     parameters: int = 0

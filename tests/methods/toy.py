@@ -194,7 +194,7 @@ OTHER_VALUES["shampoo"] = {
 MATRICES_ONLY = {"shampoo", "eva_s"}
 
 ROUNDING = {
-    "mkor+muon": 2e-3,  # torch's Muon orthogonalises in bf16, where 1e-16 can turn a rounding (2^-9)
+    "mkor+muon": 2e-3,  # Muon iterates in bf16 where that is fast, and there 1e-16 can turn a rounding (2^-9)
     "muon": 2e-3,
     "kaisa": 1e-9,  # its absolute damping is 1e-5 of the curvature here, so its inverses make more of a rounding
     # roots of factors without full rank turn 1e-16 into 1e-13 where a dead unit's gradient is 0; AdamW's ε is 1e-8

@@ -166,15 +166,53 @@ def kronecker_vectors(
     return vectors
 
 
-def newton_schulz(G: Array, steps: int = 5, eps: float = 1e-7) -> Array:
-    """Keller Jordan's quintic iteration as torch.optim.Muon runs it (there in bfloat16, here in float64)."""
-    k0, k1, k2 = 3.4445, -4.7750, 2.0315
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(G: Array, steps: int = 5, eps: float = 1e-7, coefficients: Sequence[Any] = (JORDAN,)) -> Array:
+    """Odd polynomials of degree five towards the polar factor; the last coefficients stand for all that follow.
+
+    By default Keller Jordan's, as torch.optim.Muon runs them (there in bfloat16, here in float64).
+    """
     X = G.T if G.shape[0] > G.shape[1] else G
     X = X / max(np.linalg.norm(X), eps)
-    for _ in range(steps):
+    for step in range(steps):
+        k0, k1, k2 = coefficients[min(step, len(coefficients) - 1)]
         A = X @ X.T
         X = k0 * X + (k1 * A + k2 * A @ A) @ X
     return X.T if G.shape[0] > G.shape[1] else X
+
+
+def best_quintic(low: float, high: float) -> Array:
+    """(a, b, c) for which ax + bx³ + cx⁵ is nearest to 1 on [low, high] in the maximum norm, by Remez' exchange."""
+    inner = np.array([low + (high - low) / 4, low + 3 * (high - low) / 4])
+    for _ in range(200):
+        x = np.array([low, *inner, high])
+        signs = np.array([1.0, -1.0, 1.0, -1.0])
+        a, b, c, _error = np.linalg.solve(np.stack([x, x**3, x**5, signs], axis=1), np.ones(4))
+        squares = np.roots([5 * c, 3 * b, a]).real  # extrema: a + 3bx² + 5cx⁴ = 0
+        inner = np.sort(np.sqrt(squares))
+    return np.array([a, b, c])
+
+
+def polar_express(steps: int, low: float = 1e-3, cushion: float = 0.02407327424182761) -> list[Array]:
+    """Amsel et al. 2025, Algorithm 1 with its cushion: each polynomial is the best for where the one before left x.
+
+    Where the lower end is far below the upper one the polynomial is made for ``cushion`` times the upper end, and then
+    centred, so that the smallest and the largest value are as far from 1.
+    """
+    found, high = [], 1.0
+    for _ in range(steps):
+        if 1 - low < 1e-7:  # the limit, for x at 1 to rounding
+            found.append(np.array([1.875, -1.25, 0.375]))
+            continue
+        p = best_quintic(max(low, cushion * high), high)
+        ends = [p @ np.array([x, x**3, x**5]) for x in (low, high)]
+        p = p * 2 / sum(ends)
+        found.append(p)
+        low = p @ np.array([low, low**3, low**5])
+        high = 2 - low
+    return found
 
 
 def poly_warmup(step: int, total: int, warmup: int, degree: float = 0.5) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tests.oracles.core import (
+    JORDAN,
     Array,
     blend,
     eva,
@@ -24,6 +25,7 @@ from tests.oracles.core import (
     newton_schulz,
     norm_match,
     paper,
+    polar_express,
     stabilized,
 )
 
@@ -231,6 +233,7 @@ class Muon:
     nesterov: bool = True
     weight_decay: float = 0.1
     ns_steps: int = 5
+    ns_coefficients: str = "jordan"
     buffers: list[Array] = field(default_factory=list)
 
     def step(self, params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
@@ -239,7 +242,11 @@ class Muon:
             buffer[...] = self.momentum * buffer + (1 - self.momentum) * g
             moved = (1 - self.momentum) * g + self.momentum * buffer if self.nesterov else buffer
             p *= 1 - lr * self.weight_decay
-            p -= lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])) * newton_schulz(moved, self.ns_steps)
+            p -= lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])) * self.polar(moved)
+
+    def polar(self, direction: Array) -> Array:
+        table = [JORDAN] if self.ns_coefficients == "jordan" else polar_express(self.ns_steps)
+        return newton_schulz(direction, self.ns_steps, coefficients=table)
 
 
 @dataclass

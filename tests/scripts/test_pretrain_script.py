@@ -17,6 +17,7 @@ from hf_soo.bert import inputs as pretraining_inputs
 from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.bert.task import _PretrainingTrainer
+from hf_soo.optimizers.polar import iteration_dtype
 from hf_soo.runs import arguments
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.script import check
@@ -89,6 +90,7 @@ def test_compare_settings_go_to_the_second_run_alone(script: ModuleType, flags: 
         "mkor-muon-lr0.02-history8-rest_lr0.003",
     ]
     one, two = (json.loads(file.read_text()) for file in files)
+    assert one["arithmetic"] == {} and two["arithmetic"] == {"ns_dtype": iteration_dtype(torch.device("cpu"))}
     assert one["config"]["optim_args"] == {"update_period": 3} and two["config"]["optim_args"] == {"history": 8}
     assert one["config"]["base_optim_args"] == {} and two["config"]["base_optim_args"] == {"rest_lr": 0.003}
     assert one["config"]["precondition_exclude"] == two["config"]["precondition_exclude"] == ["pooler"]

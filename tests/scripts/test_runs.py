@@ -31,7 +31,7 @@ from hf_soo.runs.record import (
 KEYS = {
     "name", "kind", "workload", "method", "status", "optimizer", "base", "config", "seed", "device", "versions",
     "commit", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
-    "code", "search",
+    "code", "search", "arithmetic",
 }  # fmt: skip
 
 
