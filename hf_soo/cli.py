@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,6 @@ from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.preconditioner import Method
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
-
-if TYPE_CHECKING:
-    from hf_soo.runs.record import RunRecord
 
 # Command -> the module whose main() it is, which a script calls as well, and a line about it. None is imported before
 # its command is given: they need transformers, which takes seconds.
@@ -33,9 +31,9 @@ RUNS = {
     "reproduce": ("hf_soo.reproduce.command", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
 }
 
-# Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table; of several kinds, the first. Runs of all
-# others have one table and one picture.
-REPORTS = {"bench": "hf_soo.bench.report", "glue": "hf_soo.glue.table"}
+# Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table, and whose picture(FOLDER, FILE, TITLE),
+# if it has one, their picture; of several kinds, the first. Runs of all others have one table and one picture.
+REPORTS = {"search": "hf_soo.search.comparison", "bench": "hf_soo.bench.report", "glue": "hf_soo.glue.table"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +85,8 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "report",
         help="table and picture of a folder of run JSONs",
         description="Print the markdown table of the best run of every method in FOLDER (best learning rate by final "
-        "evaluation loss); on request write it to a file, into a README, and draw the curves.",
+        "evaluation loss), or of a search's trials the comparison over seeds and rates; on request write it to a file, "
+        "into a README, and draw the curves.",
     )
     report.add_argument("folder", metavar="FOLDER", help="the folder that holds the run JSONs")
     report.add_argument("--table", metavar="FILE.md", help="write the table to this file")
@@ -169,26 +168,26 @@ def _report(options: argparse.Namespace) -> str:
     from hf_soo.files import write_atomically
     from hf_soo.runs import report
 
-    records, text = report_of(options.folder)
+    draw, text = report_of(options.folder)
     if options.table:
         write_atomically(Path(options.table), text)
     if options.readme:
         report.update_readme(options.readme, Path(options.folder).resolve().name, text)
-    if options.picture and not records:
+    if options.picture and draw is None:
         raise ValueError(
             f"--picture: {options.folder} holds benchmarks or runs on GLUE, which have no one curve; leave it out."
         )
-    if options.picture:
-        report.picture(records, options.picture, options.title)
+    if options.picture and draw is not None:
+        draw(options.picture, options.title)
     return text
 
 
-def report_of(folder: str | Path) -> tuple[list[RunRecord], str]:
-    """The table of a folder, and its runs where one picture can show them.
+def report_of(folder: str | Path) -> tuple[Callable[[str, str], None] | None, str]:
+    """The table of a folder, and what draws its picture into a file, under a title; None: nothing does.
 
     Args:
-        folder: of run JSONs of one workload, or of runs on GLUE, or of JSONs of ``hf-soo bench``; or OUTPUT/results of
-            ``hf-soo reproduce``.
+        folder: of run JSONs of one workload, or of trials of a search, of runs on GLUE, or of JSONs of ``hf-soo
+            bench``; or OUTPUT/results of ``hf-soo reproduce``.
 
     Raises:
         ValueError: nothing of these is there, or runs of different workloads.
@@ -198,14 +197,15 @@ def report_of(folder: str | Path) -> tuple[list[RunRecord], str]:
 
     folder = Path(folder)
     if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
-        return [], reproduce_table.text_of(folder)
+        return None, reproduce_table.text_of(folder)
     kinds = {record.kind_of(document) for document in record.read_documents(folder).values()}
-    for kind, module in REPORTS.items():
+    for kind, name in REPORTS.items():
         if kind in kinds:
-            text: str = importlib.import_module(module).text_of(folder)
-            return [], text
+            module = importlib.import_module(name)
+            draw = getattr(module, "picture", None)
+            return (partial(draw, folder) if draw else None), module.text_of(folder)
     records = record.read_runs(folder)
-    return records, report.table(records)
+    return partial(report.picture, records), report.table(records)
 
 
 if __name__ == "__main__":

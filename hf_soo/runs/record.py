@@ -217,13 +217,15 @@ def _upgraded(path: Path, data: Any) -> RunRecord:
     if missing:
         raise ValueError(f"{path}: not a run, it lacks {', '.join(missing)}; keep other JSONs in another folder.")
     known = {field.name: data[field.name] for field in fields if field.name in data}
-    return RunRecord(**known | {"kind": kind_of(data)})
+    return RunRecord(**known | {"kind": kind_of({**data, "search": {}})})  # a trial, too, is of some task
 
 
 def kind_of(document: Any) -> str:
-    """What a JSON is of: "pretraining", "glue", "bench", "plan"; "run" where it does not say."""
+    """What a JSON is of: "pretraining", "glue", "bench"; "search": a trial of one; "run" where it does not say."""
     if not isinstance(document, dict):
         return "run"
+    if document.get("search"):
+        return "search"
     config = document.get("config") or {}
     keys = {*document, *config, *(config.get("data") or {})}
     return str(document.get("kind") or next((kind for kind, key in _OLD_KINDS.items() if key in keys), "run"))

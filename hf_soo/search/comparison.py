@@ -1,0 +1,234 @@
+"""The comparison of methods out of a folder of trials, as Markdown.
+
+For each workload (equal but for the seed, with one held-out set and one budget) the claims, out of the runs that
+confirm; the same methods over their own bases; and how sensitive each is to its rates, out of the runs that chose
+them. No run is left out silently: what is not ranked says why, what is not counted is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from hf_soo.runs.record import RunRecord, read_runs
+from hf_soo.search import picture as drawing
+from hf_soo.search.claims import PLAIN, Claim, Claims, claims, said
+from hf_soo.search.groups import (
+    CHOOSING,
+    CLAIM,
+    EDGE,
+    HELD_OUT,
+    Group,
+    Setting,
+    best_of,
+    by_method,
+    edges,
+    groups,
+    is_over,
+    loss_or_last,
+    number,
+    tuning,
+)  # fmt: skip
+
+_SEEDS = 4  # that a claim needs
+
+
+def text_of(folder: Path) -> str:
+    """The comparisons of a folder of run JSONs.
+
+    Args:
+        folder: of trials; runs that belong to no search are named and passed over.
+    """
+    runs = read_runs(folder)
+    trials = [run for run in runs if run.search]
+    parts = [_claims_text(group, trials) for group in groups(trials, (CLAIM,))]
+    parts += [_sensitivity(group) for group in groups(trials, CHOOSING)]
+    unfinished = [run.name for run in trials if not is_over(run)]
+    notes = _named("Not over, and not counted as trials", unfinished)
+    notes += _named("Of no search, and passed over", [run.name for run in runs if not run.search])
+    return "\n".join([*parts, *notes])
+
+
+def picture(folder: Path, path: str | Path, title: str = "") -> None:
+    """Draw loss over rate, and the curves of the runs that confirm.
+
+    Args:
+        folder: of trials; runs that belong to no search are passed over.
+        path: the file; its ending says the format.
+        title: over all panels.
+    """
+    drawing.picture([run for run in read_runs(folder) if run.search], path, title)
+
+
+def _named(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what}: {', '.join(names)}.\n"] if names else []
+
+
+def _claims_text(group: Group, trials: Sequence[RunRecord]) -> str:
+    """Both tables of a group of confirmed runs, with the notes that they are read by."""
+    found = claims(group, trials)
+    tuned = tuning(trials, group.study)
+    base = f"{found.baseline}" if found.baseline else "baseline"
+    ranks = {id(claim): str(rank) for rank, claim in enumerate((row for row in found.rows if not row.reasons), start=1)}
+    columns: dict[str, Callable[[Claim], str]] = {
+        "rank": lambda claim: ranks.get(id(claim), ""),
+        "method": lambda claim: claim.setting.method,
+        "rate": lambda claim: number(claim.setting.rate),
+        "other settings": lambda claim: claim.setting.others,
+        "trials": lambda claim: said(tuned[claim.setting.method]),
+        "seeds": lambda claim: str(len(claim.setting.losses)),
+        "final loss": lambda claim: _float(claim.setting.loss, 3),
+        f"loss at {group.budget}": lambda claim: _float(_at_budget(claim.setting, group.budget), 3),
+        "steps to target": _steps,
+        "seconds": lambda claim: _float(claim.reached.seconds if claim.reached else None, 0),
+        "steps ratio": lambda claim: _float(claim.ratio, 3),
+        f"minus {base}": lambda claim: "baseline" if claim.setting is claim.baseline else _difference(claim),
+        "p": lambda claim: _p(claim.p),
+        "p (Holm)": lambda claim: _p(claim.adjusted),
+        "why not ranked": lambda claim: "; ".join(claim.reasons),
+    }
+    lines = [f"### {group.title}\n", *_table(columns, found.rows), *_over_own_base(found, columns)]
+    return "\n".join([*lines, "", *_notes(group, found, trials)]) + "\n"
+
+
+def _over_own_base(found: Claims, columns: dict[str, Callable[[Claim], str]]) -> list[str]:
+    """The table of the methods that have another base than the strongest plain method."""
+    if not found.over_own_base:
+        return []
+    kept = ("method", "rate", "other settings", "seeds", "steps to target", "steps ratio")
+    end = ("p", "p (Holm)", "why not ranked")
+    own: dict[str, Callable[[Claim], str]] = {
+        **{key: columns[key] for key in kept},
+        "own base": lambda claim: str(claim.baseline),
+        "minus own base": _difference,
+        **{key: columns[key] for key in end},
+    }
+    return ["\nOver its own base:\n", *_table(own, found.over_own_base)]
+
+
+def _table(columns: dict[str, Callable[[Claim], str]], rows: Sequence[Claim]) -> list[str]:
+    text = ("method", "other settings", "own base", "why not ranked")
+    head = "|".join("---" if name in text else "---:" for name in columns)
+    cells = ([cell(row) for cell in columns.values()] for row in rows)
+    return [f"| {' | '.join(columns)} |", f"|{head}|", *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+def _float(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _difference(claim: Claim) -> str:
+    """The mean difference and its standard error: "-0.0383 ± 0.0047"."""
+    if (found := claim.difference) is None:
+        return ""
+    return f"{found.mean:+.4f}" + ("" if found.error is None else f" ± {found.error:.4f}")
+
+
+def _steps(claim: Claim) -> str:
+    """Steps to the target, and how many seeds reached it where not all did: "251 (3 of 4)"."""
+    if (reached := claim.reached) is None or not reached.of:
+        return ""
+    share = "" if reached.count == reached.of else f"({reached.count} of {reached.of})"
+    return " ".join(filter(None, (_float(reached.steps, 0), share)))
+
+
+def _at_budget(setting: Setting, budget: int) -> float | None:
+    """The mean loss of the evaluations at the budget's last step; None where a run has none there."""
+    curves = [{point["step"]: point["eval_loss"] for point in run.curve} for run in setting.runs]
+    losses = [loss for curve in curves if (loss := curve.get(budget)) is not None]
+    return mean(losses) if len(losses) == len(setting.runs) else None
+
+
+def _notes(group: Group, found: Claims, trials: Sequence[RunRecord]) -> list[str]:
+    """What the numbers are, and what in these runs is not as the protocol wants it."""
+    devices = sorted({run.device for setting in group.settings for run in setting.runs} - {""})
+    wide, narrow = CHOOSING
+    notes = [
+        f"Means over seeds. Trials: {wide} + {narrow}. ± is the standard error of the mean difference over the seeds "
+        "of both, p the one-sided paired t-test that it is below zero."
+    ]
+    if found.baseline:
+        notes[0] += (
+            f" Target: the final loss of {found.baseline} (in the second table: of the own base) at the same seed; it "
+            f"is the best of {', '.join(PLAIN)} by mean final loss, which are not tested against it. "
+            f"{found.comparisons} comparison{'s' * (found.comparisons != 1)} in all, which Holm's p is adjusted for."
+        )
+    else:
+        notes.append(f"No comparison: none of {', '.join(PLAIN)} is whole, with two seeds or more. Nothing is ranked.")
+    where = f" on {', '.join(devices)}" if devices else ""
+    notes.append(
+        f"Seconds are what these runs took{where}, where others may have shared the cores: what a step costs beside "
+        "another is for `hf-soo bench` to say."
+    )
+    notes += _departures(group, found, trials)
+    return [f"- {note}" for note in notes]
+
+
+def _departures(group: Group, found: Claims, trials: Sequence[RunRecord]) -> Iterable[str]:
+    """Where the runs depart from the protocol without being beyond comparison."""
+    choosing = [run for run in trials if run.search["study"] == group.study and run.search["stage"] in CHOOSING]
+    seeds = {run.seed for setting in group.settings for run in setting.runs}
+    if len(seeds) < _SEEDS:
+        yield f"Few seeds: {len(seeds)}; a claim needs {_SEEDS} at least."
+    if old := sorted(seeds & {run.seed for run in choosing}):
+        yield f"Not new: settings were chosen with seed {', '.join(map(str, old))} too."
+    sets = {run.config.get("data", {}).get(HELD_OUT.rpartition(".")[2]) for run in choosing}
+    if group.held_out in sets:
+        yield f"Settings were chosen on the held-out set that the claims are made on ({group.held_out or 'not named'})."
+    chosen = [by_method(each) for each in groups(trials, CHOOSING) if each.study == group.study]
+    if at_edge := sorted({method for each in chosen for method in each if EDGE in edges(each[method])}):
+        yield f"Not tuned to the end, the best rate is {EDGE} of what was tried: {', '.join(at_edge)}."
+    code = found.baseline.code if found.baseline else None
+    if code and (other := sorted({run.search["space"] for run in choosing if run.code != code})):
+        yield f"Settings chosen under other code than {code}: {', '.join(other)}."
+
+
+def _sensitivity(group: Group) -> str:
+    """The table of how each method's loss depends on its rate, out of the runs that settings were chosen by."""
+    head = (
+        "method",
+        "loss by rate",
+        "best rate",
+        "loss",
+        "other settings",
+        "runs",
+        "diverged",
+        "stopped",
+        "the best is",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---|---:|---:|---:|---|"]
+    rows = [(best_of(settings), method, settings) for method, settings in by_method(group).items()]
+    for best, method, settings in sorted(rows, key=lambda row: loss_or_last(row[0])):
+        runs = [run for setting in settings for run in setting.runs]
+        counts = [str(sum(run.status == status for run in runs)) for status in ("diverged", "stopped")]
+        chosen = [number(best.rate), _float(best.loss, 3), best.others] if best else ["", "", ""]
+        cells = [method, _by_rate(settings), *chosen, str(len(runs)), *counts, edges(settings)]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "- Means over seeds; of several settings at one rate the best. Diverged and stopped runs are counted in runs."
+    )
+    return "\n".join([f"### {group.title}: sensitivity to the rate\n", *lines, "", note]) + "\n"
+
+
+def _by_rate(settings: Sequence[Setting]) -> str:
+    """The best loss at each rate, or how its runs ended: "0.02: 1.846, 0.04: **1.806**, 0.08: diverged"."""
+    best, cells = best_of(settings), []
+    for rate in sorted({setting.rate for setting in settings}):
+        here = [setting for setting in settings if setting.rate == rate]
+        if found := best_of(here):
+            loss = f"**{found.loss:.3f}**" if best is not None and rate == best.rate else f"{found.loss:.3f}"
+            outcome = loss + (f" (best of {len(here)})" if len(here) > 1 else "")
+        else:
+            outcome = ", ".join(dict.fromkeys(_end(run) for setting in here for run in setting.runs))
+        cells.append(f"{number(rate)}: {outcome}")
+    return ", ".join(cells)
+
+
+def _end(run: RunRecord) -> str:
+    step = run.search.get("stopped_at")
+    return run.status if step is None else f"stopped at {step}"
