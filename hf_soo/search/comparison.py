@@ -45,7 +45,9 @@ def text_of(folder: Path) -> str:
     parts = [_claims_text(group, trials) for group in groups(trials, (CLAIM,))]
     parts += [_sensitivity(group) for group in groups(trials, CHOOSING)]
     unfinished = [run.name for run in trials if not is_over(run)]
-    notes = _named("Not over, and not counted as trials", unfinished)
+    notes = _named(
+        "Failed or interrupted, and not counted as trials (without its JSON a search makes one again)", unfinished
+    )
     notes += _named("Of no search, and passed over", [run.name for run in runs if not run.search])
     return "\n".join([*parts, *notes])
 
@@ -183,6 +185,9 @@ def _departures(group: Group, found: Claims, trials: Sequence[RunRecord]) -> Ite
     chosen = [by_method(each) for each in groups(trials, CHOOSING) if each.study == group.study]
     if at_edge := sorted({method for each in chosen for method in each if EDGE in edges(each[method])}):
         yield f"Not tuned to the end, the best rate is {EDGE} of what was tried: {', '.join(at_edge)}."
+    for setting in group.settings:
+        if len(kinds := sorted({str(run.arithmetic) for run in setting.runs})) > 1:
+            yield f"Seeds of {setting} differ in arithmetic: {', '.join(kinds)}."
     code = found.baseline.code if found.baseline else None
     if code and (other := sorted({run.search["space"] for run in choosing if run.code != code})):
         yield f"Settings chosen under other code than {code}: {', '.join(other)}."

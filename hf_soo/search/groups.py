@@ -211,12 +211,13 @@ def edges(settings: Sequence[Setting]) -> str:
     if best is None:
         return "none: no run was completed"
     found = []
-    for key in best.params:
-        tried = [setting.params[key] for setting in settings if key in setting.params]
+    for key in dict.fromkeys(("learning_rate", *best.params)):
         name = key.rpartition(".")[2]
-        if not name.endswith(("learning_rate", "_lr")) or best.params[key] not in (min(tried), max(tried)):
+        rates = {id(each): each.rate if key == "learning_rate" else each.params.get(key) for each in settings}
+        tried = [rate for rate in rates.values() if rate is not None]
+        if not name.endswith(("learning_rate", "_lr")) or rates[id(best)] not in (min(tried), max(tried)):
             continue
-        where = "lower" if best.params[key] == min(tried) else "upper"
+        where = "lower" if rates[id(best)] == min(tried) else "upper"
         edge = f"{EDGE} ({where}): widen" if min(tried) < max(tried) else "the only one tried"
         found.append(edge if name == "learning_rate" else f"{name} {edge}")
     return "; ".join(found) or "inside"

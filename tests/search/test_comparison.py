@@ -86,6 +86,8 @@ def test_each_number_of_the_text_is_a_direct_computation() -> None:
 
 def test_departures_from_the_protocol_are_named(tmp_path: Path) -> None:
     trials = small()
+    confirmed_muon = [run for run in trials if run.search["space"] == "muon" and run.search["stage"] == "confirm"]
+    confirmed_muon[0].arithmetic = {"ns_dtype": "float32"}
     for run in trials:
         if run.search["space"] == "lamb" or run.search["stage"] == "wide":
             run.code = "older"
@@ -95,6 +97,7 @@ def test_departures_from_the_protocol_are_named(tmp_path: Path) -> None:
     assert "Settings were chosen on the held-out set that the claims are made on (claim)." in text
     assert "Settings chosen under other code than c0de: adamw, mkor_adamw, mkor_muon, muon." in text
     assert "the best rate is at the edge of what was tried: adamw." in text
+    assert "Seeds of muon 0.02 differ in arithmetic: {'ns_dtype': 'float32'}, {}." in text
     few = [run for run in trials if run.search["stage"] == "wide" or run.seed < 4]
     assert "Few seeds: 2; a claim needs 4 at least." in text_of(write(few, tmp_path / "few"))
 
@@ -108,7 +111,7 @@ def test_no_run_is_left_out_silently(tmp_path: Path) -> None:
     write(trials, tmp_path)
     interrupted.write(tmp_path), plain.write(tmp_path)
     text = text_of(tmp_path)
-    assert "Not over, and not counted as trials: z-interrupted." in text
+    assert "a search makes one again): z-interrupted." in text
     assert "Of no search, and passed over: z-plain." in text
     assert row(claims_of([*trials, interrupted]), "mkor_muon").reasons == ()
 
