@@ -66,7 +66,7 @@ def _styles(found: Sequence[Group]) -> dict[str, dict[str, Any]]:
     return {
         method: {
             "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "marker": _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)],  # no pair comes twice
             "linestyle": "--" if method in PLAIN else "-",
         }
         for index, method in enumerate(sorted(best, key=lambda method: best[method]))

@@ -158,3 +158,13 @@ def test_the_picture_marks_best_edge_and_lost_runs(tmp_path: Path, monkeypatch: 
     assert lost == {"x": 0.04, "2": 0.001}
     middle = next(line for line in curves.lines if line.get_ydata()[-1] == pytest.approx(np.mean(MKOR)))
     assert middle.get_xdata()[-1] == BUDGET
+
+
+def test_thirty_methods_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    seen = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    trials = [trial(f"muon{n}", "wide", 0, 1.8 + n / 100) for n in range(30)]
+    cli.main(["report", str(write(trials, tmp_path)), "--picture", str(tmp_path / "picture.png")])
+    (axis,) = seen[0].axes
+    assert len({(line.get_color(), line.get_marker()) for line in axis.lines if line.get_marker() != "*"}) == 30
