@@ -23,7 +23,7 @@ from hf_soo.registry import METHODS
 # its command is given: they need transformers, which takes seconds.
 RUNS = {
     "prepare": ("hf_soo.bert.data.command", "text -> sequences for BERT pretraining"),
-    "pretrain": ("hf_soo.domains", "pretrain BERT"),
+    "pretrain": ("hf_soo.domains", "pretrain BERT, or a language model over bytes"),
     "glue": ("hf_soo.glue.command", "fine-tune on GLUE"),
     "squad": ("hf_soo.squad.command", "fine-tune on SQuAD, or score a file of predictions"),
     "vision": ("hf_soo.vision.command", "classify images"),

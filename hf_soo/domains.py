@@ -1,11 +1,14 @@
-"""Pretrain BERT (masked words and next sentence) with any optimizer of hf_soo, from a YAML file and flags over it.
+"""Pretrain BERT, or a language model over bytes, with any optimizer of hf_soo, from a YAML file and flags over it.
 
     accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml
     accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml --compare_with lamb
     python scripts/pretrain_bert.py --config configs/pretrain/bert_mini_wiki.yaml --config configs/pretrain/mkor.yaml
+    python scripts/pretrain_bert.py --config configs/workloads/byte_gpt_embedded.yaml
 
-Every field of TrainingArguments is a flag and a YAML key. The run goes on from the last checkpoint in --output_dir
-unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with --compare_with, two and a picture of both curves.
+The task is the recipe's, or --task: bert (masked words and next sentence) or lm (a small GPT, or BERT, over bytes);
+`--task lm --help` lists the flags of the latter. Every field of TrainingArguments is a flag and a YAML key. The run
+goes on from the last checkpoint in --output_dir unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with
+--compare_with, two and a picture of both curves.
 
 `hf-soo pretrain` is the same in one process, `accelerate launch -m hf_soo.cli pretrain` in any number.
 """
@@ -21,13 +24,14 @@ from hf_soo.runs.script import Domain, guarded
 DOMAINS = {
     "bert": "hf_soo.bert.task",
     "glue": "hf_soo.glue.task",
+    "lm": "hf_soo.lm.task",
     "squad": "hf_soo.squad.task",
     "vision": "hf_soo.vision.task",
 }
 """What a recipe's ``task`` may be -> the module whose DOMAIN trains it, imported when it is asked for."""
 
 _DEFAULT = "bert"
-_PRETRAINED = {"bert"}
+_PRETRAINED = {"bert", "lm"}
 
 
 def domain_of(flags: Sequence[str]) -> Domain:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import BertTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import BertTokenizer, TrainerCallback
 
 from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model
 from hf_soo.bert.length_sampler import LengthGroupedSampler, example_lengths
@@ -18,6 +18,7 @@ from hf_soo.bert.previous_phase import PreviousPhase, take_moments
 from hf_soo.integrations.checkpoints import CHECKPOINT_NAME
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.registry import METHODS
+from hf_soo.runs.callbacks import EpochCallback
 from hf_soo.runs.pretrained import sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.script import Domain
@@ -81,7 +82,7 @@ class PretrainingTask(Task):
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
             compute_metrics=pretraining_metrics,
-            callbacks=[_EpochCallback(training), *callbacks],
+            callbacks=[EpochCallback(training), *callbacks],
             processing_class=BertTokenizer(vocab=self.data.vocab_file),  # kept with every checkpoint
         )
         trainer.eval_collator = self._collator(EVAL_SEED)
@@ -145,19 +146,6 @@ class _PretrainingTrainer(SecondOrderTrainer):
             return loss, None, None
         sums = prediction_sums(logits[0], logits[1], labels=labels[0], next_sentence_label=labels[1])
         return loss, sums, labels[1]
-
-
-class _EpochCallback(TrainerCallback):
-    """Tells the collator of the training batches which epoch's masks to draw."""
-
-    def __init__(self, collator: PretrainingCollator) -> None:
-        self.collator = collator
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Also right after a resume in the middle of an epoch: the whole part is the epoch's number."""
-        self.collator.set_epoch(int(state.epoch or 0))
 
 
 def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:

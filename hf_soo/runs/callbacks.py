@@ -129,6 +129,20 @@ class RecordCallback(TrainerCallback):
         return self.record.curve[-1]
 
 
+class EpochCallback(TrainerCallback):
+    """Tells what draws the training examples, by its `set_epoch`, which epoch it is."""
+
+    def __init__(self, drawn: Any) -> None:
+        """Remember what to tell."""
+        self.drawn = drawn
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Also right after a resume in the middle of an epoch: the whole part is the epoch's number."""
+        self.drawn.set_epoch(int(state.epoch or 0))
+
+
 def _health(optimizer: Any) -> dict[str, float | None]:
     """A few numbers over all layers; an optimizer that is not ours has none."""
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

@@ -1,0 +1,95 @@
+"""Small language models of transformers with random weights: a decoder without biases, and an encoder with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+
+from hf_soo.lm.data import TextArguments, TextData
+from hf_soo.runs.arguments import check_positive, option
+
+
+@dataclass
+class LanguageModelArguments:
+    """Which model; `objective` says whether it is a decoder or an encoder.
+
+    causal is Llama's: RMS norm before each part, rotary positions, no biases. masked is BERT's: layer norm after each
+    part, learnt positions, biases.
+    """
+
+    _argument_group_name = "model"
+
+    hidden_size: int = option(128, "Width.")
+    num_hidden_layers: int = option(2, "Layers.")
+    num_attention_heads: int | None = option(None, "Heads; None: of 64, or one.")
+    intermediate_size: int | None = option(None, "Width of the MLP; None: 4 x hidden_size, gated: 8/3.")
+    tie_word_embeddings: bool | None = option(None, "One matrix for input and output; None: in the encoder alone.")
+    dropout: float = option(0.0, "Of hidden states and attention; masked only.")
+    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2; None: transformers chooses.")
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a value is out of its range, or two do not fit each other.
+        """
+        check_positive(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is no even number for each of num_attention_heads={self.heads}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be 0 or more and less than 1.")
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.num_attention_heads or max(1, self.hidden_size // 64)
+
+
+def make_language_model(
+    given: LanguageModelArguments, text: TextArguments, data: TextData, seed: int
+) -> PreTrainedModel:
+    """A new model for the symbols of a text.
+
+    Args:
+        given: its shape.
+        text: says objective and window.
+        data: says how many symbols there are.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: dropout is asked of the decoder, which has none.
+    """
+    set_seed(seed)
+    shape: dict[str, Any] = {
+        "hidden_size": given.hidden_size,
+        "num_hidden_layers": given.num_hidden_layers,
+        "num_attention_heads": given.heads,
+        "max_position_embeddings": text.window,
+        "attn_implementation": given.attn_implementation,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if text.objective == "causal":
+        if given.dropout:
+            raise ValueError(f"dropout={given.dropout} with objective=causal, whose model has none; leave it out.")
+        wide = given.intermediate_size or -(-given.hidden_size * 8 // 3 // 8) * 8
+        tied = bool(given.tie_word_embeddings)
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=data.symbols, intermediate_size=wide, tie_word_embeddings=tied, **shape)
+        )
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=max(data.symbols, (data.mask or 0) + 1),
+            intermediate_size=given.intermediate_size or 4 * given.hidden_size,
+            tie_word_embeddings=given.tie_word_embeddings is not False,
+            hidden_dropout_prob=given.dropout,
+            attention_probs_dropout_prob=given.dropout,
+            type_vocab_size=1,
+            **shape,
+        )
+    )
