@@ -28,6 +28,7 @@ RUNS = {
     "squad": ("hf_soo.squad.command", "fine-tune on SQuAD, or score a file of predictions"),
     "vision": ("hf_soo.vision.command", "classify images"),
     "bench": ("hf_soo.bench.command", "time optimizers against AdamW"),
+    "search": ("hf_soo.search.command", "search over the settings of optimizers, trial by trial"),
     "reproduce": ("hf_soo.reproduce.command", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
 }
 

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+# What a recipe's `task` may be, and the command of hf-soo that trains it.
+COMMANDS = {"bert": "pretrain", "lm": "pretrain", "glue": "glue", "squad": "squad", "vision": "vision"}
 _NAME = "{optimizer}"
 
 

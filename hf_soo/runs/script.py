@@ -13,15 +13,12 @@ from typing import Any
 import torch
 
 from hf_soo.runs import arguments, report
+from hf_soo.runs.recipes import COMMANDS
 from hf_soo.runs.record import RunRecord, status_of
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 from hf_soo.runs.training import Job, Task, compared, train
 
 GOES_ON = "stopped; the same command goes on from the last checkpoint"
-
-
-# What a recipe's `task` may be, and the command of hf-soo that trains it.
-COMMANDS = {"bert": "pretrain", "lm": "pretrain", "glue": "glue", "squad": "squad", "vision": "vision"}
 
 
 @dataclass(frozen=True)

@@ -127,12 +127,13 @@ USES = {
     "squad": ("--doc_stride", ["--score", "x"], "the following arguments are required: --validation_file"),
     "vision": ("--image_size", ["--optim_args", "update_perod=1", "--optim", "mkor"], "Did you mean 'update_period'?"),
     "bench": ("--rounds", ["--rounds", "0"], "rounds=0 must be 1 or more"),
+    "search": ("--dry_run", ["--trails", "3"], "unrecognized arguments: --trails; --help lists every flag."),
     "reproduce": ("--glue_tasks", ["--scale", "huge"], "argument --scale: invalid choice: 'huge'"),
 }
 
 
 def test_every_run_has_its_script_and_its_test() -> None:
-    assert set(USES) == set(cli.RUNS) == {*SCRIPTS, "reproduce"}
+    assert set(USES) == set(cli.RUNS) == {*SCRIPTS, "search", "reproduce"}
     for command, script in SCRIPTS.items():
         assert load_script(script).main is importlib.import_module(cli.RUNS[command][0]).main
 
@@ -147,7 +148,8 @@ def test_runs_have_help_and_refuse_in_one_line(
         cli.main()
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"usage: hf-soo {command} [--config FILE.yaml] [--flag value ...]\n") and flag in shown
+    what = "SPACE.yaml --workload FILE.yaml" if command == "search" else "[--config FILE.yaml]"
+    assert shown.startswith(f"usage: hf-soo {command} {what} [--flag value ...]\n") and flag in shown
     assert cli.main([command, *wrong]) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert message in line

@@ -1,0 +1,76 @@
+"""Queues: files of stages, most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_soo.runs.recipes import read_recipe, unknown_name
+from hf_soo.search.spaces import Space
+from hf_soo.search.stages import STAGES, Stage
+
+_SETTINGS = {"wide": 24, "narrow": 12, "confirm": 2}
+_SEEDS = {"wide": (0,), "narrow": (0,), "confirm": (1, 2, 3, 4)}
+_JOB_KEYS = ("workload", "space", "stage", "trials", "seeds", "whole")
+
+
+def make_stage(
+    workload: Path, space: Path, name: str, trials: int | None, seeds: Sequence[int] | None, whole: bool
+) -> Stage:
+    """A stage with what is usual where nothing is said.
+
+    Args:
+        workload: its recipe.
+        space: its file.
+        name: "wide", "narrow" or "confirm".
+        trials: settings to try.
+        seeds: of each setting.
+        whole: stop none.
+
+    Raises:
+        ValueError: numbers that cannot be, or a space that cannot be read.
+    """
+    number = _SETTINGS[name] if trials is None else trials
+    if number < 1:
+        raise ValueError(f"trials={number} must be 1 or more.")
+    chosen = tuple(_SEEDS[name] if seeds is None else seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds={list(chosen)} must be given, each once.")
+    return Stage(workload, Space.read(space), name, number, chosen, whole)
+
+
+def read_queue(file: Path) -> list[Stage]:
+    """The stages of a queue's file; workloads and spaces are named, or are files as from its folder.
+
+    Args:
+        file: ``jobs: [{workload, space, stage, trials, seeds, whole}, ...]``, most telling first.
+
+    Raises:
+        ValueError: no such file, a job with unknown keys or without a workload and a space, or one that cannot be.
+    """
+    if not file.is_file():
+        raise ValueError(f"No queue {str(file)!r}; give a file of jobs.")
+    jobs = read_recipe([file], known=("jobs",)).get("jobs")
+    if not isinstance(jobs, list) or not jobs or not all(isinstance(job, dict) for job in jobs):
+        raise ValueError(f"{file}: no 'jobs'; give 'jobs: [{{workload: NAME, space: NAME, stage: wide}}]'.")
+    return [_job(file, number, job) for number, job in enumerate(jobs, start=1)]
+
+
+def _job(file: Path, number: int, job: dict[str, Any]) -> Stage:
+    where = f"{file}, job {number}"
+    for key in job:
+        if key not in _JOB_KEYS:
+            raise ValueError(f"{where}: {unknown_name('key', str(key), _JOB_KEYS)}")
+    if missing := {"workload", "space"}.difference(job):
+        raise ValueError(f"{where}: no {' and no '.join(sorted(missing))}.")
+    name, trials, seeds = job.get("stage", "wide"), job.get("trials"), job.get("seeds")
+    if name not in STAGES:
+        raise ValueError(f"{where}: stage={name!r} is none of {', '.join(STAGES)}.")
+    if not isinstance(trials, int | None) or not isinstance(seeds, list | None):
+        raise ValueError(f"{where}: trials={trials!r} and seeds={seeds!r} must be a number and a list of them.")
+    workload, space = (
+        file.parent / (text if text.endswith(".yaml") else f"{folder}{text}.yaml")
+        for text, folder in ((str(job["workload"]), "../workloads/"), (str(job["space"]), ""))
+    )
+    return make_stage(workload, space, name, trials, seeds, bool(job.get("whole", False)))
