@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, PretrainedConfig
 
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.arguments import option
+from hf_soo.runs.arguments import check_positive, option
 from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
 
 
@@ -18,6 +19,34 @@ class GlueModelArguments(PretrainedArguments):
     """Which pretrained model, and what becomes of its head."""
 
     ignore_mismatched_sizes: bool = option(False, "Replace a head that was made for another number of labels.")
+    lora_r: int | None = option(None, "Train adapters of this rank (LoRA) and the head; None: all weights.")
+    lora_alpha: int | None = option(None, "Their scale is lora_alpha / lora_r; None: lora_r.")
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers with adapters, or all-linear; None: PEFT's for the model."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the adapters.
+
+        Raises:
+            ValueError: a value is not allowed, or given without a rank.
+        """
+        check_positive(self, "lora_r", "lora_alpha")
+        for name in ("lora_alpha", "lora_targets"):
+            if self.lora_r is None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value!r} without lora_r; give the rank of the adapters.")
+
+    @property
+    def alpha(self) -> int:
+        """The adapters' α; 1 without any."""
+        return self.lora_alpha or self.lora_r or 1
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """What a record says of the adapters; nothing where there are none."""
+        if self.lora_r is None:
+            return {}
+        return {"lora": {"r": self.lora_r, "alpha": self.alpha, "targets": self.lora_targets}}
 
 
 def find_classifier(arguments: GlueModelArguments, max_seq_length: int) -> Pretrained:

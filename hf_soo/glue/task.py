@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallbac
 
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.files import Examples, digest
+from hf_soo.glue.lora import AdapterTrainer, with_adapters
 from hf_soo.glue.metrics import check_installed, score, write_predictions
 from hf_soo.glue.model import GlueModelArguments, check_head, find_classifier, make_classifier
 from hf_soo.glue.tasks import GlueTask, find_tasks
@@ -48,7 +50,8 @@ class GlueFineTuning(Task):
             ValueError: files, a head or settings of the Trainer that cannot be used.
         """
         check_head(pretrained, task)
-        self.task, self.pretrained, self.data = task, pretrained, data
+        assert isinstance(pretrained.arguments, GlueModelArguments)
+        self.task, self.pretrained, self.model, self.data = task, pretrained, pretrained.arguments, data
         self.title = f"{task.title}, {pretrained.name}"
         self.metrics = tuple(name for name in task.metrics if not name.endswith(f"_{MISMATCHED}"))
         check_evaluation(args, self.metrics)
@@ -69,8 +72,9 @@ class GlueFineTuning(Task):
         return None if examples is None else examples.head(count)
 
     def make_model(self, seed: int) -> nn.Module:
-        """The pretrained encoder under a new head."""
-        return make_classifier(self.pretrained, self.task, seed)
+        """The pretrained encoder under a new head, with adapters where they are asked for."""
+        model = make_classifier(self.pretrained, self.task, seed)
+        return with_adapters(model, self.model) if self.model.lora_r is not None else model
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Model, task, and how many examples of which source."""
@@ -87,7 +91,7 @@ class GlueFineTuning(Task):
             "digest": digest(parts),
         }
         return {
-            "model": {"name": self.pretrained.name, **shape},
+            "model": {"name": self.pretrained.name, **shape, **self.model.adapters},
             "task": self.task.name,
             "data": data,
             "max_seq_length": self.data.max_seq_length,
@@ -98,7 +102,8 @@ class GlueFineTuning(Task):
         self, model: nn.Module, args: RunTrainingArguments, callbacks: list[TrainerCallback]
     ) -> FineTuningTrainer:
         """The Trainer of a run."""
-        return FineTuningTrainer(
+        kind = FineTuningTrainer if self.model.lora_r is None else AdapterTrainer
+        trainer = kind(
             model=model,
             args=args,
             data_collator=self._collator(),
@@ -109,6 +114,9 @@ class GlueFineTuning(Task):
             compute_metrics=self._scores,
             preprocess_logits_for_metrics=_numbers if self.task.regression else best_class,
         )
+        if isinstance(trainer, AdapterTrainer):
+            trainer.make_adapted = partial(self.make_model, args.seed)
+        return trainer
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         return score(self.task, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))

@@ -62,7 +62,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert f"Name: hf-soo\nVersion: {hf_soo.__version__}\n" in metadata
     for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Requires-Dist: torch<3,>=2.9"):
         assert line in metadata.splitlines()
-    for extra in ("deepspeed", "eval", "vision", "report", "tracking", "test", "dev"):
+    for extra in ("deepspeed", "eval", "vision", "lora", "report", "tracking", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata.splitlines()
     assert "hf-soo = hf_soo.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
     assert b"Apache License" in wheel.read(f"{folder}/licenses/LICENSE")
