@@ -14,12 +14,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_soo import preconditioners
-from hf_soo.engine.checks import require_range, unknown_key
+from hf_soo.engine.checks import require_in, require_range, unknown_key
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Method
 from hf_soo.engine.selection import Selection, compile_patterns, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, check_base, decay_groups
+from hf_soo.optimizers.halves import PLACES, ApplyTo, halves_of
 from hf_soo.preconditioners.config import make_config
 
 FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo")
@@ -58,6 +59,7 @@ class OptimizerSettings:
         config: the method's own settings, an object of its Config; None for a base alone.
         include: regular expressions on module names.
         exclude: regular expressions on module names.
+        apply_to: what of the base the method acts on.
     """
 
     name: str
@@ -66,6 +68,7 @@ class OptimizerSettings:
     config: Any | None
     include: Sequence[str] | None
     exclude: Sequence[str] | None
+    apply_to: ApplyTo = "gradient"
 
     @classmethod
     def of(
@@ -82,19 +85,22 @@ class OptimizerSettings:
 
         Raises:
             ValueError: an unknown name, key or base, a value out of range, or no regular expression.
+            NotImplementedError: ``apply_to`` with a base that cannot do it.
         """
         if name not in METHODS:
             raise ValueError(unknown_key("optimizer", name, list(METHODS)))
         method, args, config = METHODS[name], dict(base_args or {}), None
+        place = settings.get("apply_to", "gradient")
         if method.config is None:
             _refuse(name, base=base, include=include, exclude=exclude)
             args |= settings
         else:
-            config = make_config(name, method.config, settings)
+            require_in("apply_to", place, PLACES)
+            config = make_config(name, method.config, {k: v for k, v in settings.items() if k != "apply_to"})
         for what, patterns in (("include", include), ("exclude", exclude)):
             compile_patterns(what, patterns)
-        check_base(base or method.base, args)
-        return cls(name, base or method.base, args, config, include, exclude)
+        check_base(base or method.base, args, place)
+        return cls(name, base or method.base, args, config, include, exclude, place)
 
     @property
     def lacks_batch_size(self) -> bool:
@@ -131,13 +137,14 @@ class OptimizerSettings:
         preconditioner = method.make(self.config)
         selection, config = Selection([], {}), {}
         if self.config is not None:
-            config = dataclasses.asdict(self.config)
+            config = dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
             selection = method.select(model, self.include, self.exclude, preconditioner.skip_reason)
         inner = build_base(self.base, groups, lr, self.base_args, hidden_weights(model))
         names = dict(model.named_parameters())
         return PreconditionedOptimizer(
-            inner, preconditioner, selection, name=self.name, config=config, parameter_names=names
-        )
+            inner, preconditioner, selection, name=self.name, config=config, parameter_names=names,
+            halves=halves_of(inner, self.apply_to),
+        )  # fmt: skip
 
 
 def build_optimizer(
@@ -166,14 +173,16 @@ def build_optimizer(
         weight_decay: for all parameters but biases and norms; None: the base's default.
         include: regular expressions on module names; only these layers are preconditioned.
         exclude: regular expressions on module names that are left to the base.
-        **config: the method's own settings; for a base optimizer alone, its arguments.
+        **config: the method's own settings; for a base optimizer alone, its arguments. Every method takes ``apply_to``:
+            "gradient", the base's "momentum" (Nesterov's where it has it), or its "update"; see ``optimizers.halves``.
 
     Returns:
         A torch.optim.Optimizer.
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or no layer selected.
-        NotImplementedError: the model is wrapped in a way that cannot work.
+        NotImplementedError: the model is wrapped in a way that cannot work, or ``apply_to`` with a base that cannot
+            hand out its direction.
     """
     model = bare_model(model)
     settings = OptimizerSettings.of(name, config, base=base, base_args=base_args, include=include, exclude=exclude)

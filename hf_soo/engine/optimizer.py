@@ -18,7 +18,7 @@ from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing
 from hf_soo.engine.selection import Selection
 from hf_soo.engine.step import Step
-from hf_soo.engine.strategy import Strategy
+from hf_soo.engine.strategy import Halves, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class PreconditionedOptimizer(Optimizer):
 
     Attributes:
         base, preconditioner: the optimizer that takes the step, and the method.
+        halves: the base's step cut in two, where the method acts on what lies between.
         stages: what it does to its layers before the base steps; it owns layers, factors, hooks and strategy.
         steps: optimizer steps done.
         switched: whether the method has handed over to its base for good (MKOR-H).
@@ -49,13 +50,15 @@ class PreconditionedOptimizer(Optimizer):
         name: str,
         config: dict[str, Any],
         parameter_names: dict[str, nn.Parameter],
+        halves: Halves | None = None,
     ) -> None:
         """Wrap a base over the model's parameters. ``hf_soo.build_optimizer`` is the way to make one.
 
         Checkpoints keep ``name`` and ``config``; ``selection`` and ``parameter_names`` are for ``routing`` too.
+        ``halves`` of the base make the method act on the base's directions instead of on the gradients.
         """
         super().__init__(base.param_groups, base.defaults)
-        self.base = base
+        self.base, self.halves, self._taken = base, halves, False
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
@@ -64,11 +67,8 @@ class PreconditionedOptimizer(Optimizer):
         self.parameter_index = ParameterIndex.of(base.param_groups, parameter_names, selection.layers)
         self.stages = Step(preconditioner, selection.layers)
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        self.external_step = False
-        self.carries_state = True
-        self.switched = False
-        self.steps = 0
-        self.ranks_checked = False
+        self.external_step = self.switched = self.ranks_checked = False
+        self.carries_state, self.steps = True, 0
         self._loss = LossWatch()
         self._schedule()
 
@@ -94,9 +94,9 @@ class PreconditionedOptimizer(Optimizer):
             if loss is not None:
                 self.report_loss(loss)
         if self.external_step:
-            self._linked_base().step()
+            self._step_base()
         else:
-            self.step_around(self.base.step)
+            self.step_around(self.base.step if self.halves is None else self._step_base)
         return loss
 
     @torch.no_grad()
@@ -118,9 +118,13 @@ class PreconditionedOptimizer(Optimizer):
                     stages.update(self.loss_scale() if stages.capture.buffers else 1.0)  # collect, sync, update
                 if self._refreshing:
                     stages.refresh()  # inverses, for methods that have them
+                if self.halves is not None:
+                    names = self.parameter_index.parameters
+                    self.halves.take(stages.strategy.local_gradients(self._linked_base(), names))
+                    self._taken = True
                 rates = {layer: float(self.param_groups[group]["lr"]) for layer, group in index.items()}
                 stages.transform(rates)  # G -> P, and its length
-        result = base_step()
+        result, self._taken = base_step(), False
         if skipped():
             self.begin_window()
         else:
@@ -138,6 +142,11 @@ class PreconditionedOptimizer(Optimizer):
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)
             self.stages.follow_layout(self.name, self.steps)
+
+    def _step_base(self) -> None:
+        """The base's step, or its second half where the method has acted on what the first one made."""
+        base = self._linked_base()
+        (self.halves.move if self._taken and self.halves else base.step)()
 
     def _linked_base(self) -> Optimizer:
         """The base over our groups as they are now: DeepSpeed swaps our list for one of a single group at a time."""
@@ -222,9 +231,8 @@ class PreconditionedOptimizer(Optimizer):
     def report_loss(self, loss: Tensor | float) -> None:
         """Tell the training loss, once for each micro-batch, before ``step``: what you call ``backward`` on.
 
-        It is this rank's, weighted as in the backward pass; the micro-batches of a window are summed, and ``zero_grad``
-        forgets them, since a step may have been skipped. Methods that do not look at the loss (all but MKOR-H) ignore
-        it. SecondOrderTrainer does this itself.
+        It is this rank's, weighted as in the backward pass; a window's are summed, and ``zero_grad`` forgets them.
+        Methods that do not look at the loss (all but MKOR-H) ignore it. SecondOrderTrainer does this itself.
         """
         if self.layers and self.preconditioner.watches_loss:
             self._loss.report(loss, self.layers[0].weight.device)
@@ -324,18 +332,12 @@ class PreconditionedOptimizer(Optimizer):
             self.external_step = before
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied: the copy would have no layers to hook.
-
-        Raises:
-            TypeError: always.
-        """
+        """Refuse to be copied, with a TypeError: the copy would have no layers to hook."""
         raise TypeError("a PreconditionedOptimizer cannot be copied or pickled; save state_dict() and build another.")
 
     def _share_with_base(self) -> None:
         """Loading replaces the base's containers; ours must be the same objects again."""
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-        self.defaults = self.base.defaults
+        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base; new layers are not preconditioned."""

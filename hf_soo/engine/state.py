@@ -103,7 +103,7 @@ class Identity:
                     f"this checkpoint was written with {what} {saved[key]!r}, this run has {mine!r}; resume with "
                     f"{saved[key]!r}, or start a new run from the model's weights alone."
                 )
-        before = saved["config"]
+        before = {"apply_to": "gradient", **saved["config"]}  # saved before there was another place
         changed = {k: (before.get(k), v) for k, v in self.config.items() if before.get(k) != v}
         if changed:
             logger.warning("%s resumes with changed settings (saved, now): %s", self.name, changed)

@@ -11,7 +11,8 @@ A base's state is kept in whole tensors by parameter name, so that a run can go 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -49,6 +50,41 @@ class Partition(Protocol):
         Of the gradients as ``step`` finds them (unscaled, after a clip outside), and the same in every call that makes
         up one step: stepping a group overwrites its gradients, so this is measured before the first.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGradient:
+    """What of a gradient lies on this rank, and where the base keeps what belongs to it.
+
+    Args:
+        group: of the base, with its settings.
+        param: the tensor that the base steps on, by which its state is known.
+        weight: this rank's part of it.
+        grad: this rank's part of the gradient, where it is stored.
+        cut: where it lies in a flat ``param`` of several pieces; None: it is all that this rank has of ``param``.
+        scale: the factor on the gradient as it is stored.
+    """
+
+    group: dict[str, Any]
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    cut: slice | None = None
+    scale: float = 1.0
+
+    def of(self, state: Tensor) -> Tensor:
+        """The part of a tensor of the base's state, as a view."""
+        return dtensors.local(state) if self.cut is None else state.view(-1)[self.cut]
+
+
+class Halves(Protocol):
+    """A base's step in two, for a method that acts on what lies between (``optimizers.halves``)."""
+
+    def take(self, gradients: Iterable[LocalGradient]) -> None:
+        """The base takes the gradients in, and its directions take their place."""
+
+    def move(self) -> None:
+        """The weights move by what the gradients hold."""
 
 
 class Strategy(ABC):
@@ -125,6 +161,18 @@ class Strategy(ABC):
     def gather(self, layer: Layer, rows: Tensor) -> Tensor:
         """A tensor [rows of this rank, ...] of a layer read by rows, with the rows of all ranks."""
         return rows
+
+    def local_gradients(self, base: Optimizer, names: Names) -> Iterator[LocalGradient]:
+        """This rank's part of every gradient, trained by the method or not.
+
+        Args:
+            base: the optimizer.
+            names: of the parameters of each group.
+        """
+        for group in base.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    yield LocalGradient(group, param, dtensors.local(param.detach()), dtensors.local(param.grad))
 
     # ---- the base's state --------------------------------------------------------------------------------------------
 

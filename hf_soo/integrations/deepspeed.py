@@ -154,6 +154,7 @@ class _Step:
             return self.step(*args, **kwargs)
         if self.clip > 0:
             fragments.scale_(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+            fragments.measure()  # what is left, for a base that clips too
 
         def engine_step() -> Any:
             if isinstance(self.optimizer.base, Lamb):

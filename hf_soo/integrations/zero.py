@@ -17,7 +17,7 @@ from hf_soo.engine.comm import Communicator
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.fragments import Fragment, Fragments, Span
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.strategy import Entry, Names, on_cpu
+from hf_soo.engine.strategy import Entry, LocalGradient, Names, on_cpu
 
 
 class ZeroFragments(Fragments):
@@ -78,13 +78,22 @@ class ZeroFragments(Fragments):
     def flat_of(self, parameter: Tensor) -> tuple[Tensor, int]:
         """The flat tensor that the base steps on, and the first element of this rank's piece (0: there is none)."""
 
+    def local_gradients(self, base: Optimizer, names: Names) -> Iterator[LocalGradient]:
+        """Ranges of the flat tensors."""
+        for group, mine in zip(base.param_groups, names, strict=True):
+            for parameter in (self.named[name] for name in mine):
+                flat, start = self.flat_of(parameter)
+                if length := self.own_span(parameter).length:
+                    cut = slice(start, start + length)
+                    yield LocalGradient(group, flat, flat[cut], self.piece(parameter).view(-1), cut, self.loss_scale)
+
     # ---- norms of whole parameters -----------------------------------------------------------------------------------
 
     def parts_of(self, param: Tensor) -> Sequence[Fragment]:
         """See ``Partition``."""
         return self._fragments.get(id(param), [])
 
-    def pieces(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         """All pieces of gradients on this rank that are not empty."""
         return [self.piece(p) for p in self.parameters if self.own_span(p).length]
 
@@ -94,7 +103,7 @@ class ZeroFragments(Fragments):
 
     def measure(self) -> Tensor:
         """|g| over all whole gradients now, free of the loss scale; 0-d."""
-        pieces = self.pieces()
+        pieces = self.gradients()
         norms = torch._foreach_norm(pieces, 2, dtype=torch.float32) if pieces else []
         total = torch.stack(list(norms)).square().sum() if norms else self.parameters[0].new_zeros(()).float()
         self.comm.sum_([total])
@@ -107,7 +116,7 @@ class ZeroFragments(Fragments):
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all gradients by a 0-d factor."""
-        for piece in self.pieces():
+        for piece in self.gradients():
             piece.mul_(factor)
 
     # ---- the base's state --------------------------------------------------------------------------------------------

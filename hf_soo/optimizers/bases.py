@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.dtensors import is_dtensor
+from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import FUSED_DEVICES, Muon
 
@@ -146,20 +147,24 @@ def build_base(
     return optimizer
 
 
-def check_base(base: str | type[Optimizer], args: Mapping[str, Any]) -> None:
+def check_base(base: str | type[Optimizer], args: Mapping[str, Any], apply_to: ApplyTo = "gradient") -> None:
     """Build a base over a tiny model on the meta device, so that a wrong argument shows before there is a model.
 
     Args:
         base: as ``build_base``'s.
         args: as ``build_base``'s; ``fused`` is left out, as it depends on where the parameters lie.
+        apply_to: as ``halves_of``'s place.
 
     Raises:
         ValueError: the base or one of its arguments is unknown, or it refuses a value.
+        NotImplementedError: it cannot be cut there.
     """
     matrix, vector = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((2, 2), (2,)))
     rest = {key: value for key, value in args.items() if key != "fused"}
     try:
-        build_base(base, [{"params": [matrix, vector]}], 1e-3, rest, [matrix])
+        halves_of(build_base(base, [{"params": [matrix, vector]}], 1e-3, rest, [matrix]), apply_to)
+    except NotImplementedError:  # a RuntimeError too
+        raise
     except RuntimeError as error:  # somebody's class that looks at values: it will say so itself
         logger.debug("%s cannot be tried on the meta device: %s", base, error)
 

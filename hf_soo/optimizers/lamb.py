@@ -42,6 +42,9 @@ from hf_soo.engine.chunks import Slot, bundles, piece_norms, piece_size, slots_o
 from hf_soo.engine.row_shards import Job, Share, check_placement, divide
 from hf_soo.engine.strategy import Partition
 
+Turn = Callable[[list[Slot], list[Tensor], dict[str, Any]], None]
+"""Turns what holds -κw of each slot of a piece into -u, with the group's settings."""
+
 
 @dataclass(slots=True)
 class _Update:
@@ -111,13 +114,13 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        whole, shares = divide(self.param_groups, self.partition)
-        excess = self._clip_divisor(whole, shares)
-        for job in whole:
-            for update in self._updates(job, excess):
-                _apply_(update, None if update.norms is None else _trust_ratio(update.norms))
-        for share in shares:
-            self._step_pieces(share, excess)
+        divided = self.divided()
+        excess = self.clip_divisor(divided)
+        for group in self.param_groups:
+            given = [self._state(param)["step"] for param in group["params"] if param.grad is not None]
+            if given:
+                torch._foreach_add_(given, 1)
+        self.move(lambda piece, minus_u, group: _adam_(piece, minus_u, group, excess), divided)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,11 +132,16 @@ class Lamb(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[param][name] = value.to(param.device)
 
-    def _clip_divisor(self, whole: list[Job], shares: list[Share]) -> Tensor | None:
+    def divided(self) -> tuple[list[Job], list[Share]]:
+        """What is stepped on: whole parameters that have a gradient, and shares of others."""
+        return divide(self.param_groups, self.partition)
+
+    def clip_divisor(self, divided: tuple[list[Job], list[Share]]) -> Tensor | None:
         """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip."""
         limit = self.defaults["max_grad_norm"]
         if limit is None:
             return None
+        whole, shares = divided
         norms = [norm for job in whole for norm in piece_norms([p.grad for p in job.params if p.grad is not None])]
         norms += [share.partition.grad_norm() for share in shares]
         if not norms:
@@ -141,24 +149,30 @@ class Lamb(Optimizer):
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return torch.clamp(total / limit, min=1.0)
 
-    def _step_pieces(self, share: Share, excess: Tensor | None) -> None:
+    def move(self, turn: Turn, divided: tuple[list[Job], list[Share]]) -> None:
+        """W ← W - η r u; ``turn`` says what u is beside κw."""
+        whole, shares = divided
+        for job in whole:
+            for update in self._updates(job, turn):
+                _apply_(update, None if update.norms is None else _trust_ratio(update.norms))
+        for share in shares:
+            self._step_pieces(share, turn)
+
+    def _step_pieces(self, share: Share, turn: Turn) -> None:
         """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
-        updates = [update for job in share.jobs for update in self._updates(job, excess, share.partition)]
+        updates = [update for job in share.jobs for update in self._updates(job, turn, share.partition)]
         known = [(update.slots, update.norms) for update in updates if update.norms is not None]
         ratios = _trust_ratio(whole_norms(known, share.partition, share.prototype)).unbind()
         for update in reversed(updates):
             adapt = update.norms is not None
             _apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
 
-    def _updates(self, job: Job, excess: Tensor | None, partition: Partition | None = None) -> Iterator[_Update]:
+    def _updates(self, job: Job, turn: Turn, partition: Partition | None = None) -> Iterator[_Update]:
         """Update moments bundle by bundle, each when it is asked for: what is applied at once is still in cache."""
-        if excess is not None:
-            excess = excess.to(job.params[0].device)
-        torch._foreach_add_([self._state(p)["step"] for p in job.params], 1)
         size = piece_size(job.params[0])
         scratch = torch.empty(size, dtype=wide_dtype(job.params[0]), device=job.params[0].device)
         for slots, pieces in bundles(slots_of(job.params, self.state, job.ranks is not None, partition), size):
-            found = [_update_(piece, scratch, job.group, excess) for piece in pieces]
+            found = [_update_(piece, scratch, job.group, turn) for piece in pieces]
             norms = [norm for norm in found if norm is not None]
             total = torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else None
             yield _Update(job.group, slots, pieces, total)
@@ -173,14 +187,14 @@ class Lamb(Optimizer):
         return state
 
 
-def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: Tensor | None) -> Tensor | None:
-    """Update the moments of a piece and leave -u in its gradients.
+def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], turn: Turn) -> Tensor | None:
+    """Leave -u of a piece in its gradients.
 
     Args:
         piece: slots.
         scratch: at least as many elements as the piece.
         group: the hyperparameters.
-        excess: divisor of the gradients, or None.
+        turn: see ``Turn``.
 
     Returns:
         ‖w‖ and ‖u‖ of each slot, [2, slots], or None where no ratio is wanted.
@@ -198,10 +212,20 @@ def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: 
         whole.mul_(-decay)
     else:
         whole.zero_()
+    turn(piece, minus_u, group)
+    if adapt:
+        norms += torch._foreach_norm(minus_u)  # ‖u‖
+    torch._foreach_copy_(grads, minus_u)
+    return torch.stack(norms).view(2, len(piece)) if adapt else None
+
+
+def _adam_(piece: list[Slot], minus_u: list[Tensor], group: dict[str, Any], excess: Tensor | None) -> None:
+    """-κw ← -κw - m̂ / (√v̂ + ε) with the moments updated; the gradients are divided by ``excess`` first."""
+    grads = [slot.grad for slot in piece]
     if excess is not None:
-        torch._foreach_div_(grads, excess)
+        torch._foreach_div_(grads, excess.to(grads[0].device))
     beta1, beta2 = group["betas"]
-    torch._fused_adamw_(  # -κw ← -κw - m̂ / (√v̂ + ε), moments updated
+    torch._fused_adamw_(
         minus_u,
         grads,
         [slot.exp_avg for slot in piece],
@@ -216,10 +240,6 @@ def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], excess: 
         amsgrad=False,
         maximize=False,
     )
-    if adapt:
-        norms += torch._foreach_norm(minus_u)  # ‖u‖
-    torch._foreach_copy_(grads, minus_u)
-    return torch.stack(norms).view(2, len(piece)) if adapt else None
 
 
 def _apply_(update: _Update, ratios: Tensor | None) -> None:

@@ -33,7 +33,7 @@ def make_config(method: str, cls: type[C], settings: Mapping[str, Any]) -> C:
     valid = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in settings:
         if key not in valid:
-            raise ValueError(unknown_key(f"setting of {method!r}", key, valid))
+            raise ValueError(unknown_key(f"setting of {method!r}", key, [*valid, "apply_to"]))
     return cls(**settings)
 
 

@@ -42,7 +42,7 @@ from hf_soo.engine.flops import MinimalWork, Product, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
-from hf_soo.engine.rescale import MatchNorm
+from hf_soo.engine.rescale import make_rescale
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
 from hf_soo.preconditioners.mkor_dense import Dense
@@ -67,6 +67,7 @@ class MKORConfig(Periodic):
         sides: "both", "input", "output" or "none".
         stabilizer_threshold: ε of the exact and paper rules (None: 100).
         stabilizer_blend: ζ of the exact and paper rules (None: 0.9).
+        rescale: "norm" (line 6), or "none": P as it is, for a base that sees no norms (Muon).
     """
 
     factor_decay: float = 0.95
@@ -80,6 +81,7 @@ class MKORConfig(Periodic):
     sides: Literal["both", "input", "output", "none"] = "both"
     stabilizer_threshold: float | None = None
     stabilizer_blend: float | None = None
+    rescale: Literal["norm", "none"] = "norm"
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -88,6 +90,7 @@ class MKORConfig(Periodic):
         require_in("representation", self.representation, ("lowrank", "dense"))
         require_in("update_rule", self.update_rule, ("blend", "exact", "paper"))
         require_in("kv_scale", self.kv_scale, KV_SCALES)
+        require_in("rescale", self.rescale, ("norm", "none"))
         require_in("sides", self.sides, ("both", "input", "output", "none"))
         require_count("rank", self.rank, 1)
         require_count("history", self.history, self.rank)
@@ -213,12 +216,12 @@ def _no_rows(grad: Joint, d: int) -> Tensor:
 class MKOR(RowWise):
     """MKOR as a gradient transform; state "left" [d_out] and "right" [d_in + bias] for each layer."""
 
-    rescale = MatchNorm()
     config: MKORConfig
 
     def __init__(self, config: MKORConfig) -> None:
         """Take the settings."""
         super().__init__(config)
+        self.rescale = make_rescale(config.rescale, None)
         self.stacks = self.row_wise = config.representation == "lowrank"
         self.form: _LowRank | Dense = _LowRank(config.history, config.factor_decay)
         self.gradient_passes = 6 if config.representation == "lowrank" else 4

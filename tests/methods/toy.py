@@ -105,6 +105,7 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
         "kv_target": (0.1, {}),
         "rank": (2, {}),
         "sides": ("input", {}),
+        "rescale": ("none", {}),
         "stabilizer_threshold": (1.5, {"representation": "dense", "update_rule": "exact"}),
         "stabilizer_blend": (0.2, {"representation": "dense", "update_rule": "exact", "stabilizer_threshold": 1.5}),
     },
@@ -195,11 +196,13 @@ MATRICES_ONLY = {"shampoo", "eva_s"}
 
 ROUNDING = {
     "mkor+muon": 2e-3,  # Muon iterates in bf16 where that is fast, and there 1e-16 can turn a rounding (2^-9)
+    "mkor+muon-momentum": 2e-3,
     "muon": 2e-3,
     "kaisa": 1e-9,  # its absolute damping is 1e-5 of the curvature here, so its inverses make more of a rounding
     # roots of factors without full rank turn 1e-16 into 1e-13 where a dead unit's gradient is 0; AdamW's ε is 1e-8
     "shampoo": 1e-4,
     "shampoo-adam": 1e-4,
+    "shampoo-momentum": 1e-4,
     "shampoo-sum": 1e-7,
     "shampoo-orthogonal": 1e-7,
 }

@@ -95,15 +95,18 @@ class Mkor:
     t: int = 0
     factors: list[tuple[MkorFactor, MkorFactor]] = field(default_factory=list)
 
-    def transform(self, layers: list[tuple[Array, Array]], lr: float) -> list[Array]:
+    def transform(
+        self, layers: list[tuple[Array, Array]], lr: float, directions: list[Array] | None = None
+    ) -> list[Array]:
+        """P of each layer's gradient, or of another direction; the factors are of the gradient's rows all the same."""
         cfg = self.config
         if not self.factors:
             self.factors = [(MkorFactor(e.shape[1]), MkorFactor(a.shape[1])) for a, e in layers]
         updates = self.t < cfg["warmup_updates"] or self.t % cfg["update_period"] == 0
         self.t += 1
         moved = []
-        for (rows_a, rows_e), (left, right) in zip(layers, self.factors, strict=True):
-            G = rows_e.T @ rows_a
+        for i, ((rows_a, rows_e), (left, right)) in enumerate(zip(layers, self.factors, strict=True)):
+            G = rows_e.T @ rows_a if directions is None else directions[i]
             if updates:
                 scale = cfg.get("kv_scale", "unit"), cfg.get("kv_target", 1.0), cfg.get("rank", 1)
                 a, b = kronecker_vectors(rows_a, rows_e, cfg.get("clip_value", 100.0), *scale)
@@ -112,7 +115,8 @@ class Mkor:
                     left.update(b, cfg)
                 if sides in ("both", "input"):
                     right.update(a, cfg)
-            moved.append(norm_match(G, left.F @ G @ right.F))
+            P = left.F @ G @ right.F
+            moved.append(norm_match(G, P) if cfg.get("rescale", "norm") == "norm" else P)
         return moved
 
 
@@ -125,7 +129,9 @@ class Eva:
     t: int = 0
     running: list[list[Array]] = field(default_factory=list)
 
-    def transform(self, layers: list[tuple[Array, Array]], lr: float) -> list[Array]:
+    def transform(
+        self, layers: list[tuple[Array, Array]], lr: float, directions: list[Array] | None = None
+    ) -> list[Array]:
         cfg = self.config
         if self.t < cfg.get("warmup_updates", 0) or self.t % cfg.get("update_period", 1) == 0:
             new = [kronecker_vectors(a, e, math.inf, cfg.get("kv_scale", "sum")) for a, e in layers]
@@ -136,8 +142,8 @@ class Eva:
             ]
         self.t += 1
         pairs = []
-        for (rows_a, rows_e), vectors in zip(layers, self.running, strict=True):
-            G, (a, b) = rows_e.T @ rows_a, [v.squeeze(1) for v in vectors]
+        for i, ((rows_a, rows_e), vectors) in enumerate(zip(layers, self.running, strict=True)):
+            G, (a, b) = rows_e.T @ rows_a if directions is None else directions[i], [v.squeeze(1) for v in vectors]
             P = eva_f(G, a, cfg["damping"]) if self.input_only else eva(G, a, b, cfg["damping"])
             pairs.append((G, P))
         nu = kl_scale(pairs, lr, cfg.get("kl_clip"))

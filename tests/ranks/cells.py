@@ -91,6 +91,19 @@ METHODS = {
         # the default rate of 0.01 leaves its curvature at 1, and the run an AdamW run, for so few steps
         Method("rf_rmsprop", {"optim": "rf_rmsprop", "optim_args": "factor_lr=0.5"}),
         Method("mkor over lamb", {"optim": "mkor", "optim_args": PERIODS, "base_optim": "lamb"}),
+        # P has entries where the gradients, and so √v̂, are nearly 0: Adam's ε bounds what is made of their rounding
+        Method(
+            "mkor on momentum",
+            {"optim": "mkor", "optim_args": f"{PERIODS},apply_to=momentum", "base_optim_args": "eps=1e-3"},
+        ),
+        Method(
+            "mkor on lamb's momentum",
+            {"optim": "mkor", "optim_args": f"{PERIODS},apply_to=momentum", "base_optim": "lamb"},
+        ),
+        Method(
+            "eva on sgd's momentum",
+            {"optim": "eva", "optim_args": "apply_to=momentum", "base_optim": "sgd", "base_optim_args": None},
+        ),
     )
 }
 # transformers' own AdamW, for which nothing here does anything: what Trainer and the strategies differ by alone
@@ -158,6 +171,7 @@ OTHER_WAYS: list[Cell] = [
     *(("mkor", way) for way in ("checkpointing", "resume", "clip")),
     *(("eva", way) for way in ("reentrant", "clip", "compile")),  # it collects on both sides in every step
     *(("kfac_expand", way) for way in ("checkpointing", "resume")),
+    *(("mkor on lamb's momentum", way) for way in ("clip", "resume")),
 ]
 
 

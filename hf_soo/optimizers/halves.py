@@ -1,0 +1,216 @@
+"""A base's step cut in two, so that a method acts on the base's direction instead of on the gradient.
+
+    take     the base's moments take the gradient in, and `.grad` becomes its direction D
+    G -> P   the method, in place in `.grad`, with the factors of this step
+    move     the weights move by what `.grad` holds then
+
+    base    D of "momentum"                       D of "update"      move
+    SGD     m ← μm + g + κw; m, or g + κw + μm    -                  w ← w - ηD
+    Muon    B ← μB + (1-μ)g; B, or (1-μ)g + μB    polar factor       W ← (1-ηκ)W - η√.. polar(D), or D as it is
+    AdamW   m ← β₁m + (1-β₁)g, and v from g       m̂ / (√v̂ + ε)       w ← (1-ηκ)w - ηD̂ / (√v̂ + ε), or - ηD
+    LAMB    as AdamW's, of the clipped g          m̂ / (√v̂ + ε)       u = D̂ / (√v̂ + ε) + κw, or D + κw, by its ratio
+
+A hat divides by 1 - βᵗ. State, checkpoints and settings are the base's own: a run may change from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_soo.engine.chunks import Slot, wide_dtype
+from hf_soo.engine.dtensors import local
+from hf_soo.engine.strategy import LocalGradient
+from hf_soo.optimizers.lamb import Lamb
+from hf_soo.optimizers.muon import Muon
+
+ApplyTo = Literal["gradient", "momentum", "update"]
+PLACES = ("gradient", "momentum", "update")
+
+
+class Halves:
+    """``take`` and ``move`` of SGD, AdamW and Muon; every parameter of the base goes through both."""
+
+    def __init__(self, base: Optimizer, place: ApplyTo) -> None:
+        """Cut a base's step at a place, "momentum" or "update"."""
+        self.base, self.place = base, place
+
+    def take(self, gradients: Iterable[LocalGradient]) -> None:
+        """The gradients become directions.
+
+        Args:
+            gradients: all, as far as they lie on this rank.
+        """
+        begun: set[int] = set()
+        for piece in gradients:
+            state = self.base.state[piece.param]
+            first = id(piece.param) not in begun  # of the pieces that lie in one flat tensor
+            begun.add(id(piece.param))
+            grad = piece.grad if piece.scale == 1.0 else piece.grad / piece.scale
+            direction = self._direction(piece, state, grad, first)
+            piece.grad.copy_(direction if piece.scale == 1.0 else direction * piece.scale)
+
+    def move(self) -> None:
+        """The weights move by what the gradients hold."""
+        for group in self.base.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._move(param, group)
+
+    def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _move(self, param: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class _SgdHalves(Halves):
+    """torch.optim.SGD."""
+
+    def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
+        group = piece.group
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(piece.param)
+        buffer = piece.of(state["momentum_buffer"])
+        grad = grad.to(buffer.dtype).add(piece.weight, alpha=group["weight_decay"])
+        buffer.mul_(group["momentum"]).add_(grad)
+        return grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+
+    def _move(self, param: Tensor, group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        param.add_(param.grad, alpha=-group["lr"])
+
+
+class _AdamHalves(Halves):
+    """torch.optim.AdamW."""
+
+    def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
+        return _adam_direction(piece, state, grad, first, torch.zeros_like(piece.param), self.place)
+
+    def _move(self, param: Tensor, group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        state, direction = self.base.state[param], local(param.grad)
+        weight = local(param.detach())
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        if self.place == "momentum":
+            m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            direction = _divided(direction.to(m.dtype), v, state["step"], group)
+        weight.add_(direction, alpha=-group["lr"])
+
+
+class _MuonHalves(_AdamHalves):
+    """Muon on its matrices; AdamW on the rest."""
+
+    base: Muon
+
+    def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
+        if piece.group["algorithm"] == "adamw":
+            return super()._direction(piece, state, grad, first)
+        direction = self.base.direction(piece.param, piece.group)
+        return direction if self.place == "momentum" else self.base.orthogonalised(direction, piece.group)
+
+    def _move(self, param: Tensor, group: dict[str, Any]) -> None:
+        if group["algorithm"] == "adamw":
+            super()._move(param, group)
+            return
+        assert param.grad is not None
+        (self.base.move if self.place == "momentum" else self.base.move_along)(param, group, param.grad)
+
+
+class _LambHalves(Halves):
+    """LAMB: it clips by the norm of all gradients first, and moves all pieces of a tensor by one ratio."""
+
+    base: Lamb
+
+    def take(self, gradients: Iterable[LocalGradient]) -> None:
+        """See ``Halves``."""
+        self._excess = self.base.clip_divisor(self.base.divided())
+        super().take(gradients)
+
+    def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
+        if self._excess is not None:
+            grad = grad / self._excess.to(grad.device)
+        moment = torch.zeros_like(piece.param, dtype=wide_dtype(piece.param))
+        return _adam_direction(piece, state, grad, first, moment, self.place)
+
+    def move(self) -> None:
+        """See ``Halves``."""
+        self.base.move(self._turn, self.base.divided())
+
+    def _turn(self, piece: list[Slot], minus_u: list[Tensor], group: dict[str, Any]) -> None:
+        """-κw ← -κw - D̂ / (√v̂ + ε), or -κw - D."""
+        for slot, target in zip(piece, minus_u, strict=True):
+            by_root = self.place == "momentum"
+            target.sub_(_divided(slot.grad, slot.exp_avg_sq, slot.step, group) if by_root else slot.grad)
+
+
+def _adam_direction(
+    piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool, moment: Tensor, place: ApplyTo
+) -> Tensor:
+    """The moments take in a gradient; then m, or m̂ / (√v̂ + ε).
+
+    Args:
+        piece: where they lie.
+        state: of the whole parameter.
+        grad: this rank's part of the gradient.
+        first: whether it is the first piece of the parameter in this step.
+        moment: zeros, for a state that has not begun.
+        place: "momentum" or "update".
+    """
+    if "exp_avg" not in state:
+        on = moment.device if piece.group.get("fused") or moment.device.type != "cpu" else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+        state["exp_avg"], state["exp_avg_sq"] = moment, moment.clone()
+    if first:
+        state["step"].add_(1)
+    (beta1, beta2), m, v = piece.group["betas"], piece.of(state["exp_avg"]), piece.of(state["exp_avg_sq"])
+    grad = grad.to(m.dtype).view_as(m)
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    direction = m if place == "momentum" else _divided(m, v, state["step"], piece.group)
+    return direction.view_as(piece.grad)
+
+
+def _divided(direction: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]) -> Tensor:
+    """D̂ / (√v̂ + ε), 0 where both are 0, of directions and second moments of one shape."""
+    beta1, beta2 = group["betas"]
+    t = step.to(direction.device, torch.float64)  # as torch: the corrections in double precision
+    root = (v / (1 - beta2**t).to(v.dtype)).sqrt_().add_(group["eps"])
+    corrected: Tensor = direction / (1 - beta1**t).to(direction.dtype)
+    return corrected.div_(root)
+
+
+_HALVES: dict[type[Optimizer], type[Halves]] = {
+    torch.optim.SGD: _SgdHalves, torch.optim.AdamW: _AdamHalves, Muon: _MuonHalves, Lamb: _LambHalves,
+}  # fmt: skip
+
+
+def halves_of(base: Optimizer, place: ApplyTo) -> Halves | None:
+    """How a base's step is cut at a place; None for "gradient", where it is not.
+
+    Raises:
+        NotImplementedError: a base, or a setting of it, that cannot be cut.
+        ValueError: nothing would differ.
+    """
+    if place == "gradient":
+        return None
+    name = type(base).__name__
+    if type(base) not in _HALVES:  # a subclass may do anything
+        raise NotImplementedError(
+            f"apply_to={place!r} with base {name}, whose {place} is not known; use "
+            f"{', '.join(cls.__name__ for cls in _HALVES)}, or apply_to='gradient'."
+        )
+    for group in base.param_groups:
+        for key in ("maximize", "amsgrad", "dampening", "capturable", "differentiable"):
+            if group.get(key):
+                raise NotImplementedError(f"apply_to={place!r} with {key}={group[key]!r} of {name}; leave it out.")
+    if isinstance(base, torch.optim.SGD):
+        if place == "update":
+            raise ValueError("apply_to='update' with base SGD, whose update is its momentum; use apply_to='momentum'.")
+        if any(group["momentum"] == 0 for group in base.param_groups):
+            raise ValueError("apply_to='momentum' with momentum=0 of SGD would change nothing; set momentum.")
+    return _HALVES[type(base)](base, place)
