@@ -99,11 +99,12 @@ class RunRecord:
         settings: dict[str, Any] = jsonable(self.method | self.workload)
         return settings
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | Path, *, indent: int | None = 1) -> Path:
         """Write ``folder/NAME.json`` atomically (a reader sees the old file or the whole new one) and return its path.
 
         Args:
             folder: where to; made when absent.
+            indent: None: all on one line, for runs by the thousand.
 
         Raises:
             ValueError: the status is unknown.
@@ -111,7 +112,7 @@ class RunRecord:
         if self.status not in _STATUSES:
             raise ValueError(f"Run status {self.status!r} is unknown; use one of {', '.join(_STATUSES)}.")
         what = {"name": self.name, "kind": self.kind, "workload": self.workload, "method": self.method}
-        text = json.dumps(jsonable(what | dataclasses.asdict(self)), indent=1, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(jsonable(what | dataclasses.asdict(self)), indent=indent, allow_nan=False, ensure_ascii=False)
         path = Path(folder) / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text + "\n")

@@ -87,9 +87,9 @@ def write(order: Order, record: RunRecord, stopped_at: int | None = None) -> Non
     if stopped_at is not None and record.status == "completed":
         record.status = "stopped"
     record.curve = [
-        {key: value for key, value in point.items() if key != "health"}
+        {key: value for key, value in point.items() if key != "health"} | {"seconds": round(point["seconds"], 3)}
         for point in record.curve
         if point["eval_loss"] is not None
     ]
-    record.write(order.results)
+    record.write(order.results, indent=None)
     shutil.rmtree(order.scratch, ignore_errors=True)
