@@ -58,20 +58,20 @@ def setting(params: dict[str, Any]) -> str:
 
 @dataclass
 class Evidence:
-    """The trials of one workload in a results folder; every JSON is read once."""
+    """The trials of one workload in a results folder, as they were when it was last looked at."""
 
     folder: Path
     _read: dict[tuple[str, int], Finished | None] = field(default_factory=dict)
 
-    def trials(self, space: str | None = None, *stages: str) -> list[Finished]:
-        """The trials that have ended, by name; those of a space and of stages, or all.
+    def __post_init__(self) -> None:
+        """Look."""
+        self.look()
 
-        Args:
-            space: name of a space; None: any.
-            *stages: names of stages; none: any.
+    def look(self) -> None:
+        """Read the JSONs that are new, or were written again.
 
         Raises:
-            ValueError: a JSON in the folder is none.
+            ValueError: one is no run's.
         """
         files = {(file.name, file.stat().st_mtime_ns): file for file in sorted(self.folder.glob("*.json"))}
         for key, file in files.items():
@@ -79,6 +79,14 @@ class Evidence:
                 record = read_run(file)
                 self._read[key] = Finished.of(record) if record.search else None
         self._read = {key: self._read[key] for key in files}
+
+    def trials(self, space: str | None = None, *stages: str) -> list[Finished]:
+        """The trials that have ended, by name; those of a space and of stages, or all.
+
+        Args:
+            space: name of a space; None: any.
+            *stages: names of stages; none: any.
+        """
         found = [each for each in self._read.values() if each is not None]
         return [each for each in found if space in {None, each.space} and (not stages or each.stage in stages)]
 

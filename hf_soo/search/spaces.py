@@ -136,6 +136,7 @@ class Space:
     file: Path
     fixed: dict[str, Any]
     ranges: dict[str, Range] = field(default_factory=dict)
+    _drawn: dict[str, list[Params]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, file: Path) -> Space:
@@ -208,7 +209,7 @@ class Space:
         points = points if grids else []
         if number < len(points):
             raise ValueError(f"{self.file}: the grid has {len(points)} points; give --trials {len(points)} or more.")
-        return points + _sobol(self.ranges, number - len(points))
+        return points + self._sobol(self.ranges, number - len(points))
 
     def narrow(self, number: int, best: Params) -> list[Params]:
         """The settings of the narrow stage.
@@ -218,7 +219,14 @@ class Space:
             best: the settings that were best in the wide stage.
         """
         start = {key: self._start(key) for key in self.ranges} | best
-        return _sobol({key: each.around(start[key]) for key, each in self.ranges.items()}, number)
+        return self._sobol({key: each.around(start[key]) for key, each in self.ranges.items()}, number)
+
+    def _sobol(self, ranges: dict[str, Range], number: int) -> list[Params]:
+        """The first points of a sequence, drawn once: a worker asks for them again and again."""
+        key = f"{number} {ranges}"
+        if key not in self._drawn:
+            self._drawn[key] = _sobol(ranges, number)
+        return self._drawn[key]
 
     def at_an_end(self, params: Params) -> list[str]:
         """The flags whose value is an end of what the grid or, without one, the range allows."""

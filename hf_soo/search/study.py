@@ -102,17 +102,20 @@ class Study:
             ValueError: the stage cannot be planned yet.
         """
         with locked(self._locks / f"{self.stage.space.name}-{self.stage.name}.lock"):
+            self.evidence.look()
             plan = self._plan()
             while any(trial.state == TrialState.WAITING for trial in self._open()):
                 asked = self._study.ask()
                 trial = _trial(asked.user_attrs)
                 ended = self._ended().get(trial.key)
                 lock = try_lock(self._lock_of(trial)) if ended is None else None
-                if lock is None and ended is not None:
+                if lock is not None:
+                    self.evidence.look()  # it may have ended before the lock was free
+                    ended = self._ended().get(trial.key)
+                if ended is not None:
                     self._tell(asked.number, ended)
-                elif lock is not None and trial.key in self._ended():  # between the look and the lock
-                    os.close(lock)
-                    self._tell(asked.number, self._ended()[trial.key])
+                    if lock is not None:
+                        os.close(lock)
                 elif lock is not None:
                     self._suggest(asked, trial)
                     return Claim(trial, len(plan), asked, lock, self.stage)
@@ -121,6 +124,7 @@ class Study:
     def finish(self, claim: Claim) -> Finished | None:
         """Take a claimed trial's end from its JSON, or, without one, plan it again; let it go."""
         with locked(self._locks / f"{self.stage.space.name}-{self.stage.name}.lock"):
+            self.evidence.look()
             ended = self._ended().get(claim.trial.key)
             if ended is not None:
                 self._tell(claim.asked.number, ended)
@@ -140,7 +144,7 @@ class Study:
                 continue
             if trial.key in ended:
                 self._tell(each.number, ended[trial.key])
-            elif (lock := try_lock(self._lock_of(trial))) is not None:  # its process died
+            elif (lock := try_lock(self._lock_of(trial))) is not None:  # its process died, or has just ended
                 os.close(lock)
                 self._study.tell(each.number, state=TrialState.FAIL)
                 self._enqueue(trial)

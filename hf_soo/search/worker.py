@@ -117,9 +117,11 @@ class Worker:
         while True:
             self._check_end()
             waiting, too_long = False, False
+            for evidence in self._evidence.values():
+                evidence.look()
             for number, study in enumerate(self._studies):
                 stage = study.stage
-                if (stage.study, stage.space.name) in self._left or not study.evidence:
+                if (stage.study, stage.space.name) in self._left:
                     continue
                 if not self._is_ready(number):
                     waiting = True

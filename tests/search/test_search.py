@@ -100,6 +100,7 @@ def test_later_stages_follow_the_best(tmp_path: Path) -> None:
     for trial in wide.plan(evidence):
         rate = trial.params["learning_rate"]
         record(results, wide, trial, {8: loss_at(rate, 0, 8)}, "diverged" if rate > 0.1 else "completed")
+    evidence.look()
     assert wide.open_trials(evidence) == 0
     narrow = stage(tmp_path, "narrow", 4).plan(evidence)
     assert [trial.number for trial in narrow] == [0, 1, 2, 3]
@@ -107,6 +108,7 @@ def test_later_stages_follow_the_best(tmp_path: Path) -> None:
     confirm = stage(tmp_path, "confirm", 2, seeds=(1, 2)).plan(evidence)
     assert [(trial.params["learning_rate"], trial.seed) for trial in confirm[:2]] == [(0.02, 1), (0.02, 2)]
     record(results, stage(tmp_path, "confirm"), confirm[2], {8: 2.0})
+    evidence.look()
     assert stage(tmp_path, "confirm", 2, seeds=(1, 2)).plan(evidence) == confirm
 
 
