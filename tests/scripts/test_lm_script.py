@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_soo import cli
-from hf_soo.lm.data import TextArguments
+from hf_soo.lm.data import IGNORE, TextArguments
 from hf_soo.lm.model import LanguageModelArguments
 from hf_soo.lm.task import DOMAIN, LanguageModelling
 from tests.scripts.script_runs import check_error, only_run, write_corpus
@@ -93,27 +93,22 @@ def test_evaluation_masks_do_not_depend_on_the_seed(corpus: Path, tmp_path: Path
     assert bool((eval_1 == 256).any()) and int(eval_1.max()) == 256
 
 
-def test_the_loss_is_the_mean_over_predicted_bytes(corpus: Path) -> None:
-    for objective, places in (("causal", 23), ("masked", 4)):
-        task = make_task(corpus, objective=objective)
-        model = task.make_model(0).eval()
-        trainer_like = [task_window for task_window in (windows(task)[n] for n in range(3))]
-        batch = {key: torch.stack([each[key] for each in trainer_like]) for key in ("input_ids", "labels")}
-        with torch.no_grad():
-            output = model(**batch)
-        logits, labels = output.logits, batch["labels"]
-        if objective == "causal":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        predicted = labels != -100
-        assert int(predicted.sum()) == 3 * places
-        expected = -logits.log_softmax(-1)[predicted].gather(-1, labels[predicted][:, None]).mean()
-        assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
-
-
-def windows(task: LanguageModelling) -> Any:
-    from hf_soo.lm.data import Windows
-
-    return Windows(task.data.eval, task.text.window, mask=task.data.mask, count=8)
+@pytest.mark.parametrize(("objective", "places"), [("causal", 23), ("masked", 4)])
+def test_the_loss_is_the_mean_over_predicted_bytes(objective: str, places: int, corpus: Path, tmp_path: Path) -> None:
+    """Whatever the batches: 13 windows in batches of 8."""
+    task = make_task(corpus, objective=objective, max_eval_samples=13)
+    given = [*SHAPE, *QUIET, "--output_dir", str(tmp_path), "--source", str(corpus), "--objective", objective]
+    trainer = task.make_trainer(task.make_model(0), DOMAIN.parse(given)[0].training, [])
+    examples = [trainer.eval_dataset[number] for number in range(13)]
+    tokens, labels = (torch.stack([each[key] for each in examples]) for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=tokens).logits
+    if objective == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    predicted = labels != IGNORE
+    assert int(predicted.sum()) == 13 * places
+    expected = -logits.log_softmax(-1)[predicted].gather(-1, labels[predicted][:, None]).mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-6)  # fp32
 
 
 def test_the_models(corpus: Path) -> None:
