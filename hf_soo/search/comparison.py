@@ -212,12 +212,19 @@ def _sensitivity(group: Group) -> str:
         runs = [run for setting in settings for run in setting.runs]
         counts = [str(sum(run.status == status for run in runs)) for status in ("diverged", "stopped")]
         chosen = [number(best.rate), _float(best.loss, 3), best.others] if best else ["", "", ""]
-        cells = [method, _by_rate(settings), *chosen, str(len(runs)), *counts, edges(settings)]
+        cells = [method, _by_rate(settings), *chosen, _share(runs), *counts, edges(settings)]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         "- Means over seeds; of several settings at one rate the best. Diverged and stopped runs are counted in runs."
     )
     return "\n".join([f"### {group.title}: sensitivity to the rate\n", *lines, "", note]) + "\n"
+
+
+def _share(runs: Sequence[RunRecord]) -> str:
+    """How many runs there are, and of how many where some are still to come: "4 of 6"."""
+    planned = {run.search["stage"]: int(run.search["trials"]) for run in runs}
+    missing = len(runs) < (total := sum(planned.values()))
+    return f"{len(runs)} of {total}" if missing else str(len(runs))
 
 
 def _by_rate(settings: Sequence[Setting]) -> str:

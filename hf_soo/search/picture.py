@@ -91,11 +91,12 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
 def _draw_rates(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> None:
     """Loss over rate: a star at each method's best, hollow at the edge; above, the runs without a final loss."""
     lost: Counter[float] = Counter()
-    bests = []
+    bests, losses = [], []
     for method, settings in by_method(group).items():
         style, rates = styles[method], sorted({setting.rate for setting in settings})
         at = {rate: best_of([setting for setting in settings if setting.rate == rate]) for rate in rates}
-        points = [(rate, found.loss) for rate, found in at.items() if found]
+        points = [(rate, loss_or_last(found)) for rate, found in at.items() if found]
+        losses += [loss for _, loss in points]
         axis.plot(*zip(*points, strict=True), **style, markersize=4, linewidth=1.2) if points else None
         if best := best_of(settings):
             face = "white" if EDGE in edges(settings) else style["color"]
@@ -107,9 +108,11 @@ def _draw_rates(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> N
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_title(f"{group.title}: by rate", fontsize="medium")
-    if bests:  # what the methods differ in; worse runs leave at the top
-        low, high = min(bests), max(bests)
-        axis.set_ylim(low - 0.06 * ((high - low) or 1.0), high + 0.5 * ((high - low) or 1.0))
+    if bests:  # what the methods differ in; of several, much worse runs leave at the top
+        low, high, worst = min(bests), max(bests), max(losses)
+        high = worst if high == low else min(worst, high + 0.5 * (high - low))
+        margin = 0.06 * (high - low) or 0.05
+        axis.set_ylim(low - margin, high + margin)
 
 
 def _draw_lost(axis: Any, run: RunRecord, lost: Counter[float], colour: str) -> None:

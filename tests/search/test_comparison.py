@@ -127,6 +127,12 @@ def test_loss_by_rate_is_the_best_of_the_settings_there(tmp_path: Path) -> None:
     assert line["the best is"] == "at the edge (upper): widen; rest_lr the only one tried" and line["runs"] == "5"
 
 
+def test_runs_to_come_are_counted(tmp_path: Path) -> None:
+    trials = chosen("muon", RATES, search={"trials": 6})
+    ((line,),) = tables(text_of(write(trials, tmp_path)))
+    assert line["runs"] == "3 of 6"
+
+
 def test_nothing_finished_is_said(tmp_path: Path) -> None:
     ((line,),) = tables(text_of(write(chosen("muon", {0.1: "diverged", 0.2: "diverged"}), tmp_path)))
     assert (line["best rate"], line["diverged"], line["the best is"]) == ("", "2", "none: no run was completed")
