@@ -17,7 +17,7 @@ from hf_soo.search.spaces import Params, Space
 
 STAGES = ("wide", "narrow", "confirm")
 _CLAIM = "claim"  # the held-out set on which claims are made
-_COST = re.compile(r"[Cc]ost: about ([\d.]+) seconds")  # in a recipe's first lines
+_COST = re.compile(r"Cost: (?:about|some|under) (\d[\d,]*) (seconds|minutes)")  # in a recipe's first lines
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Stage:
         if (measured := evidence.seconds(self.space.name)) is not None:
             return measured
         found = _COST.search(self.workload.read_text(encoding="utf-8"))
-        return float(found[1]) if found else None
+        return float(found[1].replace(",", "")) * (60 if found[2] == "minutes" else 1) if found else None
 
     @property
     def first_rung(self) -> int | None:
