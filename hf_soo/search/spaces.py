@@ -40,7 +40,6 @@ _SEED = 0  # of the Sobol sequence: the same for all methods
 _NARROW = 1 / 3  # of the width of the wide stage
 
 logging.set_verbosity(logging.ERROR)
-warnings.filterwarnings("ignore", category=ExperimentalWarning, module=r"hf_soo\.search")
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,9 @@ def _sobol(ranges: dict[str, Range], number: int) -> list[Params]:
     if number <= 0:
         return []
     distributions = {key: each.distribution for key, each in ranges.items()}
-    sampler = QMCSampler(scramble=True, seed=_SEED, warn_independent_sampling=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        sampler = QMCSampler(scramble=True, seed=_SEED, warn_independent_sampling=False)
     study = create_study(sampler=sampler)
     points = []
     for _ in range(number + 1):

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
 # each step takes .1 s, so that a trial is worth killing
 SLOW = cases.SPACE.replace("optim: sgd", "optim: sgd\nwarmup_steps: 0.1")
+SHORT = cases.SPACE.replace(", 0.08, 0.005, 0.16]", "]")  # three rates
+SHORT_QUEUE = cases.QUEUE.replace("trials: 6", "trials: 3").replace("trials: 2", "trials: 1").replace(", 3, 4]", "]")
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -59,13 +61,13 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
 
 
 def test_the_storage_is_made_again_from_the_jsons(tmp_path: Path) -> None:
-    results = cases.files(tmp_path)
+    results = cases.files(tmp_path, SHORT, SHORT_QUEUE)
     finish(start(tmp_path))
     before = cases.starts(results)
-    assert len(before) == 14 and set(before.values()) == {1}
+    assert len(before) == 5 and set(before.values()) == {1}
     for file in (results / ".search").rglob("storage*"):
         file.unlink()
-    removed = ["sgd-wide-004-seed0", "sgd-confirm-005-seed2"]
+    removed = ["sgd-wide-001-seed0", "sgd-confirm-001-seed2"]
     kept = losses(results)
     for name in removed:
         (results / "toy" / f"{name}.json").unlink()
@@ -75,11 +77,11 @@ def test_the_storage_is_made_again_from_the_jsons(tmp_path: Path) -> None:
 
 
 def test_two_workers_share_a_queue_and_no_trial(tmp_path: Path) -> None:
-    results = cases.files(tmp_path, SLOW)
+    results = cases.files(tmp_path, SHORT.replace("optim: sgd", "optim: sgd\nwarmup_steps: 0.1"), SHORT_QUEUE)
     workers = [start(tmp_path), start(tmp_path)]
     for worker in workers:
         finish(worker)
-    assert len(cases.runs(results)) == 14
+    assert len(cases.runs(results)) == 5
     assert set(cases.starts(results).values()) == {1}
 
 
