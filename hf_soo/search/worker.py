@@ -241,6 +241,7 @@ class Worker:
                 self._listen(here, claim)
                 return process.wait()
             except BaseException:
+                here.shutdown(socket.SHUT_RDWR)  # it may be waiting for an answer
                 _end_process(process)
                 raise
 

@@ -5,33 +5,24 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from hf_soo.search.locks import StorageLock
 from tests.search import cases
+from tests.search.work import start
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
-# each step takes .1 s, so that a trial is worth killing
-SLOW = cases.SPACE.replace("optim: sgd", "optim: sgd\nwarmup_steps: 0.1")
-SHORT = cases.SPACE.replace(", 0.08, 0.005, 0.16]", "]")  # three rates
-SHORT_QUEUE = cases.QUEUE.replace("trials: 6", "trials: 3").replace("trials: 2", "trials: 1").replace(", 3, 4]", "]")
+# each step takes .2 s, so that a trial is worth killing
+SLOW = cases.SPACE.replace("optim: sgd", "optim: sgd\nwarmup_steps: 0.2")
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.search.work", str(folder), *more]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
+def finish(process: BaseProcess, folder: Path) -> None:
+    process.join(120)
+    assert process.exitcode == 0, (folder / "worker.log").read_text()
 
 
 def losses(results: Path) -> dict[str, list[float]]:
@@ -41,19 +32,22 @@ def losses(results: Path) -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     whole = cases.files(tmp_path / "whole", SLOW)
-    finish(start(tmp_path / "whole"))
+    undisturbed = start(tmp_path / "whole")
     results, moments = cases.files(tmp_path / "killed", SLOW), random.Random(0)
     ended: dict[str, int] = {}
     for _ in range(KILLS):
         worker = start(tmp_path / "killed")
-        time.sleep(moments.uniform(1.0, 8.0))
-        worker.send_signal(moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-        worker.communicate(timeout=60)
-        time.sleep(1.0)  # the trial of a killed worker ends after its step
+        time.sleep(moments.uniform(0.1, 1.6))
+        assert worker.pid is not None
+        os.kill(worker.pid, moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        worker.join(60)
+        assert worker.exitcode is not None, "the worker hangs"
+        time.sleep(0.3)  # the trial of a killed worker ends after its step
         now = {file.name: file.stat().st_mtime_ns for file in (results / "toy").glob("*.json")}
         assert ended.items() <= now.items(), "a trial was lost, or run again"
         ended = now
-    finish(start(tmp_path / "killed"))
+    finish(start(tmp_path / "killed"), tmp_path / "killed")
+    finish(undisturbed, tmp_path / "whole")
     assert losses(results) == losses(whole) and len(losses(whole)) == 14
     started = cases.starts(results)
     assert sum(started.values()) <= 14 + KILLS, "more starts than trials and kills"
@@ -61,27 +55,27 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
 
 
 def test_the_storage_is_made_again_from_the_jsons(tmp_path: Path) -> None:
-    results = cases.files(tmp_path, SHORT, SHORT_QUEUE)
-    finish(start(tmp_path))
+    results = cases.files(tmp_path)
+    finish(start(tmp_path), tmp_path)
     before = cases.starts(results)
-    assert len(before) == 5 and set(before.values()) == {1}
+    assert len(before) == 14 and set(before.values()) == {1}
     for file in (results / ".search").rglob("storage*"):
         file.unlink()
-    removed = ["sgd-wide-001-seed0", "sgd-confirm-001-seed2"]
+    removed = ["sgd-wide-004-seed0", "sgd-confirm-005-seed2"]
     kept = losses(results)
     for name in removed:
         (results / "toy" / f"{name}.json").unlink()
-    finish(start(tmp_path))
+    finish(start(tmp_path), tmp_path)
     assert cases.starts(results) - before == dict.fromkeys(removed, 1)
     assert losses(results) == kept
 
 
 def test_two_workers_share_a_queue_and_no_trial(tmp_path: Path) -> None:
-    results = cases.files(tmp_path, SHORT.replace("optim: sgd", "optim: sgd\nwarmup_steps: 0.1"), SHORT_QUEUE)
+    results = cases.files(tmp_path, SLOW)
     workers = [start(tmp_path), start(tmp_path)]
     for worker in workers:
-        finish(worker)
-    assert len(cases.runs(results)) == 5
+        finish(worker, tmp_path)
+    assert len(cases.runs(results)) == 14
     assert set(cases.starts(results).values()) == {1}
 
 
