@@ -90,6 +90,7 @@ class Worker:
     def run(self) -> int:
         """Work; the exit code: 0, or 1 when a stage had to be left."""
         before = signal.signal(signal.SIGTERM, self._end)
+        self._say_other_code()
         try:
             while (found := self._next()) is not None:
                 self._try(*found)
@@ -160,6 +161,14 @@ class Worker:
                 f"({', '.join(sorted(others))}, here {machine.code()}); give another --results, a checkout of that "
                 "code, or --any_code."
             )
+
+    def _say_other_code(self) -> None:
+        """Name the trials of other methods that will not be ranked with those to come."""
+        for name, evidence in self._evidence.items():
+            others = [trial for trial in evidence.trials() if trial.code != machine.code()]
+            if others:
+                codes = ", ".join(sorted({trial.code for trial in others}))
+                _say(f"{name}: {len(others)} trials are of other code ({codes}, here {machine.code()})")
 
     def _leave(self, stage: Stage, why: str) -> None:
         self._left[stage.study, stage.space.name] = why

@@ -36,7 +36,8 @@ MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
 MOST_PUBLIC_NAMES = 448
-MOST_LINES = 22_405
+MOST_PUBLIC_NAMES = 448
+MOST_LINES = 22_414
 
 
 # Names that nothing is called any more; generic words only where they were misleading.

@@ -185,11 +185,13 @@ def test_a_worker_keeps_every_end_and_says_how_it_goes(tmp_path: Path, capfd: An
 
 def test_trials_of_other_code_are_not_mixed(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     results = files(tmp_path)
-    wide = stage(tmp_path)
+    wide, code = stage(tmp_path), machine.code()
     record(results, wide, wide.plan(Evidence(results / "toy"))[0], {8: 2.0})
     monkeypatch.setattr(machine, "code", lambda: "0123456789ab")
     assert Worker([wide], Place.of(results), command=STAND_IN).run() == 1
-    assert "ran with other code" in capsys.readouterr().err and len(runs(results)) == 1
+    said = capsys.readouterr()
+    assert "ran with other code" in said.err and len(runs(results)) == 1
+    assert f"toy: 1 trials are of other code ({code}, here 0123456789ab)" in said.out
 
 
 def test_a_stage_that_cannot_run_is_passed_over(tmp_path: Path, capsys: Any) -> None:
