@@ -50,7 +50,7 @@ def picture(trials: Sequence[RunRecord], path: str | Path, title: str = "") -> N
         axis.set_ylabel("evaluation loss")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    _legend(figure, styles)
+    _legend(figure, styles, 3 * columns)
     if title:
         figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def _styles(found: Sequence[Group]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
+def _legend(figure: Any, styles: dict[str, dict[str, Any]], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     star = {"marker": "*", "markersize": 14}
@@ -85,7 +85,7 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
     }
     handles = [Line2D([], [], label=method, markersize=5, **style) for method, style in styles.items()]
     handles += [Line2D([], [], label=name, color="grey", linestyle="", **sign) for name, sign in signs.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def _draw_rates(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> None:
@@ -110,7 +110,7 @@ def _draw_rates(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> N
     axis.set_title(f"{group.title}: by rate", fontsize="medium")
     if bests:  # what the methods differ in; of several, much worse runs leave at the top
         low, high, worst = min(bests), max(bests), max(losses)
-        high = worst if high == low else min(worst, high + 0.5 * (high - low))
+        high = worst if high == low else min(worst, high + 1.5 * (high - low))
         margin = 0.06 * (high - low) or 0.05
         axis.set_ylim(low - margin, high + margin)
 
