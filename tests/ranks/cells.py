@@ -171,7 +171,8 @@ OTHER_WAYS: list[Cell] = [
     *(("mkor", way) for way in ("checkpointing", "resume", "clip")),
     *(("eva", way) for way in ("reentrant", "clip", "compile")),  # it collects on both sides in every step
     *(("kfac_expand", way) for way in ("checkpointing", "resume")),
-    *(("mkor on lamb's momentum", way) for way in ("clip", "resume")),
+    ("mkor on momentum", "clip"),
+    ("mkor on lamb's momentum", "resume"),
 ]
 
 

@@ -13,7 +13,8 @@ import pytest
 from hf_soo.bert.data.prepare import PrepareConfig
 from hf_soo.bert.inputs import DataArguments, ModelArguments
 from hf_soo.cli import report_of
-from hf_soo.glue import sweep as glue_runs
+from hf_soo.glue.sweep import _SeedArguments
+from hf_soo.glue.task import DOMAIN as GLUE
 from hf_soo.reproduce import table as reproduce_table
 from hf_soo.reproduce.command import ReproduceArguments, _stages, main
 from hf_soo.runs import arguments
@@ -27,7 +28,7 @@ FLAGS = {
     "prepare": (PrepareConfig,),
     "pretrain": (ModelArguments, DataArguments, RunArguments, RunTrainingArguments),
     "squad": (PretrainedArguments, QaDataArguments, RunArguments, RunTrainingArguments),
-    "glue": glue_runs.CLASSES,
+    "glue": (*GLUE.classes, _SeedArguments, RunArguments, RunTrainingArguments),
 }
 
 

@@ -19,7 +19,8 @@ from tests.scripts.script_runs import check_error, load_script, only_run
 
 KEYS = [
     "name", "kind", "workload", "method", "optimizer", "base", "config", "seed", "status", "device", "versions",
-    "commit", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
+    "arithmetic", "commit", "code", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes",
+    "health", "search",
 ]  # fmt: skip
 CONFIG = """
 optim: mkor
