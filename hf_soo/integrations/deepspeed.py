@@ -154,7 +154,8 @@ class _Step:
             return self.step(*args, **kwargs)
         if self.clip > 0:
             fragments.scale_(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
-            fragments.measure()  # what is left, for a base that clips too
+            if self.optimizer.halves is not None and isinstance(self.optimizer.base, Lamb):
+                fragments.measure()  # what is left: it clips the gradients too, before they become directions
 
         def engine_step() -> Any:
             if isinstance(self.optimizer.base, Lamb):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.chunks import Slot, wide_dtype
+from hf_soo.engine.chunks import Slot
 from hf_soo.engine.dtensors import local
 from hf_soo.engine.strategy import LocalGradient
 from hf_soo.optimizers.lamb import Lamb
@@ -89,7 +89,11 @@ class _AdamHalves(Halves):
     """torch.optim.AdamW."""
 
     def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
-        return _adam_direction(piece, state, grad, first, torch.zeros_like(piece.param), self.place)
+        if not state:
+            where = piece.param.device if piece.group.get("fused") else torch.device("cpu")  # as torch
+            state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(piece.param), torch.zeros_like(piece.param)
+        return _adam_direction(piece, state, grad, first, self.place)
 
     def _move(self, param: Tensor, group: dict[str, Any]) -> None:
         assert param.grad is not None
@@ -134,8 +138,7 @@ class _LambHalves(Halves):
     def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
         if self._excess is not None:
             grad = grad / self._excess.to(grad.device)
-        moment = torch.zeros_like(piece.param, dtype=wide_dtype(piece.param))
-        return _adam_direction(piece, state, grad, first, moment, self.place)
+        return _adam_direction(piece, self.base.state_of(piece.param), grad, first, self.place)
 
     def move(self) -> None:
         """See ``Halves``."""
@@ -149,7 +152,7 @@ class _LambHalves(Halves):
 
 
 def _adam_direction(
-    piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool, moment: Tensor, place: ApplyTo
+    piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool, place: ApplyTo
 ) -> Tensor:
     """The moments take in a gradient; then m, or m̂ / (√v̂ + ε).
 
@@ -158,13 +161,8 @@ def _adam_direction(
         state: of the whole parameter.
         grad: this rank's part of the gradient.
         first: whether it is the first piece of the parameter in this step.
-        moment: zeros, for a state that has not begun.
         place: "momentum" or "update".
     """
-    if "exp_avg" not in state:
-        on = moment.device if piece.group.get("fused") or moment.device.type != "cpu" else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=on)
-        state["exp_avg"], state["exp_avg_sq"] = moment, moment.clone()
     if first:
         state["step"].add_(1)
     (beta1, beta2), m, v = piece.group["betas"], piece.of(state["exp_avg"]), piece.of(state["exp_avg_sq"])
@@ -176,7 +174,7 @@ def _adam_direction(
 
 
 def _divided(direction: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]) -> Tensor:
-    """D̂ / (√v̂ + ε), 0 where both are 0, of directions and second moments of one shape."""
+    """D̂ / (√v̂ + ε) of directions and second moments of one shape."""
     beta1, beta2 = group["betas"]
     t = step.to(direction.device, torch.float64)  # as torch: the corrections in double precision
     root = (v / (1 - beta2**t).to(v.dtype)).sqrt_().add_(group["eps"])

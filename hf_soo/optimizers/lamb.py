@@ -117,7 +117,7 @@ class Lamb(Optimizer):
         divided = self.divided()
         excess = self.clip_divisor(divided)
         for group in self.param_groups:
-            given = [self._state(param)["step"] for param in group["params"] if param.grad is not None]
+            given = [self.state_of(param)["step"] for param in group["params"] if param.grad is not None]
             if given:
                 torch._foreach_add_(given, 1)
         self.move(lambda piece, minus_u, group: _adam_(piece, minus_u, group, excess), divided)
@@ -177,7 +177,8 @@ class Lamb(Optimizer):
             total = torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else None
             yield _Update(job.group, slots, pieces, total)
 
-    def _state(self, param: Tensor) -> dict[str, Tensor]:
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """A parameter's step count and moments, zeros where it has none yet."""
         state: dict[str, Tensor] = self.state[param]
         if not state:
             dtype = wide_dtype(param)

@@ -21,16 +21,19 @@ QUICK = ["--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "-
 STEPS = [*HERE, *QUICK, "--do_train", "true", "--dataloader_pin_memory", "false", "--per_device_train_batch_size", "8"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models, GLUE's archive and SQuAD's files."""
-    root = tmp_path_factory.mktemp("recipes")
+def fill(root: Path) -> Path:
+    """Tiny models, GLUE's archive and SQuAD's files in a folder."""
     make_model(root / "glue_model")
     write_archive(root / "glue", train=16, dev=4)
     save_model(root / "squad_model")
     for part, count in (("train", 16), ("dev", 4)):
         write(root / f"{part}.json", colour_questions(count, seed=0, words=24))
     return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("recipes"))
 
 
 def finished(folder: Path) -> list[tuple[str, int]]:

@@ -13,9 +13,8 @@ from hf_soo import cli
 from hf_soo.domains import domain_of
 from hf_soo.runs.recipes import read_recipe
 from hf_soo.runs.script import COMMANDS
-from tests.data.squad_data import colour_questions, save_model, write
 from tests.scripts.script_runs import ROOT, prepare_corpus, write_corpus
-from tests.tasks.glue_cases import make_model, write_archive
+from tests.scripts.test_recipes_finetuning import fill
 
 FOLDER = ROOT / "configs" / "workloads"
 WORKLOADS = sorted(FOLDER.glob("*.yaml"))
@@ -40,12 +39,7 @@ def test_every_workload_is_there() -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the recipes' folders hold, in small."""
-    root = tmp_path_factory.mktemp("workloads")
-    make_model(root / "glue_model")
-    write_archive(root / "glue", train=16, dev=4)
-    save_model(root / "squad_model")
-    for part, count in (("train", 16), ("dev", 4)):
-        write(root / f"{part}.json", colour_questions(count, seed=0, words=24))
+    root = fill(tmp_path_factory.mktemp("workloads"))
     (root / "lm").mkdir()
     write_corpus(root / "lm")
     (root / "bert").mkdir()
