@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_soo.engine import fisher, state
+from hf_soo.engine import fisher
 from hf_soo.engine.capture import LossWatch
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing
 from hf_soo.engine.selection import Selection
+from hf_soo.engine.state import Identity, OverBase
 from hf_soo.engine.step import Step
 from hf_soo.engine.strategy import Halves, Strategy
 
 logger = logging.getLogger(__name__)
 
 
-class PreconditionedOptimizer(Optimizer):
+class PreconditionedOptimizer(OverBase):
     """A base optimizer that steps on preconditioned gradients.
 
     ``param_groups`` and ``state`` are the base's own objects, so schedulers, GradScaler and Trainer see an ordinary
@@ -62,7 +62,7 @@ class PreconditionedOptimizer(Optimizer):
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
-        self._identity = state.Identity(name, type(base).__name__, config)
+        self._identity = Identity(name, type(base).__name__, config)
         self._skipped = dict(selection.skipped)
         self.parameter_index = ParameterIndex.of(base.param_groups, parameter_names, selection.layers)
         self.stages = Step(preconditioner, selection.layers)
@@ -147,12 +147,6 @@ class PreconditionedOptimizer(Optimizer):
         """The base's step, or its second half where the method has acted on what the first one made."""
         base = self._linked_base()
         (self.halves.move if self._taken and self.halves else base.step)()
-
-    def _linked_base(self) -> Optimizer:
-        """The base over our groups as they are now: DeepSpeed swaps our list for one of a single group at a time."""
-        if self.external_step:
-            self.base.param_groups = self.param_groups
-        return self.base
 
     def _advance(self) -> None:
         """The step is done; a method that watches the loss of the global batch may be done for good."""
@@ -265,41 +259,6 @@ class PreconditionedOptimizer(Optimizer):
         """A few numbers for a log line; see ``Diagnostics.health``."""
         return self.stages.diagnostics.health([layer.name for layer in self.layers])
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state, and the factors under "second_order" unless somebody else saves them."""
-        saved = dict(self._linked_base().state_dict())
-        return saved | {"second_order": self.second_order_state()} if self.carries_state else saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()`` of the same optimizer over the same model, which is left as it is.
-
-        Raises ``ValueError``, before anything changes, if it is another optimizer's or the layers differ.
-        """
-        rest = {key: value for key, value in state_dict.items() if key != "second_order"}
-        saved = self.check_second_order_state(state_dict.get("second_order")) if self.carries_state else None
-        self._linked_base().load_state_dict(rest)
-        self._share_with_base()
-        if saved is not None:
-            self._restore(saved)
-
-    def second_order_state(self) -> dict[str, Any]:
-        """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
-
-        Where ranks share the work or the state (K-FAC under several processes, root-free RMSProp under FSDP2) every
-        rank must call it: they exchange factors.
-        """
-        layers = {layer.name: self.stages.whole_state(layer) for layer in self.layers}
-        return self._identity.saved(self.steps, self.switched, self.preconditioner.global_state(), layers)
-
-    def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
-        """Continue from ``second_order_state()``; errors as ``check_second_order_state``."""
-        self._restore(self.check_second_order_state(saved))
-
-    def check_second_order_state(self, saved: dict[str, Any] | None) -> dict[str, Any]:
-        """What ``second_order_state`` returned, or a ``ValueError`` if ``load_second_order_state`` would refuse it."""
-        fresh = ((layer.name, self.preconditioner.init(layer)) for layer in self.layers)
-        return self._identity.check(saved, fresh, self.switched)
-
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved.get("switched", False):
             self._switch_off()
@@ -310,41 +269,3 @@ class PreconditionedOptimizer(Optimizer):
         self.ranks_checked = False
         self._schedule()
         self.stages.capture.clear()
-
-    def base_state(self, keep: bool = True) -> dict[str, Any]:
-        """The base's state in whole tensors, the same for every strategy, if this rank wants to ``keep`` it.
-
-        Every rank must call it.
-        """
-        return self.stages.strategy.base_state(self._linked_base(), self.parameter_index.parameters, keep)
-
-    def load_base_state(self, saved: dict[str, Any]) -> None:
-        """Continue from ``base_state()`` of a run under any strategy; ``ValueError`` for another optimizer's."""
-        self.stages.strategy.load_base_state(self._linked_base(), self.parameter_index.parameters, saved)
-
-    @contextmanager
-    def base_alone(self) -> Iterator[None]:
-        """While it lasts ``step`` is the base's alone: some loaders take one to make the state that they fill."""
-        before, self.external_step = self.external_step, True
-        try:
-            yield
-        finally:
-            self.external_step = before
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied, with a TypeError: the copy would have no layers to hook."""
-        raise TypeError("a PreconditionedOptimizer cannot be copied or pickled; save state_dict() and build another.")
-
-    def _share_with_base(self) -> None:
-        """Loading replaces the base's containers; ours must be the same objects again."""
-        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base; new layers are not preconditioned."""
-        base = getattr(self, "base", None)
-        if base is None:  # called by Optimizer.__init__, on the base's own groups
-            super().add_param_group(param_group)
-        else:
-            known = len(base.param_groups)
-            base.add_param_group(param_group)
-            self.parameter_index.extend(base.param_groups[known:])

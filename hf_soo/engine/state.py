@@ -1,4 +1,4 @@
-"""What a PreconditionedOptimizer saves, and how it is checked before anything changes.
+"""What a PreconditionedOptimizer shares with its base and saves, and how that is checked before anything changes.
 
 The factors are plain tensors keyed by module name, the same for every world size:
 
@@ -9,15 +9,19 @@ The factors are plain tensors keyed by module name, the same for every world siz
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.layers import Layer
-from hf_soo.engine.preconditioner import LayerState
+from hf_soo.engine.preconditioner import LayerState, Preconditioner
+from hf_soo.engine.routing import ParameterIndex
+from hf_soo.engine.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -144,3 +148,103 @@ def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) ->
 
 def _signature(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {key: f"{tensor.dtype}{list(tensor.shape)}" for key, tensor in sorted(tensors.items())}
+
+
+class OverBase(Optimizer):
+    """What a PreconditionedOptimizer leaves to its base, and what it saves and loads.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base's own objects.
+    """
+
+    base: Optimizer
+    preconditioner: Preconditioner
+    stages: Step
+    parameter_index: ParameterIndex
+    _identity: Identity
+    steps: int
+    switched: bool
+    external_step: bool
+    carries_state: bool
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied, with a TypeError: the copy would have no layers to hook."""
+        raise TypeError("a PreconditionedOptimizer cannot be copied or pickled; save state_dict() and build another.")
+
+    def _share_with_base(self) -> None:
+        """Loading replaces the base's containers; ours must be the same objects again."""
+        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base; new layers are not preconditioned."""
+        base = getattr(self, "base", None)
+        if base is None:  # called by Optimizer.__init__, on the base's own groups
+            super().add_param_group(param_group)
+        else:
+            known = len(base.param_groups)
+            base.add_param_group(param_group)
+            self.parameter_index.extend(base.param_groups[known:])
+
+    def _linked_base(self) -> Optimizer:
+        """The base over our groups as they are now: DeepSpeed swaps our list for one of a single group at a time."""
+        if self.external_step:
+            self.base.param_groups = self.param_groups
+        return self.base
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """While it lasts ``step`` is the base's alone: some loaders take one to make the state that they fill."""
+        before, self.external_step = self.external_step, True
+        try:
+            yield
+        finally:
+            self.external_step = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, and the factors under "second_order" unless somebody else saves them."""
+        saved = dict(self._linked_base().state_dict())
+        return saved | {"second_order": self.second_order_state()} if self.carries_state else saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict()`` of the same optimizer over the same model, which is left as it is.
+
+        Raises ``ValueError``, before anything changes, if it is another optimizer's or the layers differ.
+        """
+        rest = {key: value for key, value in state_dict.items() if key != "second_order"}
+        saved = self.check_second_order_state(state_dict.get("second_order")) if self.carries_state else None
+        self._linked_base().load_state_dict(rest)
+        self._share_with_base()
+        if saved is not None:
+            self._restore(saved)
+
+    def second_order_state(self) -> dict[str, Any]:
+        """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
+
+        Where ranks share the work or the state (K-FAC under several processes, root-free RMSProp under FSDP2) every
+        rank must call it: they exchange factors.
+        """
+        layers = {layer.name: self.stages.whole_state(layer) for layer in self.stages.layers}
+        return self._identity.saved(self.steps, self.switched, self.preconditioner.global_state(), layers)
+
+    def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
+        """Continue from ``second_order_state()``; errors as ``check_second_order_state``."""
+        self._restore(self.check_second_order_state(saved))
+
+    def check_second_order_state(self, saved: dict[str, Any] | None) -> dict[str, Any]:
+        """What ``second_order_state`` returned, or a ``ValueError`` if ``load_second_order_state`` would refuse it."""
+        fresh = ((layer.name, self.preconditioner.init(layer)) for layer in self.stages.layers)
+        return self._identity.check(saved, fresh, self.switched)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take what ``check_second_order_state`` has approved of."""
+        raise NotImplementedError
+
+    def base_state(self, keep: bool = True) -> dict[str, Any]:
+        """The base's state in whole tensors, the same for every strategy, if this rank wants to ``keep`` it.
+
+        Every rank must call it.
+        """
+        return self.stages.strategy.base_state(self._linked_base(), self.parameter_index.parameters, keep)
+
+    def load_base_state(self, saved: dict[str, Any]) -> None:
+        """Continue from ``base_state()`` of a run under any strategy; ``ValueError`` for another optimizer's."""
+        self.stages.strategy.load_base_state(self._linked_base(), self.parameter_index.parameters, saved)
