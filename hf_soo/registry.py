@@ -140,9 +140,8 @@ class OptimizerSettings:
             config = dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
             selection = method.select(model, self.include, self.exclude, preconditioner.skip_reason)
         inner = build_base(self.base, groups, lr, self.base_args, hidden_weights(model))
-        names = dict(model.named_parameters())
         return PreconditionedOptimizer(
-            inner, preconditioner, selection, name=self.name, config=config, parameter_names=names,
+            inner, preconditioner, selection, name=self.name, config=config, model=model,
             halves=halves_of(inner, self.apply_to),
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from hf_soo.engine import fisher
 from hf_soo.engine.capture import LossWatch
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import Preconditioner
-from hf_soo.engine.routing import ParameterIndex, routing
+from hf_soo.engine.routing import ParameterIndex, routing, warn_of_what_is_left
 from hf_soo.engine.selection import Selection
 from hf_soo.engine.state import Identity, OverBase
 from hf_soo.engine.step import Step
@@ -49,12 +49,12 @@ class PreconditionedOptimizer(OverBase):
         *,
         name: str,
         config: dict[str, Any],
-        parameter_names: dict[str, nn.Parameter],
+        model: nn.Module,
         halves: Halves | None = None,
     ) -> None:
         """Wrap a base over the model's parameters. ``hf_soo.build_optimizer`` is the way to make one.
 
-        Checkpoints keep ``name`` and ``config``; ``selection`` and ``parameter_names`` are for ``routing`` too.
+        Checkpoints keep ``name`` and ``config``; ``selection`` and ``model`` are for ``routing`` too.
         ``halves`` of the base make the method act on the base's directions instead of on the gradients.
         """
         super().__init__(base.param_groups, base.defaults)
@@ -64,7 +64,9 @@ class PreconditionedOptimizer(OverBase):
         self.name, self.config = name, config
         self._identity = Identity(name, type(base).__name__, config)
         self._skipped = dict(selection.skipped)
-        self.parameter_index = ParameterIndex.of(base.param_groups, parameter_names, selection.layers)
+        self.parameter_index = ParameterIndex.of(base.param_groups, model, selection.layers)
+        if selection.skipped:
+            warn_of_what_is_left(self.parameter_index, selection, name, type(base).__name__)
         self.stages = Step(preconditioner, selection.layers)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.external_step = self.switched = self.ranks_checked = False
@@ -138,6 +140,7 @@ class PreconditionedOptimizer(OverBase):
             self.ranks_checked = True
         if not self.steps and not self.external_step:
             self.parameter_index.check(self.param_groups, self.layers, self.name)
+        self.parameter_index.warn_of_thawed(self.name)
         if self.layers:
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)
@@ -262,6 +265,10 @@ class PreconditionedOptimizer(OverBase):
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved.get("switched", False):
             self._switch_off()
+        self.parameter_index.added.update(saved.get("added", ()))
+        if left := self._left_by(saved):
+            self._skipped |= dict.fromkeys(left, "the checkpoint that this run goes on from left it to the base")
+            self.stages.leave(left)
         self.stages.follow_layout(self.name, self.steps)
         self.stages.restore_states(saved["layers"])
         self.preconditioner.load_global_state(saved.get("own", {}))

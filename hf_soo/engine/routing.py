@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
+from hf_soo.engine.selection import Selection
+
+logger = logging.getLogger(__name__)
 
 UNNAMED = "(unnamed)"
+ADDED = "added to the groups after construction"
+NOTHING = "nothing: frozen when the optimizer was built, thawed later and in none of its groups"
+MOST = 0.5
+"""A larger share of the matrices' entries left to the base is warned of."""
 
 
 @dataclass(frozen=True)
@@ -20,44 +30,86 @@ class ParameterIndex:
 
     Args:
         parameters: the names of the parameters of each group of the base.
-        layer: parameter name -> the layer that holds it.
+        layers: parameter name -> the layers that hold it, or parts of it.
         group: layer name -> the index of its weight's group.
-        name_of: id of a parameter -> its name, for groups that are added later.
+        slots: parameter name -> the module that holds it and its name there.
+        frozen: the parameters that were not trained.
+        added: those that came into the groups later.
+        warned: the thawed ones that were warned of.
     """
 
     parameters: list[list[str]]
-    layer: dict[str, str]
+    layers: dict[str, list[str]]
     group: dict[str, int]
-    name_of: dict[int, str]
+    slots: dict[str, tuple[nn.Module, str]]
+    frozen: frozenset[str]
+    added: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(
-        cls, groups: Sequence[Mapping[str, Any]], names: Mapping[str, nn.Parameter], layers: Sequence[Layer]
-    ) -> ParameterIndex:
+    def of(cls, groups: Sequence[Mapping[str, Any]], model: nn.Module, layers: Sequence[Layer]) -> ParameterIndex:
         """Take it down.
 
         Args:
             groups: the base's parameter groups.
-            names: parameter name -> the parameter.
+            model: the model.
             layers: what the method moves.
         """
-        name_of = {id(parameter): name for name, parameter in names.items()}
+        slots = {
+            f"{path}.{name}" if path else name: (module, name)
+            for path, module in model.named_modules()
+            for name in module._parameters
+        }
+        named = dict(model.named_parameters())
+        name_of = {id(parameter): name for name, parameter in named.items()}
+        held: dict[str, list[str]] = defaultdict(list)
+        for layer in layers:
+            for p in (layer.weight, layer.bias):
+                if p is not None and id(p) in name_of:
+                    held[name_of[id(p)]].append(layer.name)
+        index = cls([], dict(held), {}, slots, frozenset(n for n, p in named.items() if not p.requires_grad))
+        index.number(groups, layers)
+        return index
+
+    def parameter(self, name: str) -> Tensor:
+        """The parameter as the model holds it now."""
+        module, attribute = self.slots[name]
+        return getattr(module, attribute)  # type: ignore[no-any-return]
+
+    def number(self, groups: Sequence[Mapping[str, Any]], layers: Sequence[Layer]) -> None:
+        """Take down which parameter is in which group, anew."""
+        name_of = {id(getattr(*slot)): name for name, slot in reversed(self.slots.items())}  # a tied one's first name
         group_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
-        return cls(
-            parameters=[[name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups],
-            layer={
-                name_of[id(p)]: layer.name
-                for layer in layers
-                for p in (layer.weight, layer.bias)
-                if p is not None and id(p) in name_of
-            },
-            group={layer.name: group_of[id(layer.weight)] for layer in layers if id(layer.weight) in group_of},
-            name_of=name_of,
-        )
+        self.parameters[:] = [[name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups]
+        self.group.update({la.name: group_of[id(la.weight)] for la in layers if id(la.weight) in group_of})
 
     def extend(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take down groups that were added to the base."""
-        self.parameters.extend([self.name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups)
+        name_of = {id(getattr(*slot)): name for name, slot in reversed(self.slots.items())}
+        self.parameters.extend([name_of.get(id(p), UNNAMED) for p in group["params"]] for group in groups)
+        self.added.update(name for names in self.parameters[-len(groups) :] for name in names)
+
+    @property
+    def thawed(self) -> set[str]:
+        """The parameters that were frozen at construction and are trained now, but are in no group: none moves."""
+        return {name for name in self.frozen - self.added if self.parameter(name).requires_grad}
+
+    def warn_of_thawed(self, method: str) -> None:
+        """Warn, of each once, of ``thawed`` parameters.
+
+        Args:
+            method: its name.
+        """
+        new = sorted(self.thawed - self.warned) if self.frozen else []
+        if new:
+            self.warned.update(new)
+            logger.warning(
+                "%s: %s (%d parameters) were frozen when the optimizer was built and are trained now, but they are in "
+                "none of its groups, so they never move. Call optimizer.add_param_group({'params': [...]}), and the "
+                "base alone moves them; or build the optimizer while all that will ever be trained is unfrozen, and "
+                "freeze it then.",
+                method, new[:3], len(new),
+            )  # fmt: skip
 
     def check(self, groups: Sequence[Mapping[str, Any]], layers: Sequence[Layer], method: str) -> None:
         """Refuse to go on without the model's parameters.
@@ -104,13 +156,58 @@ def routing(
     for group, names in zip(groups, parameter_index.parameters, strict=True):
         rule = f"{base} ({group['algorithm']})" if "algorithm" in group else base
         for name in names:
-            layer, reason = parameter_index.layer.get(name), skipped.get(name) or skipped.get(name.rpartition(".")[0])
-            note = " (no statistics: it got no input at the last update)" if layer in no_statistics else ""
-            if layer is not None and layer not in skipped:
-                table[name] = f"{method} -> {base}{note}"
+            moved = [layer for layer in parameter_index.layers.get(name, ()) if layer not in skipped]
+            if moved:
+                table[name] = f"{method} -> {base}{_without(moved, no_statistics)}"
             else:
+                reason = ADDED if name in parameter_index.added else _reason(name, parameter_index, skipped)
                 table[name] = rule if reason is None else f"{rule}: {reason}"
-    return table
+    return table | dict.fromkeys(sorted(parameter_index.thawed), NOTHING)
+
+
+def _reason(name: str, index: ParameterIndex, skipped: Mapping[str, str]) -> str | None:
+    """Why a parameter is left to the base: its own reason, its layers', or its module's."""
+    places = [name, *index.layers.get(name, ()), name.rpartition(".")[0]]
+    return next((skipped[place] for place in places if place in skipped), None)
+
+
+def _without(layers: Sequence[str], no_statistics: Collection[str]) -> str:
+    """A note on the layers of a parameter that saw nothing at the last update."""
+    empty = sum(layer in no_statistics for layer in layers)
+    if not empty:
+        return ""
+    which = "it" if len(layers) == 1 else f"{empty} of its {len(layers)} matrices"
+    return f" (no statistics: {which} got no input at the last update)"
+
+
+def warn_of_what_is_left(index: ParameterIndex, selection: Selection, method: str, base: str) -> None:
+    """Warn where most entries of the matrices, embeddings and decoders apart, are the base's alone.
+
+    Args:
+        index: the parameters in the groups.
+        selection: what the method moves, and why not the rest.
+        method: its name.
+        base: the base's.
+    """
+    sizes = {
+        name: math.prod(full_shape(index.parameter(name)))
+        for names in index.parameters
+        for name in names
+        if name in index.slots and len(full_shape(index.parameter(name))) > 1
+    }
+    left: dict[str, list[str]] = defaultdict(list)
+    for name in sizes:
+        reason = None if name in index.layers else _reason(name, index, selection.skipped)
+        if reason is not None and reason not in selection.meant:
+            left[reason].append(name)
+    moved = sum(size for name, size in sizes.items() if name in index.layers)
+    lost = sum(sizes[name] for names in left.values() for name in names)
+    if lost > MOST * (lost + moved):
+        logger.warning(
+            "%s leaves %.0f %% of the matrices' entries (embeddings and decoders apart) to %s alone: %s.",
+            method, 100 * lost / (lost + moved), base,
+            "; ".join(f"{names[0]}, {len(names)} such: {reason}" for reason, names in left.items()),
+        )  # fmt: skip
 
 
 def summary(table: Mapping[str, str], shown: int = 2) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
 
 
@@ -35,11 +36,15 @@ class Selection:
     Args:
         layers: the layers to precondition, in the model's order.
         skipped: name of a module, or of a parameter, -> the reason why it is left to the base optimizer.
+        meant: the reasons among them that are a choice: the user's patterns, embeddings and decoders.
     """
 
     layers: list[Layer]
     skipped: dict[str, str]
+    meant: frozenset[str] = frozenset()
 
+
+_EMBEDDING, _DECODER, _TIED = "embedding", "vocabulary decoder", "weight tied to"
 
 SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
@@ -78,8 +83,22 @@ def select_layers(
                 yield layer, name, _reason_to_leave(layer, owners, decoders)
 
     selection = _select(candidates(), include, exclude, skip_reason, "Linear, Conv1D or Conv2d layers")
-    embeddings = {name: "embedding" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    return Selection(selection.layers, selection.skipped | embeddings)
+    embeddings = {name: _EMBEDDING for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    skipped = selection.skipped | embeddings
+    return Selection(selection.layers, skipped | _rest(model, selection.layers, skipped), selection.meant)
+
+
+def _rest(model: nn.Module, layers: Sequence[Layer], skipped: Collection[str]) -> dict[str, str]:
+    """The trained parameters that belong to no layer, chosen or skipped, and why none of them is one."""
+    held = {id(parameter) for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None}
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.requires_grad and id(parameter) not in held and path not in skipped:
+                shape = list(full_shape(parameter))
+                reads = f"{type(module).__name__} reads these {shape} itself: what is multiplied by them cannot be seen"
+                reasons[name] = reads if len(shape) > 1 else f"no matrix {shape}"
+    return reasons
 
 
 def select_parameters(
@@ -112,9 +131,9 @@ def select_parameters(
             name, _, attribute = full_name.rpartition(".")
             reason = None if parameter.requires_grad else "frozen"
             if not everything and isinstance(modules[name], nn.Embedding):  # a tied decoder has the embedding's name
-                reason = reason or "embedding"
+                reason = reason or _EMBEDDING
             if not everything and modules[name] in decoders:
-                reason = reason or "vocabulary decoder"
+                reason = reason or _DECODER
             yield ParameterLayer(full_name, modules[name], attribute), name, reason
 
     return _select(candidates(), include, exclude, skip_reason, "parameters")
@@ -135,22 +154,28 @@ def _select(
     included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
+    meant = {_EMBEDDING, _DECODER}
     for layer, name, reason in candidates:
+        if reason is not None and reason.startswith(_TIED):
+            meant.add(reason)
         reason = reason or skip_reason(layer)
+        able = reason is None
         if reason is None and include is not None and not any(p.search(name) for p in included):
             reason = "no include pattern matches"
         if reason is None:
             reason = next((f"exclude={p.pattern!r}" for p in excluded if p.search(name)), None)
         if reason is None:
             layers.append(layer)
-        else:
-            skipped[layer.name] = reason
+            continue
+        skipped[layer.name] = reason
+        if able:
+            meant.add(reason)
     if not layers:
         raise ValueError(
             f"no layer selected: include={include!r}, exclude={exclude!r} leave none of {len(skipped)} {kind} "
             f"({dict(list(skipped.items())[:3])}); widen the patterns or use --optim adamw."
         )
-    return Selection(layers, skipped)
+    return Selection(layers, skipped, frozenset(meant))
 
 
 def compile_patterns(what: str, patterns: Sequence[str] | None) -> list[re.Pattern[str]]:
@@ -190,9 +215,9 @@ def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[n
     module, weight = layer.module, layer.weight
     others = [name for name in owners.get(id(weight), []) if name != layer.name]
     if others:
-        return f"weight tied to {others[0]}"
+        return f"{_TIED} {others[0]}"
     if module in decoders:
-        return "vocabulary decoder"
+        return _DECODER
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) and weight.is_floating_point():

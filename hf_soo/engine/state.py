@@ -3,7 +3,9 @@
 The factors are plain tensors keyed by module name, the same for every world size:
 
     {"optimizer": name, "base": class, "config": {...}, "steps": t, "switched": bool, "own": {name: tensor},
-     "layers": {module name: {"side.tensor": tensor}}}
+     "layers": {module name: {"side.tensor": tensor}}, "added": [name of a parameter that came in later]}
+
+Beside them, and beside the base's state, stand the names of the parameters of each group, under "parameters".
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch.optim import Optimizer
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import LayerState, Preconditioner
-from hf_soo.engine.routing import ParameterIndex
+from hf_soo.engine.routing import UNNAMED, ParameterIndex
 from hf_soo.engine.step import Step
+from hf_soo.engine.strategy import Names
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +75,12 @@ class Identity:
         )
 
     def saved(
-        self, steps: int, switched: bool, own: Mapping[str, Tensor], layers: Mapping[str, LayerState]
+        self, steps: int, switched: bool, added: list[str], own: Mapping[str, Tensor], layers: Mapping[str, LayerState]
     ) -> dict[str, Any]:
         """The factors' checkpoint: ``own`` belongs to no layer, ``layers`` are whole states by name."""
-        header = {"optimizer": self.name, "base": self.base, "config": dict(self.config)}
-        return header | {"steps": steps, "switched": switched, "own": own, "layers": _layer_tensors(layers)}
+        header: dict[str, Any] = {"optimizer": self.name, "base": self.base, "config": dict(self.config)}
+        header |= {"steps": steps, "switched": switched, "added": added}
+        return header | {"own": own, "layers": _layer_tensors(layers)}
 
     def check(
         self, saved: dict[str, Any] | None, fresh: Iterable[tuple[str, LayerState]], switched: bool
@@ -175,7 +179,7 @@ class OverBase(Optimizer):
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base; new layers are not preconditioned."""
+        """Add parameters to the base; it moves them alone, whatever layer they belong to."""
         base = getattr(self, "base", None)
         if base is None:  # called by Optimizer.__init__, on the base's own groups
             super().add_param_group(param_group)
@@ -201,7 +205,7 @@ class OverBase(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state, and the factors under "second_order" unless somebody else saves them."""
-        saved = dict(self._linked_base().state_dict())
+        saved = dict(self._linked_base().state_dict()) | {"parameters": [*map(list, self.parameter_index.parameters)]}
         return saved | {"second_order": self.second_order_state()} if self.carries_state else saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,12 +213,41 @@ class OverBase(Optimizer):
 
         Raises ``ValueError``, before anything changes, if it is another optimizer's or the layers differ.
         """
-        rest = {key: value for key, value in state_dict.items() if key != "second_order"}
+        rest = {key: value for key, value in state_dict.items() if key not in ("second_order", "parameters")}
         saved = self.check_second_order_state(state_dict.get("second_order")) if self.carries_state else None
+        self._regroup(state_dict.get("parameters"), rest["param_groups"])
         self._linked_base().load_state_dict(rest)
         self._share_with_base()
         if saved is not None:
             self._restore(saved)
+
+    def _regroup(self, names: Names | None, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Put the same parameters into the groups of a checkpoint, where some came in after construction.
+
+        Args:
+            names: of the parameters of its groups; None: an older version wrote it.
+            groups: their settings.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        index = self.parameter_index
+        if names is None or names == index.parameters or self.external_step:
+            return
+        mine, theirs = (
+            {name for group in grouped for name in group} - {UNNAMED} for grouped in (index.parameters, names)
+        )
+        missing, unknown = sorted(mine - theirs), sorted(theirs - index.slots.keys())
+        if missing or unknown or any(UNNAMED in group for group in names):
+            raise ValueError(
+                f"the checkpoint's optimizer moves other parameters: missing {missing[:3]} ({len(missing)}), unknown "
+                f"{unknown[:3]} ({len(unknown)}); freeze and add the same parameters before it is loaded."
+            )
+        self.base.param_groups[:] = [
+            {**group, "params": [index.parameter(name) for name in own]}
+            for group, own in zip(groups, names, strict=True)
+        ]
+        index.number(self.base.param_groups, self.stages.layers)
 
     def second_order_state(self) -> dict[str, Any]:
         """Name, settings, step count and factors, keyed by layer name; loadable with ``weights_only=True``.
@@ -223,7 +256,8 @@ class OverBase(Optimizer):
         rank must call it: they exchange factors.
         """
         layers = {layer.name: self.stages.whole_state(layer) for layer in self.stages.layers}
-        return self._identity.saved(self.steps, self.switched, self.preconditioner.global_state(), layers)
+        added = sorted(self.parameter_index.added)
+        return self._identity.saved(self.steps, self.switched, added, self.preconditioner.global_state(), layers)
 
     def load_second_order_state(self, saved: dict[str, Any] | None) -> None:
         """Continue from ``second_order_state()``; errors as ``check_second_order_state``."""
@@ -231,8 +265,19 @@ class OverBase(Optimizer):
 
     def check_second_order_state(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         """What ``second_order_state`` returned, or a ``ValueError`` if ``load_second_order_state`` would refuse it."""
-        fresh = ((layer.name, self.preconditioner.init(layer)) for layer in self.stages.layers)
-        return self._identity.check(saved, fresh, self.switched)
+        left = self._left_by(saved)
+        layers = (layer for layer in self.stages.layers if layer.name not in left)
+        return self._identity.check(
+            saved, ((layer.name, self.preconditioner.init(layer)) for layer in layers), self.switched
+        )
+
+    def _left_by(self, saved: Mapping[str, Any] | None) -> list[str]:
+        """The layers that a checkpoint left to the base: their parameters were added after construction."""
+        if saved is None or saved.get("switched", False):
+            return []
+        added, held = set(saved.get("added", ())), self.parameter_index.layers
+        late = {layer for name in added for layer in held.get(name, ())}
+        return [layer.name for layer in self.stages.layers if layer.name in late - saved["layers"].keys()]
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Take what ``check_second_order_state`` has approved of."""

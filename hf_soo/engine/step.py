@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -158,6 +158,13 @@ class Step:
         self.capture.remove()
         self.layers, self.states = [], {}
         self.diagnostics = Diagnostics(self.preconditioner.side_names)  # the last step's numbers are no news any more
+
+    def leave(self, names: Collection[str]) -> None:
+        """Give layers up before the first step: their hooks and factors go."""
+        self.capture.remove()
+        self.layers = [layer for layer in self.layers if layer.name not in names]
+        self.capture = Capture(self.layers, self.preconditioner.recorder)
+        self.assign()
 
     # ---- the five lines ----------------------------------------------------------------------------------------------
 
