@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -42,8 +43,7 @@ class Communicator:
         if len(ranks) == self.world_size:
             return None
         # new_group starts from the backend's default, 30 minutes, and torch has no public way to read the user's
-        device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
-        options = dist.distributed_c10d._get_default_group()._get_backend(device).options
+        options = dist.distributed_c10d._get_default_group()._get_backend(_default_device()).options
         timeout = options._timeout if options is not None else None  # hf-soo plan's made-up ranks never wait
         group: Group = dist.new_group(list(ranks), timeout=timeout)
         return group
@@ -68,28 +68,36 @@ class Communicator:
         dist.all_gather_into_tensor(pieces, piece, group=group)
         return pieces.view(size, -1)
 
-    def agree(self, mine: Mapping[str, str]) -> None:
-        """Refuse to go on if ranks were set up differently: they would drift apart, or wait for each other for good.
+    def agree(
+        self,
+        mine: Mapping[str, str],
+        whose: str = "the optimizer's",
+        way_out: str = "build it alike on every rank, and resume all ranks from one checkpoint.",
+    ) -> None:
+        """Refuse to go on if ranks were given different things: they would drift apart, or wait for each other.
+
+        One message of 32 bytes where they agree. A rank that does not come is waited for as long as in any other
+        message: the process group's time-out.
 
         Args:
-            mine: what must be the same on every rank, by name; every rank must call it, with the same names.
+            mine: what must be the same on every rank, by name; every rank must call it.
+            whose: what the names are of, for the message.
+            way_out: what to do about a difference.
 
         Raises:
-            ValueError: it is not, on every rank.
+            ValueError: it is not the same, on every rank; the first name that differs, with its values.
         """
         if self.world_size == 1:
             return
+        digest = hashlib.sha256(repr(list(mine.items())).encode()).digest()
+        own = torch.tensor(list(digest), dtype=torch.uint8, device=_default_device())
+        seen = own.new_empty(self.world_size * len(digest))
+        dist.all_gather_into_tensor(seen, own)
+        if bool((seen.view(self.world_size, -1) == own).all()):
+            return
         everybody: list[Mapping[str, str]] = [{}] * self.world_size
         dist.all_gather_object(everybody, dict(mine))
-        for rank, theirs in enumerate(everybody):
-            for name, value in everybody[0].items():
-                if theirs[name] != value:
-                    start = max(0, _first_difference(value, theirs[name]) - 60)
-                    here, there = (text[start : start + 200] for text in (value, theirs[name]))
-                    raise ValueError(
-                        f"the ranks disagree on the optimizer's {name}: rank 0 has {here!r}, rank {rank} {there!r}; "
-                        "build it alike on every rank, and resume all ranks from one checkpoint."
-                    )
+        raise ValueError(f"the ranks disagree on {whose} {_first_disagreement(everybody)}; {way_out}")
 
     def _flat(self, kind: str, tensors: Sequence[Tensor], message: Callable[[Tensor], object]) -> None:
         """One message for all tensors of a dtype."""
@@ -104,6 +112,32 @@ class Communicator:
     def _count(self, kind: str, message: Tensor) -> None:
         self.traffic[kind] += message.nbytes
         logger.debug("%s of %d bytes (%d %s)", kind, message.nbytes, message.numel(), message.dtype)
+
+
+def _default_device() -> torch.device:
+    """Where a message of the default process group has to lie."""
+    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+def _first_disagreement(everybody: Sequence[Mapping[str, str]]) -> str:
+    """The first name whose value is not the same everywhere, and which ranks have which value."""
+    for name in dict.fromkeys(name for theirs in sorted(everybody, key=len, reverse=True) for name in theirs):
+        ranks: dict[str, list[str]] = defaultdict(list)
+        for rank, theirs in enumerate(everybody):
+            ranks[theirs.get(name, "nothing")].append(str(rank))
+        if len(ranks) > 1:
+            one, *others = ranks
+            start = max(0, min(_first_difference(one, other) for other in others) - 60)
+            (first, here), *rest = ((_who(holders), repr(text[start : start + 200])) for text, holders in ranks.items())
+            return f"{name}: {first} {'has' if len(ranks[one]) == 1 else 'have'} {here}" + "".join(
+                f", {who} {there}" for who, there in rest[:3]
+            )
+    return "the order of what they compare"
+
+
+def _who(ranks: Sequence[str]) -> str:
+    """Some ranks in words."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:8])}{' ...' * (len(ranks) > 8)}"
 
 
 def _first_difference(one: str, other: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_soo.engine import fisher
+from hf_soo.engine import diagnostics, fisher
 from hf_soo.engine.capture import LossWatch
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import Preconditioner
@@ -135,9 +135,7 @@ class PreconditionedOptimizer(OverBase):
 
     def _check(self) -> None:
         """Before a step: the ranks agree, the loss is known, and the tensors lie where they lay."""
-        if not self.ranks_checked:
-            self._identity.agree(self.stages.comm, self.base.defaults, self.layers, self.steps)
-            self.ranks_checked = True
+        self._agree()
         if not self.steps and not self.external_step:
             self.parameter_index.check(self.param_groups, self.layers, self.name)
         self.parameter_index.warn_of_thawed(self.name)
@@ -145,6 +143,16 @@ class PreconditionedOptimizer(OverBase):
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)
             self.stages.follow_layout(self.name, self.steps)
+
+    def _agree(self) -> None:
+        """Before the first step, and with every check of the diagnostics, the ranks compare what they have."""
+        if not self.ranks_checked or (self.layers and self.steps and self.steps % diagnostics.CHECK_PERIOD == 0):
+            base, strategy = self._linked_base(), self.stages.strategy
+            parameters = strategy.model_parameters(base, self.parameter_index.parameters)
+            self._identity.agree(
+                self.stages.comm, base, parameters, self.layers, self.steps, weights=not self.ranks_checked
+            )
+            self.ranks_checked = True
 
     def _step_base(self) -> None:
         """The base's step, or its second half where the method has acted on what the first one made."""

@@ -11,15 +11,18 @@ Beside them, and beside the base's state, stand the names of the parameters of e
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_soo.engine.comm import Communicator
+from hf_soo.engine.dtensors import full_shape, is_dtensor
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import LayerState, Preconditioner
 from hf_soo.engine.routing import UNNAMED, ParameterIndex
@@ -51,26 +54,50 @@ class Identity:
     base: str
     config: dict[str, Any]
 
-    def agree(self, comm: Communicator, base_defaults: Mapping[str, Any], layers: Sequence[Layer], steps: int) -> None:
-        """Compare what the ranks were built with.
+    def agree(
+        self,
+        comm: Communicator,
+        base: Optimizer,
+        parameters: Sequence[Sequence[tuple[str, Tensor]]],
+        layers: Sequence[Layer],
+        steps: int,
+        *,
+        weights: bool,
+    ) -> None:
+        """Compare what the ranks were built with, group by group.
 
         Args:
             comm: between them.
-            base_defaults: the base's settings.
+            base: with its settings.
+            parameters: of each of its groups, the model's own, with their names.
             layers: what the method moves.
             steps: steps done.
+            weights: compare the weights too, where each rank has them whole.
 
         Raises:
-            ValueError: they were built differently, or resumed at different steps.
+            ValueError: they were built differently, resumed at different steps, or start from different weights.
         """
-        plain = {k: v for k, v in base_defaults.items() if isinstance(v, (bool, int, float, str, tuple))}
+        if comm.world_size == 1:
+            return
+        named = [each for group in parameters for each in group] if weights else []
         comm.agree(
             {
                 "method": f"{self.name} over {self.base}",
-                "settings": str(self.config),
-                "base settings": str(plain),
-                "layers": str([(layer.name, layer.shape) for layer in layers]),
+                "settings": text_of(self.config),
+                "base settings": text_of(base.defaults),
                 "steps done": str(steps),
+                **{
+                    f"{key} of group {i}": text_of(value)
+                    for i, group in enumerate(base.param_groups)
+                    for key, value in group.items()
+                    if key != "params"
+                },
+                **{
+                    f"parameters of group {i}": str([(name, full_shape(p)) for name, p in group])
+                    for i, group in enumerate(parameters)
+                },
+                "layers": str([(layer.name, layer.shape) for layer in layers]),
+                "weights": str(_checksums(named)),
             }
         )
 
@@ -148,6 +175,36 @@ def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) ->
                 f"the checkpoint's state of layer {name!r} is {_signature(saved[name])}, this run needs {wanted}; "
                 "resume with the settings the checkpoint was written with."
             )
+
+
+def text_of(value: Any) -> str:
+    """A setting as a text that is the same in every process: of an object that is no plain value, its type alone."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {text_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [text_of(item) for item in value]
+        return f"({', '.join(items)})" if isinstance(value, (list, tuple)) else f"{{{', '.join(sorted(items))}}}"
+    if isinstance(value, Tensor):
+        return str(value.tolist()) if value.numel() <= 1 else f"{value.dtype}{list(value.shape)}"
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size))
+    return repr(value) if plain else type(value).__qualname__
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksums(named: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
+    """A sum of the bits of each parameter that is whole in this process: exact, whatever the order of the sum.
+
+    Complex numbers are left out, and what a strategy has cut (DTensors, ZeRO-3): no two ranks have the same of it.
+    """
+    sums = {
+        name: p.detach().view(_BITS[p.element_size()]).sum(dtype=_BITS[p.element_size()])
+        for name, p in named
+        if not is_dtensor(p) and p.numel() == math.prod(full_shape(p)) and p.layout == torch.strided
+        and not p.is_complex()
+    }  # fmt: skip
+    return dict(zip(sums, torch.stack([each.long() for each in sums.values()]).tolist(), strict=True)) if sums else {}
 
 
 def _signature(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -174,6 +174,11 @@ class Strategy(ABC):
                 if param.grad is not None:
                     yield LocalGradient(group, param, dtensors.local(param.detach()), dtensors.local(param.grad))
 
+    def model_parameters(self, base: Optimizer, names: Names) -> list[list[tuple[str, Tensor]]]:
+        """The model's own parameters of each group of the base, with their names."""
+        groups = zip(names, base.param_groups, strict=False)  # whose lengths are checked afterwards
+        return [list(zip(mine, group["params"], strict=False)) for mine, group in groups]
+
     # ---- the base's state --------------------------------------------------------------------------------------------
 
     def base_state(self, base: Optimizer, names: Names, keep: bool) -> dict[str, Any]:

@@ -78,6 +78,10 @@ class ZeroFragments(Fragments):
     def flat_of(self, parameter: Tensor) -> tuple[Tensor, int]:
         """The flat tensor that the base steps on, and the first element of this rank's piece (0: there is none)."""
 
+    def model_parameters(self, base: Optimizer, names: Names) -> list[list[tuple[str, Tensor]]]:
+        """The base steps on pieces of them."""
+        return [[(name, self.named[name]) for name in mine if name in self.named] for mine in names]
+
     def local_gradients(self, base: Optimizer, names: Names) -> Iterator[LocalGradient]:
         """Ranges of the flat tensors."""
         for group, mine in zip(base.param_groups, names, strict=True):

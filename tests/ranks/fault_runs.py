@@ -153,8 +153,8 @@ def warnings_of(logger: str) -> list[str]:
 
 
 def loses_a_rank(rank: int, world: int, strategy: str, method: str, where: str, how: str) -> None:
-    """The last rank dies or sleeps after two steps: before the next, or in it, at a message of ours."""
-    run = Run(strategy, method).steps(range(2))
+    """The last rank dies or sleeps after two steps, at a message of ours or before; or before the first one."""
+    run = Run(strategy, method).steps(range(0 if where == "agree" else 2))
     fail = die if how == "dies" else lambda: time.sleep(600)
     if rank == world - 1:
         if where == "between steps":
@@ -314,11 +314,16 @@ def set_up_differently(rank: int, world: int) -> dict[str, Any]:
     """The error of each rank's first step, and whether it has changed nothing; how often ranks that agree ask."""
     found: dict[str, Any] = {case: first_step(case, rank) for case in DIFFERENT}
     asked = []
-    gather = dist.all_gather_object
-    dist.all_gather_object = lambda *args: (asked.append(1), gather(*args))  # type: ignore[assignment]
+    gather = dist.all_gather_into_tensor
+
+    def counting(seen: Tensor, own: Tensor) -> Any:
+        asked.append(own.nbytes)
+        return gather(seen, own)
+
+    dist.all_gather_into_tensor = counting
     Run("ddp", "mkor").steps(range(4))
-    dist.all_gather_object = gather
-    return found | {"asked": len(asked)}
+    dist.all_gather_into_tensor = gather
+    return found | {"asked": asked}
 
 
 def first_step(case: str, rank: int) -> tuple[str, bool]:
