@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_soo.engine.dtensors import full_shape, is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -144,3 +148,33 @@ def _first_difference(one: str, other: str) -> int:
     """The position of the first character that differs."""
     pairs = zip(one, other, strict=False)  # one may be the start of the other
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def text_of(value: Any) -> str:
+    """A setting as a text that is the same in every process: of an object that is no plain value, its type alone."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {text_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [text_of(item) for item in value]
+        return f"({', '.join(items)})" if isinstance(value, (list, tuple)) else f"{{{', '.join(sorted(items))}}}"
+    if isinstance(value, Tensor):
+        return str(value.tolist()) if value.numel() <= 1 else f"{value.dtype}{list(value.shape)}"
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size))
+    return repr(value) if plain else type(value).__qualname__
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksums(named: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
+    """A sum of the bits of each parameter that is whole in this process: exact, whatever the order of the sum.
+
+    Complex numbers are left out, and what a strategy has cut (DTensors, ZeRO-3): no two ranks have the same of it.
+    """
+    sums = {
+        name: p.detach().view(_BITS[p.element_size()]).sum(dtype=_BITS[p.element_size()])
+        for name, p in named
+        if not is_dtensor(p) and p.numel() == math.prod(full_shape(p)) and p.layout == torch.strided
+        and not p.is_complex()
+    }  # fmt: skip
+    return dict(zip(sums, torch.stack([each.long() for each in sums.values()]).tolist(), strict=True)) if sums else {}

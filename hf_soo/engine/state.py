@@ -11,18 +11,16 @@ Beside them, and beside the base's state, stand the names of the parameters of e
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.comm import Communicator
-from hf_soo.engine.dtensors import full_shape, is_dtensor
+from hf_soo.engine.comm import Communicator, checksums, text_of
+from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import LayerState, Preconditioner
 from hf_soo.engine.routing import UNNAMED, ParameterIndex
@@ -97,7 +95,7 @@ class Identity:
                     for i, group in enumerate(parameters)
                 },
                 "layers": str([(layer.name, layer.shape) for layer in layers]),
-                "weights": str(_checksums(named)),
+                "weights": str(checksums(named)),
             }
         )
 
@@ -175,36 +173,6 @@ def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) ->
                 f"the checkpoint's state of layer {name!r} is {_signature(saved[name])}, this run needs {wanted}; "
                 "resume with the settings the checkpoint was written with."
             )
-
-
-def text_of(value: Any) -> str:
-    """A setting as a text that is the same in every process: of an object that is no plain value, its type alone."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {text_of(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = [text_of(item) for item in value]
-        return f"({', '.join(items)})" if isinstance(value, (list, tuple)) else f"{{{', '.join(sorted(items))}}}"
-    if isinstance(value, Tensor):
-        return str(value.tolist()) if value.numel() <= 1 else f"{value.dtype}{list(value.shape)}"
-    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size))
-    return repr(value) if plain else type(value).__qualname__
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _checksums(named: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
-    """A sum of the bits of each parameter that is whole in this process: exact, whatever the order of the sum.
-
-    Complex numbers are left out, and what a strategy has cut (DTensors, ZeRO-3): no two ranks have the same of it.
-    """
-    sums = {
-        name: p.detach().view(_BITS[p.element_size()]).sum(dtype=_BITS[p.element_size()])
-        for name, p in named
-        if not is_dtensor(p) and p.numel() == math.prod(full_shape(p)) and p.layout == torch.strided
-        and not p.is_complex()
-    }  # fmt: skip
-    return dict(zip(sums, torch.stack([each.long() for each in sums.values()]).tolist(), strict=True)) if sums else {}
 
 
 def _signature(tensors: dict[str, Tensor]) -> dict[str, str]:
