@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, what killed runs left beside them, and lines of text that are UTF-8."""
+"""Files and folders that are whole or absent, what killed runs left beside them, and text and JSON that are sound."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+LONGEST_LINE = 32 << 20  # bytes
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -43,11 +45,63 @@ def is_broken(text: str) -> bool:
     return _SURROGATE.search(text) is not None
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files under a folder, by name, those of linked folders too; hidden ones are left out.
+
+    Args:
+        folder: where to look.
+
+    Raises:
+        ValueError: a folder cannot be read or is there twice, by a link, or a link leads nowhere.
+    """
+    found, seen, waiting = [], dict[str, Path](), [folder]
+    for path in waiting:
+        if (other := seen.setdefault(os.path.realpath(path), path)) != path:
+            raise ValueError(f"{str(path)!r} and {str(other)!r} are one folder, by a link; take one of them away.")
+        with readable(path), os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(path / entry.name)
+                elif not entry.name.startswith("."):
+                    found.append(path / entry.name)
+                    if not entry.is_file():
+                        raise ValueError(f"{str(found[-1])!r} is no file (a link that leads nowhere?); take it away.")
+    return sorted(found)
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Name what the system does not let us read.
+
+    Args:
+        path: file or folder that the block reads.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{str(error.filename or path)!r} cannot be read ({error.strerror or error}).") from error
+
+
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends; a wrong byte is named by file, line and offset."""
+    """The lines of a UTF-8 file without their ends; what is no text is named by file, line and offset.
+
+    Args:
+        file: of lines of at most 32 MiB, so that memory holds any of them.
+
+    Yields:
+        Lines.
+
+    Raises:
+        ValueError: a byte that is no UTF-8 or NUL, a line that is too long, or a file that cannot be read.
+    """
     offset = 0
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
+    with readable(file), file.open("rb") as stream:
+        for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+            if len(raw) > LONGEST_LINE:
+                raise ValueError(f"file {str(file)!r}, line {number} has more than 32 MiB; break it into lines.")
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -55,8 +109,52 @@ def read_lines(file: Path) -> Iterator[str]:
                     f"file {str(file)!r}, line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
                     f"{offset + error.start}; convert it first, for example with iconv."
                 ) from error
+            if (place := raw.find(0)) >= 0:
+                raise ValueError(
+                    f"file {str(file)!r}, line {number} is no text: byte 0x00 at offset {offset + place}; write it "
+                    "again, or convert it first, for example with iconv."
+                )
             yield line.rstrip("\r\n").removeprefix("\ufeff" if offset == 0 else "")
             offset += len(raw)
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value; a number that is too long, too deep a nest and a key given twice are errors of its kind, too.
+
+    Args:
+        text: one value.
+
+    Raises:
+        JSONDecodeError: it is none.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("too deep a nest", text, _depth_exceeded(text)) from error
+    except ValueError as error:  # a number of more digits than Python converts, or a key twice
+        digits = re.search(r"\d{4301}", text)
+        raise json.JSONDecodeError(str(error).partition(";")[0], text, digits.start() if digits else 0) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which `json` would keep the last of equal keys."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return made
+
+
+def _depth_exceeded(text: str) -> int:
+    """Where a JSON text is nested 200 deep."""
+    depth = 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 200:
+            return match.start()
+    return 0
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -75,7 +173,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error.msg}); give one object a line.") from error
         yield number, value

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_soo.runs.arguments import check_positive, option
+from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class TextArguments:
 
     source: str = option("embedded", "WikiExtractor folder, text, JSONL, Parquet or hub name; embedded: Python's own.")
     text_column: str = option("text", "Column or key of the text in JSONL, Parquet and hub data.")
+    wiki_as_written: bool = option(
+        False, "Leave the HTML entities and the section titles ('History.') of WikiExtractor's output in the text."
+    )
     max_bytes: int = option(20_000_000, "Read documents until there is so much text.")
     tokenizer_name: str | None = option(None, "Folder or hub name of a tokenizer; None: bytes, without any.")
     objective: Literal["causal", "masked"] = option("causal", "causal: the next symbol (GPT); masked: some (BERT).")
@@ -149,11 +153,15 @@ def _read(given: TextArguments, encode: _Bytes | _Tokens) -> dict[str, Symbols]:
     found: dict[str, list[Symbols]] = {"train": [], **{name: [] for name in _HELD_OUT}}
     whose = {place: name for name, place in _HELD_OUT.items()}
     read = 0
-    for number, text in enumerate(Corpus(given.source, text_column=given.text_column).texts()):
+    corpus = Corpus(
+        given.source, text_column=given.text_column, cleaning=Cleaning(wiki_as_written=given.wiki_as_written)
+    )
+    for number, text in enumerate(corpus.texts()):
         found[whose.get(number % _EVERY, "train")].append(encode(text))
         read += len(text)
         if read >= given.max_bytes:
             break
+    logger.info("%s: %s", given.source, corpus.counts)
     none = np.empty(0, dtype=encode.dtype)
     return {name: np.concatenate([none, *documents]) for name, documents in found.items()}
 

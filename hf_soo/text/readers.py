@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_soo.files import is_broken, read_json_lines, read_lines
-from hf_soo.text.cleaning import RawDocument
+from hf_soo.files import LONGEST_LINE, files_below, is_broken, read_json_lines, read_lines, readable
+from hf_soo.text.cleaning import RawDocument, unescaped
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 
+_WIKI_NAME = re.compile(r"wiki_\d+")
+_WIKI_TITLE = re.compile(r' title="(.*)">\s*')
+_WIKI_URL = "curid="  # in the address of each of WikiExtractor's documents
 _WIKITEXT_TITLE = re.compile(r"\s*= [^=].* =\s*")
 
 
@@ -67,25 +70,23 @@ def _kind_of(file: Path) -> str:
     """Layout of a file, by its suffix or its first bytes: wiki, txt, jsonl, parquet, or "" for unknown."""
     if file.suffix == ".parquet":
         return "parquet"
-    with file.open("rb") as stream:
+    with readable(file), file.open("rb") as stream:
         head = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"<doc "):
         return "wiki"
-    if file.suffix in (".jsonl", ".json") or (file.name.startswith("wiki_") and head.startswith(b"{")):
+    named = _WIKI_NAME.fullmatch(file.name) is not None
+    if file.suffix in (".jsonl", ".json") or (named and head.startswith(b"{")):
         return "jsonl"
+    if named:  # whatever damage its first bytes have
+        return "wiki"
     return "txt" if file.suffix == ".txt" else ""
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """The files under a folder, by name; hidden ones are left out."""
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
 
 
 def _text_files(path: Path) -> list[Path]:
     """The file itself, or the text files under a folder; files of unknown kind are named in a warning."""
     if path.is_file():
         return [path]
-    files = visible_files(path)
+    files = files_below(path)
     known = [file for file in files if _kind_of(file)]
     if not known:
         raise ValueError(
@@ -100,7 +101,7 @@ def _text_files(path: Path) -> list[Path]:
 def _read_wiki(file: Path) -> Iterator[RawDocument]:
     """WikiExtractor: ``<doc ...>``, the title on a line, then a paragraph a line, ``</doc>``."""
     lines: list[str] | None = None
-    began = 0
+    title, began = None, 0
     for number, line in enumerate(read_lines(file), start=1):
         if line.startswith("<doc "):
             if lines is not None:
@@ -108,12 +109,14 @@ def _read_wiki(file: Path) -> Iterator[RawDocument]:
                     f"file {str(file)!r}, line {number} begins a <doc> inside that of line {began}, "
                     "which has no </doc>: extract it again."
                 )
-            lines, began = [], number
+            lines, title, began = [], _WIKI_TITLE.search(line), number
         elif lines is None:
             if line.strip():
                 raise ValueError(f"file {str(file)!r}, line {number} is outside any <doc>; extract it again.")
         elif line.startswith("</doc>"):
-            yield RawDocument(lines[1:])  # the first is the title
+            if lines and (title is None or unescaped(lines[0].strip()) == unescaped(title[1].strip())):
+                del lines[0]
+            yield RawDocument(lines, kind="wiki")
             lines = None
         elif line:
             lines.append(line)
@@ -167,11 +170,11 @@ def _open_parquet(file: Path, text_column: str) -> Any:
 
 
 def _read_parquet(file: Path, text_column: str) -> Iterator[RawDocument]:
-    """The text and title of a Parquet file, a batch of rows at a time."""
+    """The rows of a Parquet file, a batch of them at a time."""
     import pyarrow as pa
 
     parquet, number = _open_parquet(file, text_column), 0
-    columns = [name for name in dict.fromkeys((text_column, "title")) if name in parquet.schema_arrow.names]
+    columns = [name for name in dict.fromkeys((text_column, "title", "url")) if name in parquet.schema_arrow.names]
     try:
         for batch in parquet.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
             for row in batch.to_pylist():
@@ -208,7 +211,7 @@ def read_hub(name: str, text_column: str, split: str) -> Iterator[RawDocument]:
             f"{' '.join(str(error).split())}"
         ) from error
     _require_column(text_column, rows.column_names, f"data set {name!r}")
-    columns = [column for column in dict.fromkeys((text_column, "title")) if column in rows.column_names]
+    columns = [column for column in dict.fromkeys((text_column, "title", "url")) if column in rows.column_names]
     number = 0
     for batch in rows.select_columns(columns).iter(batch_size=ROWS_AT_A_TIME):
         for values in zip(*(batch[column] for column in columns), strict=True):
@@ -227,7 +230,11 @@ def _document_of(row: Any, text_column: str, where: str) -> RawDocument:
         raise ValueError(f"{where}: {text_column!r} is a {type(text).__name__}; it must be text.")
     if is_broken(text or ""):
         raise ValueError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no text; write it again.")
-    return RawDocument((text or "").splitlines(), title.strip() if isinstance(title, str) else "", record=True)
+    lines = (text or "").splitlines()
+    if any(len(line) > LONGEST_LINE for line in lines):
+        raise ValueError(f"{where}: {text_column!r} has a paragraph of more than 32 MiB; break it into lines.")
+    wiki = _WIKI_URL in str(row.get("url"))
+    return RawDocument(lines, title.strip() if isinstance(title, str) else "", "wiki" if wiki else "record")
 
 
 def _require_column(column: str, names: list[str], where: str) -> None:

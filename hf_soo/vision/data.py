@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_soo.files import files_below
 from hf_soo.runs.arguments import check_positive, option
 from hf_soo.vision.images import Shape, decode, fit, shape_of
 
@@ -182,17 +183,25 @@ def _open(config: ImageDataConfig) -> Any:
         raise ValueError(f"dataset={name!r} {what}: {error}") from error
 
 
-def _image_folder(folder: Path) -> dict[str, str] | None:
+def _image_folder(folder: Path) -> dict[str, list[str]] | None:
     """The files of each part, for ``imagefolder``; None where there are no images."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.rglob("*")):
+    if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files_below(folder)):
         return None
     train = folder / "train"
     if not (train.is_dir() and any(path.is_dir() for path in train.iterdir())):
-        return {"train": f"{glob.escape(str(folder.resolve()))}/**"}
+        return {"train": _patterns(folder)}
     parts = ["train", *[name for name in EVALUATION_PARTS if (folder / name).is_dir()][:1]]
-    return {name: f"{glob.escape(str((folder / name).resolve()))}/**" for name in parts}
+    return {name: _patterns(folder / name) for name in parts}
+
+
+def _patterns(folder: Path) -> list[str]:
+    """Patterns of the files under a folder; ``**`` stops at links, so each linked folder has one of its own."""
+    root = folder.resolve()
+    holders = {file.parent for file in files_below(root)}
+    links = {path for holder in holders for path in (holder, *holder.parents) if path.is_symlink()}
+    return [f"{glob.escape(str(path))}/**" for path in (root, *sorted(links))]
 
 
 def _columns(features: Mapping[str, Any], config: ImageDataConfig) -> tuple[str, str]:

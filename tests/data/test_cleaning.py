@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_soo.text.cleaning import Cleaning, RawDocument, _digest, _DigestSet, _remove_headings
+from hf_soo.text.cleaning import Cleaner, Cleaning, CorpusCounts, Kind, RawDocument, _digest, _DigestSet, unescaped
 from hf_soo.text.corpus import Corpus
 
 RECORD = (
@@ -16,16 +20,17 @@ RECORD = (
 )
 
 
-def kept(text: str, *, title: str = "", record: bool = False, keep: bool = False) -> tuple[list[str], int]:
-    lines, headings = _remove_headings(RawDocument(text.splitlines(), title, record), keep)
-    return [line for line in lines if line.strip()], headings
+def kept(text: str, *, title: str = "", kind: Kind = "text", **rules: bool) -> tuple[list[str], int]:
+    counts = CorpusCounts()
+    left = Cleaner(Cleaning(**rules), counts)(RawDocument(text.splitlines(), title, kind))
+    return (left or "").splitlines(), counts.headings
 
 
 def test_unmarked_headings_of_records() -> None:
     text = ["Anarchism is a philosophy.", "The word is old.", "It is Greek."]
-    assert kept(RECORD, record=True) == (text, 3)
-    assert kept(RECORD, title="Anarchism", record=True) == (text, 2)  # the title is no heading
-    assert kept(RECORD, title="Anarchism", record=True, keep=True)[0] == [
+    assert kept(RECORD, kind="record") == (text, 3)
+    assert kept(RECORD, title="Anarchism", kind="record") == (text, 2)  # the title is no heading
+    assert kept(RECORD, title="Anarchism", kind="record", keep_headings=True)[0] == [
         text[0],
         "Etymology and terms ",
         *text[1:],
@@ -45,13 +50,92 @@ def test_unmarked_headings_of_records() -> None:
     ],
 )
 def test_what_may_be_text_is_kept(text: str) -> None:
-    assert kept(text, record=True) == ([line for line in text.splitlines() if line], 0)
+    assert kept(text, kind="record") == ([line for line in text.splitlines() if line], 0)
 
 
 def test_marked_headings() -> None:
     text = "= Title =\nFirst. \n == Part == \n = = Sub = = \nSection::::History.\n a = b = c\nLast"
     assert kept(text) == (["First. ", " a = b = c", "Last"], 4)
-    assert kept(text, keep=True)[1] == 0
+    assert kept(text, keep_headings=True)[1] == 0
+
+
+SECTION_TITLES = (
+    "History.", "Early life.", "See also.", "External links.", "1980s.", "2003 season.",
+    "Life and career (1900–1950).", '"Captain EO" (1986).', "Move to the U.S..", "Dr. Martin Luther King Jr..",
+    "St. Thomas University (STU).", "Étienne.", "Modules vs. namespace.", "2008–2010: Recession.",
+    "Newton's binomial series.", "Air shows.", "Free will.", "Ancient remains.", "Hidden Markov model.",
+    "Treaty of Kiel to World War II.", "Q&A.", "Her career.", "Q & A.",
+)  # fmt: skip
+SENTENCES = (
+    "It closed in 1950.", "He died.", "She sang.", "They left.", "There are others.", "This was it.",
+    "Homer was blind.", "The lager is pale.", "Knuth joined Caltech.", "Rome became a republic.",
+    "Some men can fly.", "The film has no end.", "Twenty of his stories became motion pictures.",
+    "It ended. So did he.", "He left town. Nobody knew.", "Why?", "Go!", "An opening line without its full stop",
+    "and the rest of it.", "What followed...", "The heading's text follows here:",
+    "On receiving his degree, he taught at a college of the north.", "Berthollet married early, had died by then.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SECTION_TITLES)
+def test_section_titles_of_wikiextractor_are_left_out(line: str) -> None:
+    assert kept(f"{line}\nIt is text.\n{line}", kind="wiki") == (["It is text."], 2)
+    assert kept(f"{line}\nIt is text.", kind="wiki", keep_headings=True) == ([line, "It is text."], 0)
+    assert kept(f"{line}\nIt is text.", kind="wiki", wiki_as_written=True) == ([line, "It is text."], 0)
+    assert kept(f"{line}\nIt is text.") == ([line, "It is text."], 0)  # other text has no such lines
+    assert kept(line, kind="wiki") == ([line], 0)  # all there is
+
+
+@pytest.mark.parametrize("line", SENTENCES)
+def test_short_sentences_of_wikiextractor_are_kept(line: str) -> None:
+    assert kept(f"{line}\nHistory.\n{line}", kind="wiki") == ([line, line], 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("R&amp;D &lt; &gt; &quot;a&quot; &apos;b&apos;", "R&D < > \"a\" 'b'"),
+        ("5&nbsp;tonnes &ndash; caf&eacute; &hellip;", "5\xa0tonnes – café …"),
+        ("&#39;a&#x27; &#8211; &#X200B;", "'a' – \u200b"),
+        ("&amp;amp; &amp;lt;b&amp;gt; 5&amp;nbsp;t &amp;amp;quot; &amp;#39;", "& <b> 5\xa0t \" '"),
+        ("&amp;amp;amp;lt;", "<"),
+        ("AT&T, R&D; a & b; ?a=1&copy=2&lt=3 &unknown; &; &#; &#x; &#xG;", None),
+        ("&#0; &#xD800; &#1114112; &#9999999;", "\ufffd \ufffd \ufffd \ufffd"),
+        (f"&#{'9' * 5000}; &#x{'f' * 5000}; &{'a' * 5000};", None),
+    ],
+)
+def test_entities_are_put_back(written: str, meant: str | None) -> None:
+    meant = written if meant is None else meant
+    assert unescaped(written) == meant
+    assert kept(f"{written} is it.\nHe left.", kind="wiki")[0][0] == f"{meant} is it."
+    assert kept(f"{written} is it.", kind="wiki", wiki_as_written=True) == ([f"{written} is it."], 0)
+    assert kept(f"{written} is it.") == ([f"{written} is it."], 0)
+
+
+@given(st.text(max_size=40).filter(lambda text: not re.search(r"&[#\w]+;", text)), st.integers(1, 3))
+def test_what_was_escaped_comes_back(text: str, times: int) -> None:
+    written = text
+    for _ in range(times):
+        written = html.escape(written)
+    assert unescaped(written) == text
+
+
+@pytest.mark.parametrize(
+    ("head", "title", "rest"),
+    [
+        ('<doc id="5" url="?curid=5" title="Mill &amp; Sons">', "Mill &amp; Sons", "It is a firm."),
+        ('<doc id="5" url="?curid=5" title="Mill & Sons">', "Mill &amp; Sons", "It is a firm."),
+        ('<doc id="5" url="?curid=5" title=""Weird Al" Yankovic">', '"Weird Al" Yankovic', "He sings."),
+        ("<doc id=5>", "Mill", "It is a firm."),
+        ('<doc id="5" title="Mill">', "It is the first line, no title.", "It is a firm."),
+    ],
+)
+def test_title_of_wikiextractor_is_no_text(tmp_path: Path, head: str, title: str, rest: str) -> None:
+    (tmp_path / "wiki_00").write_text(f"{head}\n{title}\n\n{rest}\n</doc>\n", encoding="utf-8")
+    text = f"{title}\n{rest}" if "no title" in title else rest
+    assert list(Corpus(str(tmp_path)).texts()) == [text]
+    row = {"url": "?curid=5", "title": "Mill & Sons", "text": "Mill &amp; Sons\n\nHistory.\nIt is R&amp;D."}
+    (tmp_path / "wiki_00").write_text(json.dumps(row), encoding="utf-8")
+    assert list(Corpus(str(tmp_path)).texts()) == ["It is R&D."]
 
 
 def test_wikitext_titles_begin_documents(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ Autism is a disorder.
 </doc>
 """
 WIKI_DOCUMENTS = [
-    ["Anarchism is a philosophy.", "It has no state.", "Etymology and terminology."],
+    ["Anarchism is a philosophy.", "It has no state."],  # not the section's title
     ["Autism is a disorder."],
 ]
 ROWS = [{"id": 1, "text": "One here. Two there.\nThree"}, {"id": 2, "text": ""}, {"id": 3, "text": "Four."}]

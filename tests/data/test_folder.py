@@ -214,7 +214,7 @@ def test_random_next_counts(text: Path, tmp_path: Path, changes: dict[str, float
         ("Red sky .\nBlue sea .", {"eval_documents": 0.0}, "the train split has one document and needs at least 2"),
         ("Red sky .\n\nBlue sea .\n\nRed sea .\n\nSky .", {"eval_documents": 0.25}, "the eval split has one document"),
         ("Red sky .\n\nRED  sky .", {"eval_documents": 0.0}, "the train split has one document"),  # the same twice
-        ("\u0000\n\n\u0007", {"eval_documents": 0.0}, "gives no pair to train on; its documents hold no word piece"),
+        ("\u0001\n\n\u0007", {"eval_documents": 0.0}, "gives no pair to train on; its documents hold no word piece"),
     ],
 )
 def test_corpora_without_pairs(text: Path, tmp_path: Path, content: str, changes: dict[str, Any], message: str) -> None:

@@ -25,6 +25,7 @@ from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.prepare import PrepareConfig, prepare
 from hf_soo.bert.data.wordpiece import SpecialIds, load_tokenizer
 from hf_soo.bert.masking import PretrainingCollator
+from hf_soo.text.corpus import Corpus
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "prepare_pretraining.py"
@@ -142,7 +143,7 @@ def test_shards_hold_every_document_once_and_the_last_is_not_small() -> None:
 
 
 def test_documents_without_known_characters_are_left_out(text: str, tmp_path: Path) -> None:
-    Path(text).write_text(Path(text).read_text() + "\n\n\u0007\n\u0000\n", encoding="utf-8")
+    Path(text).write_text(Path(text).read_text() + "\n\n\u0007\n\u0001\n", encoding="utf-8")
     counts = prepare(config(text, tmp_path / "out"))["counts"]
     assert counts["train"]["documents"] + counts["eval"]["documents"] == 90
 
@@ -367,8 +368,12 @@ def test_real_wikipedia_with_the_bert_vocabulary(tmp_path: Path) -> None:
         file = stream.extractfile(member)
         assert file is not None
         (tmp_path / "wiki_00").write_bytes(file.read())
+    corpus = Corpus(str(tmp_path / "wiki_00"))
+    texts = list(corpus.texts())
+    assert len(texts) == 38 and corpus.counts.headings == 641
+    assert not {"History.", "See also.", "Early life."} & {line for text in texts for line in text.splitlines()}
     settings = {"vocab": str(vocab), "vocab_size": None, "max_seq_length": 128, "short_seq_prob": 0.0}
-    prepare(config(str(tmp_path / "wiki_00"), tmp_path / "out", **settings))
+    prepare(config(str(tmp_path / "wiki_00"), tmp_path / "out", keep_headings=True, **settings))
     data = load_prepared(tmp_path / "out")
     counts = data["manifest"]["counts"]["train"]
     unknown = sum(ids.count(100) for ids in data["train"]["input_ids"]) / counts["tokens"]

@@ -331,3 +331,16 @@ def test_digest_sees_pixels_labels_and_shape() -> None:
 
     assert len({data(), data(pixel=1), data(label=1), data(shape=(1, 2, 1))}) == 4
     assert data() == data() != hashlib.sha256(b"").hexdigest()[:12]
+
+
+def test_linked_folders_of_images_are_read(tmp_path: Path) -> None:
+    reds_and_blues(tmp_path / "elsewhere")
+    write(tmp_path / "images", {"green": [(0, s, 0) for s in range(100, 104)]})
+    (tmp_path / "images" / "crimson").symlink_to("../elsewhere/red")
+    (tmp_path / "images" / "more").mkdir()
+    (tmp_path / "images" / "more" / "azure").symlink_to(tmp_path / "elsewhere" / "blue")
+    data = ImageData.load(ImageDataConfig(dataset=str(tmp_path / "images")))
+    assert data.classes == ("azure", "crimson", "green")
+    assert len(data.train) + len(data.eval) == 20
+    (tmp_path / "images" / "green" / "lost.png").symlink_to("nowhere.png")
+    refused(tmp_path / "images", "lost.png' is no file")

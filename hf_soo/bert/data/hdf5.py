@@ -27,7 +27,7 @@ import numpy.typing as npt
 from hf_soo.bert.data.pairs import PairBatch
 from hf_soo.bert.data.wordpiece import SpecialIds
 from hf_soo.bert.data.workers import SplitPairs, eval_rows
-from hf_soo.text.readers import visible_files
+from hf_soo.files import files_below
 
 SUFFIXES = (".hdf5", ".h5")
 ROWS_AT_A_TIME = 4096
@@ -63,7 +63,7 @@ def hdf5_files(source: str) -> list[Path]:
         ValueError: the folder holds other files as well.
     """
     path = Path(source).expanduser()
-    files = visible_files(path) if path.is_dir() else [path] if path.is_file() else []
+    files = files_below(path) if path.is_dir() else [path] if path.is_file() else []
     found = [file for file in files if file.suffix in SUFFIXES]
     if found and len(found) < len(files):
         other = next(file for file in files if file.suffix not in SUFFIXES)

@@ -31,6 +31,7 @@ from hf_soo.text.corpus import sentences_of
 MOST_DOCUMENTS = 256
 MOST_CHARACTERS = 4_000_000
 LEAST_DOCUMENTS = 16
+SENTENCES = 4096  # of a document that are encoded at once
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -143,11 +144,13 @@ class ShardWorker:
         return [SplitPairs(shard.split, pairs, len(documents), len(shard.documents) - len(documents))]
 
     def _tokenise(self, documents: list[str]) -> Iterator[TokenDocument]:
-        """Token ids of the documents, one at a time: an encoding takes 100 bytes a token."""
+        """Token ids of the documents, some sentences at a time: an encoding takes 100 bytes a token."""
         tokenizer = _tokenizer(self.vocab_file)
         for document in documents:
-            encodings = tokenizer.encode_batch_fast(sentences_of(document), add_special_tokens=False)
-            yield TokenDocument.from_sentences([encoding.ids for encoding in encodings])
+            sentences = sentences_of(document)
+            batches = (sentences[first : first + SENTENCES] for first in range(0, len(sentences), SENTENCES))
+            encoded = (tokenizer.encode_batch_fast(batch, add_special_tokens=False) for batch in batches)
+            yield TokenDocument.from_sentences(encoding.ids for batch in encoded for encoding in batch)
 
 
 @lru_cache(maxsize=1)
