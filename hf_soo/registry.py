@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 from hf_soo import preconditioners
 from hf_soo.engine.checks import require_in, require_range, unknown_key
 from hf_soo.engine.dtensors import full_shape
+from hf_soo.engine.layers import Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.preconditioner import Method
 from hf_soo.engine.selection import Selection, compile_patterns, select_layers
-from hf_soo.optimizers.bases import BASES, HEADS, Groups, build_base, check_base, decay_groups
+from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base
+from hf_soo.optimizers.groups import Groups, decay_groups, given_groups
 from hf_soo.optimizers.halves import PLACES, ApplyTo, halves_of
 from hf_soo.preconditioners.config import make_config
 
@@ -103,6 +105,19 @@ class OptimizerSettings:
         return cls(name, base or method.base, args, config, include, exclude, place)
 
     @property
+    def title(self) -> str:
+        """Its name, and its base's where that is another: "mkor over lamb"."""
+        return self.name if self.base == self.name else f"{self.name} over {getattr(self.base, '__name__', self.base)}"
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """The range of learning rates to start from; None: nobody knows it of this base."""
+        method = METHODS[self.name]
+        if method.rates is not None and self.base == method.base:
+            return method.rates
+        return BASES[self.base].rates if self.base in BASES else None
+
+    @property
     def lacks_batch_size(self) -> bool:
         """Whether the method needs the batch size, and it is not given."""
         return takes_batch_size(self.name) and self.config is not None and self.config.batch_size is None
@@ -117,7 +132,7 @@ class OptimizerSettings:
 
         Args:
             model: the bare model.
-            groups: parameter groups over its parameters.
+            groups: parameter groups over its parameters; its layers that are in none are left alone.
             lr: learning rate.
 
         Raises:
@@ -138,7 +153,14 @@ class OptimizerSettings:
         selection, config = Selection([], {}), {}
         if self.config is not None:
             config = dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
-            selection = method.select(model, self.include, self.exclude, preconditioner.skip_reason)
+            held = {id(parameter) for group in groups for parameter in group["params"]}
+
+            def skip_reason(layer: Layer) -> str | None:
+                if id(layer.weight) not in held:
+                    return "in no parameter group"
+                return preconditioner.skip_reason(layer)
+
+            selection = method.select(model, self.include, self.exclude, skip_reason)
         inner = build_base(self.base, groups, lr, self.base_args, hidden_weights(model))
         return PreconditionedOptimizer(
             inner, preconditioner, selection, name=self.name, config=config, model=model,
@@ -153,6 +175,7 @@ def build_optimizer(
     lr: float,
     base: str | type[Optimizer] | None = None,
     base_args: Mapping[str, Any] | None = None,
+    params: Iterable[Any] | None = None,
     weight_decay: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -169,7 +192,10 @@ def build_optimizer(
         lr: learning rate.
         base: the optimizer that steps on the preconditioned gradients; None: the method's default.
         base_args: further arguments of the base, such as ``{"betas": (0.9, 0.999)}``.
-        weight_decay: for all parameters but biases and norms; None: the base's default.
+        params: parameter groups of your own, as torch.optim takes them, with rates (``lr``) and decays where they
+            differ; None: all trainable parameters, in a group with and one without weight decay.
+        weight_decay: for all parameters but biases and norms, or for those of your ``params`` whose group does not say;
+            None: the base's default.
         include: regular expressions on module names; only these layers are preconditioned.
         exclude: regular expressions on module names that are left to the base.
         **config: the method's own settings; for a base optimizer alone, its arguments. Every method takes ``apply_to``:
@@ -185,7 +211,8 @@ def build_optimizer(
     """
     model = bare_model(model)
     settings = OptimizerSettings.of(name, config, base=base, base_args=base_args, include=include, exclude=exclude)
-    return settings.build(model, decay_groups(model, weight_decay), lr)
+    groups = decay_groups(model, weight_decay) if params is None else given_groups(params, weight_decay)
+    return settings.build(model, groups, lr)
 
 
 def takes_batch_size(name: str) -> bool:

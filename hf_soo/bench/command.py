@@ -30,7 +30,7 @@ from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.workload import BenchConfig, Clock, Workload
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.files import write_atomically
-from hf_soo.optimizers.bases import decay_groups
+from hf_soo.optimizers.groups import decay_groups
 from hf_soo.registry import METHODS, build_optimizer
 from hf_soo.runs import machine
 from hf_soo.runs.arguments import parse

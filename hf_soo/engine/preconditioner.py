@@ -276,6 +276,7 @@ class Method:
         config: the preconditioner's settings, or None for a base optimizer alone.
         make: config -> preconditioner.
         select: which layers, or parameters, of a model it moves.
+        rates: the range of learning rates to start from over its default base, where that is not the base's own.
     """
 
     name: str
@@ -284,6 +285,7 @@ class Method:
     config: type[Any] | None = None
     make: Callable[[Any], Preconditioner] = Identity
     select: Callable[..., Selection] = select_layers
+    rates: tuple[float, float] | None = None
 
 
 def stacked(states: Sequence[LayerState], device: torch.device, names: Collection[str] | None = None) -> LayerState:

@@ -12,13 +12,14 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_soo.engine.checks import require_range, unknown_key
+from hf_soo.optimizers.bases import ADAM_FIELDS, with_adam_fields
 from hf_soo.registry import METHODS, OptimizerSettings
 
 POLY_WARMUP = "poly_warmup"
 # The fields that are read once; whoever sets one later (a search over hyperparameters) has all of them read again.
 _READ = (
     "optim", "optim_args", "base_optim", "base_optim_args", "precondition_include", "precondition_exclude",
-    "lr_scheduler_type", "lr_scheduler_kwargs",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "optim_target_modules", *ADAM_FIELDS,
 )  # fmt: skip
 
 
@@ -123,6 +124,16 @@ class SecondOrderTrainingArguments(TrainingArguments):
                     raise ValueError(unknown_key(f"argument of {POLY_WARMUP}", key, ["degree"]))
                 require_range(key, value, 0, float("inf"), open_low=True)
         if self.optim in METHODS:
+            if self.optim_target_modules is not None:
+                raise ValueError(
+                    f"optim_target_modules={self.optim_target_modules!r} has no effect with optim={self.optim!r}; "
+                    "use precondition_include, a list of regular expressions."
+                )
+            method = METHODS[self.optim]
+            if method.config is None:
+                optim_args = with_adam_fields(method.base, optim_args, self._adam_fields())
+            else:
+                base_args = with_adam_fields(self.base_optim or method.base, base_args, self._adam_fields())
             optimizer = OptimizerSettings.of(
                 self.optim,
                 optim_args,
@@ -139,6 +150,11 @@ class SecondOrderTrainingArguments(TrainingArguments):
                     f"transformers' own; leave it out, or use one of {', '.join(METHODS)}."
                 )
         return _Parsed(optim_args, base_args, schedule, None)
+
+    def _adam_fields(self) -> dict[str, float]:
+        """The Trainer's fields for Adam that are set; LAMB keeps its own ε where theirs is left alone."""
+        values = {name: getattr(self, name) for name in ADAM_FIELDS}
+        return {name: value for name, value in values.items() if value != getattr(TrainingArguments, name)}
 
 
 def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class ResumingMixin(_Base):
                 engine = self.accelerator.deepspeed_engine_wrapped.engine
                 getattr(engine.optimizer, "refresh_fp32_params", lambda: None)()  # ZeRO's copies of the weights
         elif not self._load_renamed(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_best_model(self) -> None:
         if not self._load_renamed(str(self.state.best_model_checkpoint)):

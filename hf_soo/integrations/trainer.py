@@ -7,7 +7,9 @@ process or under DistributedDataParallel.
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,15 +17,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments
 from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
+from hf_soo.integrations.losses import loss_parameters
 from hf_soo.integrations.mc_fisher import sampled_loss
 from hf_soo.integrations.resuming import ResumingMixin
+from hf_soo.optimizers.groups import given_groups
 from hf_soo.optimizers.schedules import poly_warmup
 from hf_soo.registry import METHODS, OptimizerSettings, bare_model, build_optimizer, takes_batch_size
 
@@ -78,29 +83,77 @@ class SecondOrderTrainerMixin(ResumingMixin):
         config.setdefault("gradient_clipping", self.args.max_grad_norm or 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Build ours if ``args.optim`` names one, over Trainer's decay and no-decay groups."""
-        if self._names_ours and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self.optimizer = self._build(bare_model(model or self.model))  # type: ignore[arg-type]
-        optimizer: Optimizer = super().create_optimizer(model)
+        """As Trainer's, or an override's; see ``get_optimizer_cls_and_kwargs``."""
+        optimizer: Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         bind(self.accelerator, optimizer)
         return optimizer
 
-    def _build(self, model: nn.Module) -> PreconditionedOptimizer:
-        args = self.args
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+        """Ours, if ``args.optim`` names one: a class that Trainer calls with its groups.
+
+        What a subclass returns for AdamW tells its groups and its rate, and ours takes them as they are.
+
+        Args:
+            args: the arguments.
+            model: the model.
+
+        Raises:
+            ValueError: a subclass returns another optimizer, or arguments for it.
+            NotImplementedError: several GPUs in one process.
+        """
+        if not self._names_ours:
+            made: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
+            return made
         if args.n_gpu > 1:
             raise NotImplementedError(
                 f"{args.optim} with {args.n_gpu} GPUs in one process (DataParallel): replicas lose their statistics; "
                 "start one process for each GPU with torchrun or accelerate launch."
             )
-        decayed = set(self.get_decay_parameter_names(model))
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for name, p in named if name in decayed], "weight_decay": args.weight_decay},
-            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
-        ]
-        optimizer = self._settings().build(model, [group for group in groups if group["params"]], args.learning_rate)
-        optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
-        return optimizer
+        stand_in = copy.copy(args)
+        stand_in.optim, stand_in.optim_args = OptimizerNames.ADAMW_TORCH, None
+        stock, stock_kwargs = Trainer.get_optimizer_cls_and_kwargs(stand_in, model)
+        found, kwargs = super().get_optimizer_cls_and_kwargs(stand_in, model)
+        groups = {key: value for key, value in kwargs.items() if key in ("params", "model", "optimizer_dict")}
+        theirs, stock_rest = kwargs.keys() - groups.keys() - {"lr"}, stock_kwargs.keys() - {"lr"}
+        changed = [key for key in sorted(theirs | stock_rest) if kwargs.get(key) != stock_kwargs.get(key)]
+        if found is not stock or changed:
+            raise ValueError(
+                f"get_optimizer_cls_and_kwargs of a subclass returns {found.__name__} with arguments of its own "
+                f"({changed}), but optim={args.optim!r}, which takes groups and learning rate from it; set others as "
+                "base_optim_args, or let optim name what is returned."
+            )
+        trained = bare_model(self.model if model is None else model)  # type: ignore[arg-type]
+        others = loss_parameters(self, trained)
+        return _Ours, {"lr": kwargs["lr"], "settings": self._settings(), "trained": trained, "others": others, **groups}
+
+    def _check_optimizer(self) -> None:
+        """Before the first step.
+
+        Raises:
+            ValueError: the optimizer is not the one asked for, or does not have every trainable parameter.
+        """
+        ours, args = self.second_order, self.args
+        if self._names_ours and (ours is None or ours.name != args.optim):
+            what = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__ if ours is None else ours.name
+            raise ValueError(
+                f"optim={args.optim!r}, but the optimizer is {what!r}, which was handed over or made by an override of "
+                "create_optimizer; return hf_soo.build_optimizer(..., params=groups) there, override "
+                "get_optimizer_cls_and_kwargs to change groups alone, or let optim name what it is."
+            )
+        if ours is None:
+            return
+        model = self._bare()
+        names = {name for group in ours.parameter_index.parameters for name in group}
+        held = {id(p) for group in ours.param_groups for p in group["params"]}
+        of_loss = {name: getattr(*place) for name, place in loss_parameters(self, model).items()}
+        trained = {**dict(model.named_parameters()), **of_loss}
+        left = [n for n, p in trained.items() if p.requires_grad and n not in names and id(p) not in held]
+        if left:
+            raise ValueError(
+                f"{len(left)} trainable parameters are in no group of the optimizer and would never move: "
+                f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; put them into a group, or freeze them with "
+                "requires_grad_(False). Adapters and losses belong into the model before its optimizer is made."
+            )
 
     def compute_loss(
         self,
@@ -111,11 +164,12 @@ class SecondOrderTrainerMixin(ResumingMixin):
     ) -> Any:
         """As Trainer's; where the optimizer wants a sampled loss (``fisher="mc"``), its backward pass runs here."""
         optimizer = self.second_order
+        given: dict[str, Any] = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         if optimizer is None or not (optimizer.wants_sampled_loss and model.training):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        sampled = sampled_loss(self.accelerator.unwrap_model(model), given, outputs)
+            return super().compute_loss(model, inputs, **given, **({"return_outputs": True} if return_outputs else {}))
+        seen = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **given)
+        sampled = sampled_loss(self.accelerator.unwrap_model(model), seen, outputs)
         # The real loss is weighted so that a window's micro-batches add up to a mean; this one by their number.
         optimizer.backward_sampled(sampled / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
@@ -142,6 +196,12 @@ class SecondOrderTrainerMixin(ResumingMixin):
         """The optimizer's settings; the batch size is filled in for methods that need one."""
         args, settings = self.args, self.args.parsed.optimizer
         assert settings is not None
+        if args.learning_rate == type(args).learning_rate:
+            logger.warning(
+                "learning_rate=%s is the default of %s, meant for AdamW; %s starts from %s.",
+                args.learning_rate, type(args).__name__, settings.title,
+                "a rate of its own: tune it" if settings.rates is None else "{:g} to {:g}".format(*settings.rates),
+            )  # fmt: skip
         if takes_batch_size(settings.name) and args.max_grad_norm is not None and args.max_grad_norm > 0:
             logger.warning(
                 "%s with max_grad_norm=%s: there is no square root in its curvature, so a gradient that is clipped to "
@@ -167,14 +227,34 @@ class SecondOrderTrainerMixin(ResumingMixin):
                 **self.args.parsed.lr_scheduler_kwargs,
             )
             self._created_lr_scheduler = True
-        scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        given = {} if optimizer is None else {"optimizer": optimizer}
+        scheduler: LRScheduler = super().create_scheduler(num_training_steps=num_training_steps, **given)
         return scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the run's health to each training log, as "soo/..."."""
         if self.second_order is not None and "loss" in logs:
             logs = logs | {f"soo/{key}": value for key, value in self.second_order.health().items()}
-        super().log(logs, start_time)
+        super().log(logs, *(() if start_time is None else (start_time,)))
+
+
+class _Ours(Optimizer):
+    """What Trainer takes for a class of optimizers: called with groups of its or of an override's, it makes ours."""
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        settings: OptimizerSettings,
+        trained: nn.Module,
+        others: dict[str, tuple[nn.Module, str]],
+    ) -> PreconditionedOptimizer:
+        optimizer = settings.build(trained, given_groups(params), lr)
+        optimizer.parameter_index.slots.update(others)
+        optimizer.parameter_index.number(optimizer.param_groups, optimizer.layers)
+        optimizer.carries_state = False  # the factors have a file of their own beside optimizer.pt
+        return optimizer
 
 
 class SecondOrderTrainer(SecondOrderTrainerMixin, Trainer):
@@ -191,6 +271,7 @@ class _LoopCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._check_optimizer()
         self.trainer._attach()
         optimizer = self.trainer.second_order
         if optimizer is not None and self.trainer.is_world_process_zero():

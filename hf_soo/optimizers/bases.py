@@ -14,18 +14,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_soo.engine.checks import unknown_key
+from hf_soo.engine.checks import require_range, unknown_key
 from hf_soo.engine.dtensors import is_dtensor
+from hf_soo.optimizers.groups import Groups
 from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import FUSED_DEVICES, Muon
 
 logger = logging.getLogger(__name__)
-
-Groups = list[dict[str, Any]]
-
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
-"""Names of parameters that take no weight decay, as in transformers' Trainer."""
 
 HEADS = re.compile(r"(^|\.)(classifier|score|qa_outputs|seq_relationship|lm_head)$")
 """Task heads: their few output rows are no hidden matrix, so Muon leaves them to its AdamW."""
@@ -53,54 +49,37 @@ class _Base:
         cls: its class.
         defaults: our defaults where they differ from the class's.
         state_bytes: of its state for an fp32 parameter (Muon: of a hidden matrix; the rest takes AdamW's 8).
+        rates: the range of learning rates to start from.
     """
 
     title: str
     cls: type[Optimizer]
     defaults: Mapping[str, Any]
     state_bytes: int
+    rates: tuple[float, float]
 
 
 BASES: dict[str, _Base] = {
-    "lamb": _Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}, 8),
+    "lamb": _Base("LAMB with apex FusedLAMB's semantics (You et al., ICLR 2020)", Lamb, {}, 8, (4e-3, 2e-2)),
     "adamw": _Base(
-        "AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel", torch.optim.AdamW, {"fused": True}, 8
+        "AdamW (Loshchilov and Hutter, ICLR 2019), torch's fused kernel",
+        torch.optim.AdamW, {"fused": True}, 8, (2e-5, 1e-3),
     ),
-    "sgd": _Base("SGD with momentum 0.9, torch's fused kernel", torch.optim.SGD, {"momentum": 0.9, "fused": True}, 4),
-    "rmsprop": _Base("RMSProp (Tieleman and Hinton, 2012)", torch.optim.RMSprop, {}, 4),
-    "muon": _Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}, 4),
+    "sgd": _Base(
+        "SGD with momentum 0.9, torch's fused kernel",
+        torch.optim.SGD, {"momentum": 0.9, "fused": True}, 4, (1e-2, 1e-1),
+    ),
+    "rmsprop": _Base("RMSProp (Tieleman and Hinton, 2012)", torch.optim.RMSprop, {}, 4, (1e-4, 1e-3)),
+    "muon": _Base("Muon for hidden matrices, AdamW for the rest (Jordan et al., 2024)", Muon, {}, 4, (5e-3, 4e-2)),
+}  # fmt: skip
+
+
+ADAM_FIELDS: dict[str, tuple[tuple[str, str], int | None]] = {
+    "adam_beta1": (("betas", "rest_betas"), 0),
+    "adam_beta2": (("betas", "rest_betas"), 1),
+    "adam_epsilon": (("eps", "rest_eps"), None),
 }
-
-
-def decay_groups(model: nn.Module, weight_decay: float | None) -> Groups:
-    """Trainable parameters in a decay and a no-decay group, as transformers' Trainer makes them.
-
-    Args:
-        model: the model.
-        weight_decay: of the decay group; None leaves it to the optimizer's default.
-
-    Returns:
-        The groups that are not empty.
-    """
-    norms = {
-        f"{name}.{p}" for name, m in model.named_modules() if _is_norm(m) for p, _ in m.named_parameters(recurse=False)
-    }
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (rest if name in norms or NO_DECAY.search(name) else decay).append(parameter)
-    first: dict[str, Any] = {"params": decay} if weight_decay is None else {
-        "params": decay, "weight_decay": weight_decay,
-    }  # fmt: skip
-    return [group for group in (first, {"params": rest, "weight_decay": 0.0}) if group["params"]]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return (
-        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
-        or "Norm" in type(module).__name__
-    )
+"""A field of the Trainer for Adam -> the arguments of a base that mean it, and which entry of them."""
 
 
 def build_base(
@@ -261,6 +240,41 @@ def _resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping
         f"base={base!r} is no base optimizer; give one of {list(BASES)}, a torch.optim.Optimizer class, or "
         "'package.module:Class'."
     )
+
+
+def with_adam_fields(
+    base: str | type[Optimizer], args: Mapping[str, Any], fields: Mapping[str, float]
+) -> dict[str, Any]:
+    """A base's arguments, with what the Trainer's fields for Adam say in those that are not given.
+
+    Args:
+        base: as ``build_base``'s.
+        args: as ``build_base``'s; they win.
+        fields: of "adam_beta1", "adam_beta2" and "adam_epsilon" those that are set, with their values.
+
+    Raises:
+        ValueError: a value is out of range, or the base has no argument for it.
+    """
+    cls, _ = _resolve_base(base)
+    valid, defaults = base_arguments(cls), inspect.signature(cls.__init__).parameters
+    found: dict[str, Any] = {}
+    for field, value in fields.items():
+        names, place = ADAM_FIELDS[field]
+        require_range(field, value, 0, float("inf") if place is None else 1)
+        name = next((name for name in names if name in valid), "")
+        if name in args:
+            continue
+        default = found.get(name, defaults[name].default if name else None)
+        if place is None and isinstance(default, float):
+            found[name] = value
+        elif place is not None and isinstance(default, (tuple, list)) and len(default) == 2:
+            found[name] = (*default[:place], value, *default[place + 1 :])
+        else:
+            raise ValueError(
+                f"{field}={value!r} has no effect with base optimizer {cls.__name__}, which has no {names[0]!r} for "
+                f"it; leave it out. Valid: {', '.join(valid)}."
+            )
+    return {**found, **args}
 
 
 def base_arguments(cls: type[Optimizer]) -> Sequence[str]:

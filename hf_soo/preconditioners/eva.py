@@ -189,6 +189,20 @@ def _key(side: Side) -> str:
 
 
 METHODS = (
-    Method("eva", "Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)", base="sgd", config=EvaConfig, make=Eva),
-    Method("eva_f", "Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)", base="sgd", config=EvaConfig, make=EvaF),
+    Method(
+        "eva",
+        "Eva, rank-1 Kronecker vectors (Zhang, Shi, Li, ICLR 2023)",
+        base="sgd",
+        config=EvaConfig,
+        make=Eva,
+        rates=(0.1, 1.0),
+    ),
+    Method(
+        "eva_f",
+        "Eva-f, vectorised FOOF (Zhang, Shi, Li, 2023)",
+        base="sgd",
+        config=EvaConfig,
+        make=EvaF,
+        rates=(0.1, 1.0),
+    ),
 )

@@ -322,4 +322,5 @@ METHOD = Method(
     config=EvaSConfig,
     make=EvaS,
     select=select_parameters,
+    rates=(0.1, 1.0),
 )

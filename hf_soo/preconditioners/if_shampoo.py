@@ -333,4 +333,5 @@ METHOD = Method(
     config=IFShampooConfig,
     make=IFShampoo,
     select=select_parameters,
+    rates=(1e-4, 1e-3),
 )

@@ -297,5 +297,10 @@ class MKOR(RowWise):
 
 
 METHOD = Method(
-    "mkor", "MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)", base="lamb", config=MKORConfig, make=MKOR
+    "mkor",
+    "MKOR, low-rank form (Mozaffari et al., NeurIPS 2023)",
+    base="lamb",
+    config=MKORConfig,
+    make=MKOR,
+    rates=(4e-3, 4e-2),
 )

@@ -124,4 +124,5 @@ METHOD = Method(
     base="lamb",
     config=MKORHConfig,
     make=MKORH,
+    rates=(4e-3, 4e-2),
 )
