@@ -182,7 +182,8 @@ def _check_words(folder: str, vocab_file: str) -> None:
     """Refuse a vocabulary of the right size and other words, where the model has its tokenizer beside it."""
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         return
-    theirs, ours = BertTokenizer.from_pretrained(folder).get_vocab(), BertTokenizer(vocab=vocab_file).get_vocab()
+    theirs = BertTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    ours = BertTokenizer(vocab=vocab_file).get_vocab()
     other = sorted(word for word, number in ours.items() if theirs.get(word) != number)
     if other:
         raise ValueError(

@@ -42,7 +42,7 @@ def load_renamed_weights(folder: str | os.PathLike[str], model: nn.Module) -> bo
             written.update(weights.keys())
     if written.issubset(model.state_dict()):  # tied weights are written once
         return False
-    model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+    model.load_state_dict(type(model).from_pretrained(folder, trust_remote_code=False).state_dict())
     return True
 
 

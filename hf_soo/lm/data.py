@@ -136,7 +136,7 @@ class _Tokens:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer_name={name!r} does not load: {' '.join(str(error).split())}") from error
         self.count, self.mask = len(self._tokenizer), self._tokenizer.mask_token_id

@@ -49,7 +49,8 @@ def build_model(name: str, seq: int) -> nn.Module:
     if positions is not None and seq > positions:
         raise ValueError(f"seq={seq} is longer than the {positions} positions of {name!r}; give --seq {positions}.")
     has_head = type(config) in MODEL_FOR_PRETRAINING_MAPPING
-    model = (AutoModelForPreTraining if has_head else AutoModel).from_config(config)  # type: ignore[no-untyped-call]
+    auto: Any = AutoModelForPreTraining if has_head else AutoModel
+    model = auto.from_config(config, trust_remote_code=False)
     if model.main_input_name != "input_ids":
         raise ValueError(f"model={name!r} takes {model.main_input_name!r}; the plan is for transformers over tokens.")
     made: nn.Module = model.train()
@@ -61,7 +62,7 @@ def _read_config(name: str) -> Any:
     level = hub.level
     hub.setLevel(logging.ERROR)  # it warns of every attempt, and we say what came of them
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "has no config.json of a known model" if Path(name).is_dir() else "cannot be read from the hub"
         raise ValueError(

@@ -169,7 +169,9 @@ def load_weights(loader: Any, name: str, **settings: Any) -> nn.Module:
         ValueError: the weights cannot be loaded, or lack some of the encoder's, which would be random.
     """
     try:
-        model, found = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **settings)
+        model, found = loader.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **settings
+        )
     except Exception as error:  # safetensors, pickle, OSError, RuntimeError: none of them says which flag it was
         raise ValueError(_not_loaded("model_name_or_path", name, error)) from error
     encoder = f"{model.base_model_prefix}."
@@ -188,11 +190,15 @@ def _load(loader: Any, flag: str, arguments: PretrainedArguments) -> Any:
     if (folder := Path(name).expanduser()).is_dir() and not (folder / "config.json").is_file() and loader is AutoConfig:
         raise ValueError(f"{flag}={name!r} is a folder without config.json; give one that save_pretrained wrote.")
     try:
-        return loader.from_pretrained(name, cache_dir=arguments.cache_dir, revision=arguments.model_revision)
+        return loader.from_pretrained(
+            name, cache_dir=arguments.cache_dir, revision=arguments.model_revision, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and the hub's own
         raise ValueError(_not_loaded(flag, name, error)) from error
 
 
 def _not_loaded(flag: str, name: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"{flag}={name!r} needs code of its own (auto_map), which is never run; give a model of transformers."
     said = str(error).strip().splitlines() or [type(error).__name__]
     return f"{flag}={name!r} is no folder of a model, nor a model of the hub that can be read: {said[0]}"
