@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -152,6 +153,8 @@ def _first_difference(one: str, other: str) -> int:
 
 def text_of(value: Any) -> str:
     """A setting as a text that is the same in every process: of an object that is no plain value, its type alone."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {text_of(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -174,7 +177,7 @@ def checksums(named: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
     sums = {
         name: p.detach().view(_BITS[p.element_size()]).sum(dtype=_BITS[p.element_size()])
         for name, p in named
-        if not is_dtensor(p) and p.numel() == math.prod(full_shape(p)) and p.layout == torch.strided
+        if not (is_dtensor(p) or p.is_meta) and p.numel() == math.prod(full_shape(p)) and p.layout == torch.strided
         and not p.is_complex()
     }  # fmt: skip
     return dict(zip(sums, torch.stack([each.long() for each in sums.values()]).tolist(), strict=True)) if sums else {}

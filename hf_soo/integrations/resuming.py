@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
+from hf_soo.integrations.agreement import compare_ranks
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
     BASE_FILE,
@@ -125,6 +126,7 @@ class ResumingMixin(_Base):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """DeepSpeed refuses checkpoints of others before anybody is asked, so those are read afterwards."""
+        compare_ranks(self, max_steps, train_dataloader, resume_from_checkpoint)
         later = self.is_deepspeed_enabled and self._foreign(resume_from_checkpoint) is not None
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, None if later else resume_from_checkpoint

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
-from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from hf_soo.integrations.accelerate import unwrap_optimizer
 from hf_soo.runs import machine
 from hf_soo.runs.record import CurvePoint, RunRecord
 
@@ -145,9 +145,8 @@ class EpochCallback(TrainerCallback):
 
 def _health(optimizer: Any) -> dict[str, float | None]:
     """A few numbers over all layers; an optimizer that is not ours has none."""
-    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    health = getattr(inner, "health", None)
-    return dict(health()) if callable(health) else {}
+    ours = unwrap_optimizer(optimizer)  # under accelerate's wrapper, and DeepSpeed's
+    return {} if ours is None else dict(ours.health())
 
 
 def kept_curve(state: TrainerState) -> list[CurvePoint]:

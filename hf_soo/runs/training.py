@@ -20,6 +20,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from hf_soo.engine.comm import Communicator, text_of
+from hf_soo.integrations.agreement import WAY_OUT
 from hf_soo.runs import machine
 from hf_soo.runs.callbacks import RecordCallback
 from hf_soo.runs.record import RunRecord, reach, recording
@@ -172,7 +174,9 @@ def _train_one(job: Job, task: Task) -> RunRecord:
     checkpoint = output.checkpoint() if args.do_train else None
     target = job.run.target_eval_loss
     finished = is_finished(checkpoint, args, target)
-    if finished and (kept := kept_record(job.results_dir / f"{record.name}.json")) is not None:
+    kept = kept_record(job.results_dir / f"{record.name}.json") if finished else None
+    _compare_ranks(record, target, checkpoint, "finished" if kept is not None else "to do")
+    if kept is not None:
         logger.warning("%s is finished already; --restart runs it again", record.name)
         if target is not None and target != (kept.target or {}).get("eval_loss"):
             kept.target = (kept.target or {"stopped": False}) | reach(kept.curve, target)
@@ -200,6 +204,17 @@ def _train_one(job: Job, task: Task) -> RunRecord:
             record.target = reach(record.curve, target)
             record.target["stopped"] = record.target["steps"] is not None and record.steps < trainer.state.max_steps
     return record
+
+
+def _compare_ranks(record: RunRecord, target: float | None, checkpoint: str | None, state: str) -> None:
+    """Before a Trainer is made: it, or a run that is over for some ranks alone, would be waited for.
+
+    Raises:
+        ValueError: the ranks were given other settings, data or initial weights, or see other files.
+    """
+    what = {"name": record.name, "seed": record.seed, "target_eval_loss": target, **record.settings}
+    found = {"checkpoint": "none" if checkpoint is None else Path(checkpoint).name, "state": state}
+    Communicator().agree({key: text_of(value) for key, value in (what | found).items()}, "the run's", WAY_OUT)
 
 
 def _keep_model(trainer: Trainer) -> None:

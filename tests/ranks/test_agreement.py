@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from hf_soo.engine import comm
 from tests.ranks.agreement_runs import ALIKE, DIFFERENT, first_steps
+from tests.ranks.agreement_trainers import ARGUMENTS, FREE, OTHERS, trainers
 from tests.ranks.distributed import run_ranks
 
 
@@ -41,3 +44,51 @@ def test_many_ranks_are_named_by_their_values() -> None:
     assert comm._first_disagreement(everybody) == (
         "seed: ranks 0, 2 have '1', ranks 1, 4, 5, 6, 7, 8, 9, 10 ... '2', rank 3 '3'"
     )
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, trainers, str(tmp_path_factory.mktemp("agreement")))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_that_differs_ends_the_run_before_its_first_step(name: str, trained: list[dict[str, Any]]) -> None:
+    first, second = (found[name] for found in trained)
+    assert first == second
+    here, there = (repr(repr(value)) if isinstance(value, str) else repr(value) for value in ARGUMENTS[name])
+    assert first.startswith(f"the ranks disagree on the run's {name}: rank 0 has "), first
+    one, other = first.split(", rank 1 ")
+    assert here.strip("'\"[]") in one and there.strip("'\"[]") in other, first
+    assert "start every rank with the same arguments" in other
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_model_or_data_that_differ_end_the_run(what: str, trained: list[dict[str, Any]]) -> None:
+    _, name, here, there = OTHERS[what]
+    first, second = (found[what] for found in trained)
+    assert first == second
+    assert first.startswith(f"the ranks disagree on the run's {name}: rank 0 has "), first
+    one, other = first.split(", rank 1 ")
+    assert here in one and there in other, first
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_arguments_of_a_rank_alone_may_differ(name: str, trained: list[dict[str, Any]]) -> None:
+    assert [found[name] for found in trained] == ["nothing", "nothing"]
+
+
+def test_ranks_of_different_torch_seeds_would_draw_the_same_examples(trained: list[dict[str, Any]]) -> None:
+    """Why the seed of the order is compared: each rank takes its share of a permutation of its own."""
+    apart, together = ({tuple(found["order"][seed]) for found in trained} for seed in (None, 1))
+    assert set.intersection(*(set(drawn) for drawn in apart))
+    assert not set.intersection(*(set(drawn) for drawn in together))
+
+
+def test_the_record_of_a_run_under_zero_has_its_health(trained: list[dict[str, Any]]) -> None:
+    for found in trained:
+        for health in found["health"].values():
+            assert set(health) == {"cos_median", "cos_min", "fallback_layers", "noise_layers"}
+            assert health["fallback_layers"] == 0 and 0 < health["cos_min"] <= health["cos_median"] < 1

@@ -254,7 +254,8 @@ def test_a_manifest_that_cannot_be_read_is_a_clear_error(checkpoints: Checkpoint
 
 def test_ranks_that_see_other_checkpoints_refuse_to_step(checkpoints: Checkpoints) -> None:
     for found in on_both(checkpoints.damaged):
-        assert "disagree on the optimizer's steps done: rank 0 has '4', rank 1 '2'" in found["apart"]
+        assert "disagree on the run's checkpoint: rank 0 has 'checkpoint-4 " in found["apart"]
+        assert "rank 1 'checkpoint-2 " in found["apart"]
 
 
 SAYS = {

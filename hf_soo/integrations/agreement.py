@@ -1,0 +1,123 @@
+"""What the ranks of a Trainer's run were given, compared before anything is spread over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_soo.engine.comm import Communicator, checksums, text_of
+from hf_soo.integrations.checkpoints import MANIFEST_FILE
+
+_OWN = frozenset({
+    "output_dir", "resume_from_checkpoint", "local_rank", "deepspeed", "seed", "data_seed", "run_name", "report_to",
+    "log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
+    "hub_strategy", "hub_always_push", "hub_revision", "save_on_each_node", "save_total_limit", "debug",
+    "skip_memory_metrics", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps",
+})  # fmt: skip
+"""Arguments that say where a rank reads and writes, what it shows, or how fast its data come; or are compared apart."""
+
+WAY_OUT = (
+    "start every rank with the same arguments, model, data and checkpoint (give data_seed=... where the ranks' seeds "
+    "differ on purpose, for their dropout)."
+)
+
+
+def compare_ranks(trainer: Any, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> None:
+    """Compare what must be the same; every rank must call it, before model and optimizer are prepared.
+
+    A seed may differ where it draws nothing but dropout: where ``data_seed`` orders the examples and the model was made
+    before. Weights are compared where each rank shards its own (FSDP2); DDP and DeepSpeed hand out the first rank's.
+
+    Args:
+        trainer: with its arguments, model and data sets.
+        max_steps: of the run, as counted from arguments and data.
+        train_dataloader: what the run will draw from.
+        checkpoint: what it goes on from.
+
+    Raises:
+        ValueError: it is not the same, on every rank.
+    """
+    args, model, comm = trainer.args, trainer.model, Communicator()
+    if comm.world_size == 1:
+        return
+    given = {field.name: text_of(getattr(args, field.name)) for field in dataclasses.fields(args)}
+    draws = args.data_seed is None or trainer.model_init is not None
+    deepspeed = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    comm.agree(
+        {
+            "number of processes": str(args.world_size),
+            **{name: text for name, text in given.items() if name not in _OWN},
+            "max_steps, counted": str(max_steps),
+            "data_seed": str(args.data_seed),
+            "seed": str(args.seed) if draws else "of dropout alone",
+            "order of the examples": _order(train_dataloader),
+            "training examples": _size(trainer.train_dataset),
+            "evaluation examples": _size(trainer.eval_dataset),
+            "model": _config(model),
+            "dropout": text_of(_dropout(model)),
+            "DeepSpeed config": text_of(deepspeed.deepspeed_config) if deepspeed is not None else "none",
+            "checkpoint": _checkpoint(checkpoint),
+            "first weights": str(checksums(list(model.named_parameters()))) if _shards_its_own(trainer) else "given",
+        },
+        whose="the run's",
+        way_out=WAY_OUT,
+    )
+
+
+def _order(dataloader: Any) -> str:
+    """The seed that accelerate shuffles with: torch's own of this process unless there is a data_seed."""
+    batches = getattr(dataloader, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)  # of which a rank takes its share
+    seed = getattr(getattr(batches, "sampler", None), "initial_seed", None)
+    return "no seed" if seed is None else f"seed {seed}"
+
+
+def _size(data: Any) -> str:
+    """How many examples a data set has, or each of several; of a stream nothing is known."""
+    if isinstance(data, dict):
+        return text_of({name: _size(part) for name, part in data.items()})
+    try:
+        return str(len(data))
+    except TypeError:
+        return "unknown"
+
+
+def _config(model: nn.Module) -> str:
+    """A transformers model's configuration but for where it came from, or the class's name."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return type(model).__name__
+    elsewhere = {"_name_or_path", "transformers_version"}
+    return text_of({key: value for key, value in config.to_dict().items() if key not in elsewhere})
+
+
+def _dropout(model: nn.Module) -> dict[str, float]:
+    """Every probability: a Dropout module's, and those that attention keeps as a number."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float)) and ("dropout" in key or (key == "p" and "Dropout" in type(module).__name__))
+    }
+
+
+def _checkpoint(folder: str | None) -> str:
+    """A checkpoint's name and what its manifest lists; nodes may see it under other paths."""
+    if folder is None:
+        return "none"
+    manifest = Path(folder) / MANIFEST_FILE
+    content = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.is_file() else "no manifest"
+    return f"{Path(folder).name} ({content})"
+
+
+def _shards_its_own(trainer: Any) -> bool:
+    """Whether no rank's weights are handed out to the others."""
+    if not trainer.is_fsdp_enabled:
+        return False
+    return not trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
