@@ -123,7 +123,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         if hints[field.name] is bool:
             parser.add_argument(*names, action="store_true", help=text)
             continue
-        kind = next(iter(get_args(hints[field.name])), hints[field.name])
+        first = next(iter(get_args(hints[field.name])), hints[field.name])
+        kind = str if isinstance(first, str) else first  # of a Literal
         shown = "" if field.default is None else f" (default: {field.default or repr('')})"
         parser.add_argument(*names, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text + shown)
     parser.set_defaults(run=_plan)

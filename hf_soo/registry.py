@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_soo import preconditioners
-from hf_soo.engine.checks import require_in, require_range, unknown_key
+from hf_soo.engine.checks import require, unknown_key
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
@@ -22,7 +22,7 @@ from hf_soo.engine.preconditioner import Method
 from hf_soo.engine.selection import Selection, compile_patterns, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base
 from hf_soo.optimizers.groups import Groups, decay_groups, given_groups
-from hf_soo.optimizers.halves import PLACES, ApplyTo, halves_of
+from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.preconditioners.config import make_config
 
 FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo")
@@ -89,20 +89,22 @@ class OptimizerSettings:
             ValueError: an unknown name, key or base, a value out of range, or no regular expression.
             NotImplementedError: ``apply_to`` with a base that cannot do it.
         """
-        if name not in METHODS:
-            raise ValueError(unknown_key("optimizer", name, list(METHODS)))
+        if not isinstance(name, str) or name not in METHODS:
+            raise ValueError(unknown_key("optimizer", str(name), list(METHODS)))
+        require("base_args", base_args, dict[str, Any] | None)
         method, args, config = METHODS[name], dict(base_args or {}), None
         place = settings.get("apply_to", "gradient")
         if method.config is None:
             _refuse(name, base=base, include=include, exclude=exclude)
             args |= settings
         else:
-            require_in("apply_to", place, PLACES)
+            require("apply_to", place, ApplyTo)
             config = make_config(name, method.config, {k: v for k, v in settings.items() if k != "apply_to"})
         for what, patterns in (("include", include), ("exclude", exclude)):
             compile_patterns(what, patterns)
-        check_base(base or method.base, args, place)
-        return cls(name, base or method.base, args, config, include, exclude, place)
+        stepper = method.base if base is None else base
+        check_base(stepper, args, place)
+        return cls(name, stepper, args, config, include, exclude, place)
 
     @property
     def title(self) -> str:
@@ -139,7 +141,6 @@ class OptimizerSettings:
             ValueError: the learning rate is out of range, there is no batch size, no layer is selected, or the base
                 refuses the parameters.
         """
-        require_range("lr", lr, 0, float("inf"))
         if not any(group["params"] for group in groups):
             raise ValueError("the model has no trainable parameter; unfreeze some, or check requires_grad.")
         if self.lacks_batch_size:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,6 +29,7 @@ from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.workload import BenchConfig, Clock, Workload
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.files import write_atomically
+from hf_soo.integrations.arguments import parse_settings
 from hf_soo.optimizers.groups import decay_groups
 from hf_soo.registry import METHODS, build_optimizer
 from hf_soo.runs import machine
@@ -78,7 +78,7 @@ def parse_pairs(text: str, base: str | None = None) -> list[Pair]:
             raise ValueError(f"optimizer {name!r} is unknown; use one of {', '.join(METHODS)}.")
         if not all("=" in setting for setting in settings):
             raise ValueError(f"{method!r}: settings are written NAME:key=value:key=value.")
-        values = tuple((key, yaml.safe_load(value)) for key, value in (s.split("=", 1) for s in settings))
+        values = tuple(parse_settings(f"optim: {name}", ",".join(settings)).items())
         takes_base = METHODS[name].config is not None
         pairs.append(Pair(name, own_base or (base if takes_base else None), values))
     return pairs

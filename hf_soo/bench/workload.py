@@ -6,44 +6,44 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
 from hf_soo.bert.model import SIZES, GatheredBertForPreTraining
+from hf_soo.engine.checks import Checked, Count
 
 PRESETS = {"toy": SIZES["toy"], "mini": SIZES["mini"], "large2": SIZES["large2"], "bert-large": SIZES["large"]}
 VOCABULARY = {"toy": 200}  # the others have BERT's 30,522
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(Checked):
     """What to measure."""
 
-    preset: str = field(default="large2", metadata={"help": f"Model: {', '.join(PRESETS)}."})
+    preset: Literal["toy", "mini", "large2", "bert-large"] = field(
+        default="large2", metadata={"help": f"Model: {', '.join(PRESETS)}."}
+    )
     optim: str = field(
         default="mkor,lamb",
         metadata={"help": "Methods, comma-separated: NAME, NAME+BASE, NAME:key=value:key=value+BASE."},
     )
     base: str | None = field(default=None, metadata={"help": "Base of the methods that name none; default: their own."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    threads: int = field(default=1, metadata={"help": "CPU threads."})
-    rounds: int = field(default=5, metadata={"help": "Rounds for each method."})
-    steps: int = field(default=5, metadata={"help": "Steps of each kind timed in a round; refreshes once."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
-    seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; 15 %% of them are predicted."})
+    threads: Count = field(default=1, metadata={"help": "CPU threads."})
+    rounds: Count = field(default=5, metadata={"help": "Rounds for each method."})
+    steps: Count = field(default=5, metadata={"help": "Steps of each kind timed in a round; refreshes once."})
+    batch_size: Count = field(default=8, metadata={"help": "Sequences in a batch."})
+    seq_length: Count = field(default=128, metadata={"help": "Tokens in a sequence; 15 %% of them are predicted."})
     autocast: bool = field(default=False, metadata={"help": "Forward pass in bfloat16 autocast."})
     memory: bool = field(default=True, metadata={"help": "Measure the peak memory too, in a process for each method."})
     json: str | None = field(default=None, metadata={"help": "File to write."})
 
     def __post_init__(self) -> None:
         """Check the values before a model is built."""
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}.")
-        for name in ("threads", "rounds", "steps", "batch_size", "seq_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        super().__post_init__()
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}, but torch {torch.__version__} sees no GPU; use --device cpu.")
 

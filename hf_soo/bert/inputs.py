@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from transformers import BertConfig, BertTokenizer, set_seed
 
@@ -13,6 +13,7 @@ from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.prepare import PrepareConfig, prepare
 from hf_soo.bert.data.wordpiece import SpecialIds
 from hf_soo.bert.model import SIZES, GatheredBertForPreTraining, name_bias_once
+from hf_soo.engine.checks import Bounds, Checked, Count, OpenShare, Share
 from hf_soo.runs.arguments import option
 from hf_soo.runs.pretrained import check_vocabulary, load_weights
 from hf_soo.runs.run_arguments import RunTrainingArguments
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Checked):
     """Which BERT."""
 
     _argument_group_name = "model"
@@ -37,17 +38,19 @@ class ModelArguments:
     preset: Literal["tiny", "mini", "small", "base", "large"] = option(
         "mini", "Shape of a new model: tiny 2 x 128, mini 4 x 256, small 4 x 512, base 12 x 768, large 24 x 1024."
     )
-    pad_vocab_to_multiple_of: int = option(1, "Rows of a new model's embedding are rounded up; 8 suits tensor cores.")
-    hidden_size: int | None = option(None, "Instead of the preset's.")
-    num_hidden_layers: int | None = option(None, "Instead of the preset's.")
-    num_attention_heads: int | None = option(None, "Instead of the preset's.")
-    intermediate_size: int | None = option(None, "Instead of 4 x hidden_size.")
-    dropout: float = option(0.1, "Of hidden states and attention.")
+    pad_vocab_to_multiple_of: Annotated[int, Bounds(1, 129)] = option(
+        1, "Rows of a new model's embedding are rounded up; 8 suits tensor cores."
+    )
+    hidden_size: Count | None = option(None, "Instead of the preset's.")
+    num_hidden_layers: Count | None = option(None, "Instead of the preset's.")
+    num_attention_heads: Count | None = option(None, "Instead of the preset's.")
+    intermediate_size: Count | None = option(None, "Instead of 4 x hidden_size.")
+    dropout: Share = option(0.1, "Of hidden states and attention.")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2; None: transformers chooses.")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Checked):
     """Which text, and how it is masked."""
 
     _argument_group_name = "data"
@@ -56,14 +59,16 @@ class DataArguments:
     corpus: str | None = option(
         None, "Without data_dir: a corpus to prepare once into OUTPUT_DIR/data ('embedded' needs no file)."
     )
-    seq_length: int = option(128, "Tokens of a pair when a corpus is prepared here.")
-    vocab_size: int = option(4096, "Word pieces to train when a corpus is prepared here.")
-    eval_documents: float = option(0.05, "Share of the documents to evaluate on when a corpus is prepared here.")
+    seq_length: Annotated[int, Bounds(8)] = option(128, "Tokens of a pair when a corpus is prepared here.")
+    vocab_size: Annotated[int, Bounds(100)] = option(4096, "Word pieces to train when a corpus is prepared here.")
+    eval_documents: Annotated[float, Bounds(0, 0.5, closed_high=True)] = option(
+        0.05, "Share of the documents to evaluate on when a corpus is prepared here."
+    )
     masking: Literal["exact", "bernoulli"] = option("exact", "exact: a fixed count a sequence; bernoulli: each token.")
-    mask_prob: float = option(0.15, "Share of the tokens that are predicted.")
-    max_predictions: int = option(20, "Cap of 'exact': 20 at length 128, 80 at 512.")
-    max_train_samples: int | None = option(None, "Train on the first so many examples.")
-    max_eval_samples: int | None = option(None, "Evaluate on the first so many examples, always masked alike.")
+    mask_prob: OpenShare = option(0.15, "Share of the tokens that are predicted.")
+    max_predictions: Count = option(20, "Cap of 'exact': 20 at length 128, 80 at 512.")
+    max_train_samples: Count | None = option(None, "Train on the first so many examples.")
+    max_eval_samples: Count | None = option(None, "Evaluate on the first so many examples, always masked alike.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +200,6 @@ def _check_words(folder: str, vocab_file: str) -> None:
 def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:
     sizes = SIZES[model.preset]
     multiple = model.pad_vocab_to_multiple_of
-    if not 1 <= multiple <= 128:
-        raise ValueError(f"pad_vocab_to_multiple_of is {multiple}; it must lie between 1 and 128.")
     hidden = model.hidden_size or sizes["hidden_size"]
     settings: dict[str, Any] = dict(
         vocab_size=-(-data.ids.size // multiple) * multiple,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
-from hf_soo.engine.checks import require_count
+from hf_soo.engine.checks import Checked, Count, Whole
 from hf_soo.engine.flops import ELEMENTWISE, MinimalWork, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, stack
 from hf_soo.engine.layers import Layer
@@ -244,7 +244,7 @@ class Identity(Preconditioner):
 
 
 @dataclass(frozen=True)
-class Periodic:
+class Periodic(Checked):
     """When factors are updated: in step t, from 0, if ``t < warmup_updates or t % update_period == 0``.
 
     Args:
@@ -252,13 +252,8 @@ class Periodic:
         warmup_updates: so many first steps each update.
     """
 
-    update_period: int = 10
-    warmup_updates: int = 10
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        require_count("update_period", self.update_period, 1)
-        require_count("warmup_updates", self.warmup_updates, 0)
+    update_period: Count = 10
+    warmup_updates: Whole = 10
 
     def updates_at(self, step: int) -> bool:
         """Whether step ``step`` updates the factors."""

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from hf_soo.engine.checks import require, shown
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
 
@@ -186,12 +187,15 @@ def compile_patterns(what: str, patterns: Sequence[str] | None) -> list[re.Patte
     """
     if isinstance(patterns, str):
         raise ValueError(f"{what}={patterns!r} is a string; give a list of regular expressions: [{patterns!r}].")
+    require(what, patterns, Sequence[str | re.Pattern[str]] | None)
     compiled = []
     for pattern in patterns or ():
         try:
             compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise ValueError(f"{what}={pattern!r} is no regular expression ({error}); escape dots as \\.") from error
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{what}={shown(pattern)} is no regular expression ({error}); escape dots as \\."
+            ) from error
     return compiled
 
 

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from hf_soo.engine.checks import Bounds, Checked, Count
 from hf_soo.glue.files import SUFFIXES, Examples, Row, collect, read_examples
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.arguments import check_positive, option
+from hf_soo.runs.arguments import option
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ OPTIONAL = ("validation_mismatched",)  # a local copy may lack it; its metric is
 
 
 @dataclass
-class GlueDataArguments:
+class GlueDataArguments(Checked):
     """Which examples; also flags of scripts/run_glue.py."""
 
     _argument_group_name = "data"
@@ -41,11 +42,11 @@ class GlueDataArguments:
     train_file: str | None = option(None, "Instead of the hub: .tsv, .csv, .json or .jsonl with the hub's columns.")
     validation_file: str | None = option(None, "The same, to evaluate on.")
     test_file: str | None = option(None, "The same, to predict.")
-    max_seq_length: int = option(128, "Longer texts are cut.")
+    max_seq_length: Annotated[int, Bounds(8)] = option(128, "Longer texts are cut.")
     pad_to_max_length: bool = option(False, "Pad to max_seq_length, not to the longest of the batch.")
-    max_train_samples: int | None = option(None, "Train on the first so many examples.")
-    max_eval_samples: int | None = option(None, "Evaluate on the first so many examples.")
-    max_predict_samples: int | None = option(None, "Predict the first so many examples.")
+    max_train_samples: Count | None = option(None, "Train on the first so many examples.")
+    max_eval_samples: Count | None = option(None, "Evaluate on the first so many examples.")
+    max_predict_samples: Count | None = option(None, "Predict the first so many examples.")
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -53,9 +54,7 @@ class GlueDataArguments:
         Raises:
             ValueError: a value is not allowed, or two exclude each other.
         """
-        check_positive(self, "max_train_samples", "max_eval_samples", "max_predict_samples")
-        if self.max_seq_length < 8:
-            raise ValueError(f"max_seq_length={self.max_seq_length} must be 8 or more.")
+        super().__post_init__()
         if self.data_dir is not None and self.files:
             raise ValueError(f"data_dir={self.data_dir!r} and {', '.join(self.files)} exclude each other; give one.")
 

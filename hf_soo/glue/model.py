@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, PretrainedConfig
 
+from hf_soo.engine.checks import Count
 from hf_soo.glue.tasks import GlueTask
-from hf_soo.runs.arguments import check_positive, option
+from hf_soo.runs.arguments import option
 from hf_soo.runs.pretrained import Pretrained, PretrainedArguments, find_pretrained
 
 
@@ -19,8 +20,8 @@ class GlueModelArguments(PretrainedArguments):
     """Which pretrained model, and what becomes of its head."""
 
     ignore_mismatched_sizes: bool = option(False, "Replace a head that was made for another number of labels.")
-    lora_r: int | None = option(None, "Train adapters of this rank (LoRA) and the head; None: all weights.")
-    lora_alpha: int | None = option(None, "Their scale is lora_alpha / lora_r; None: lora_r.")
+    lora_r: Count | None = option(None, "Train adapters of this rank (LoRA) and the head; None: all weights.")
+    lora_alpha: Count | None = option(None, "Their scale is lora_alpha / lora_r; None: lora_r.")
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers with adapters, or all-linear; None: PEFT's for the model."}
     )
@@ -31,7 +32,7 @@ class GlueModelArguments(PretrainedArguments):
         Raises:
             ValueError: a value is not allowed, or given without a rank.
         """
-        check_positive(self, "lora_r", "lora_alpha")
+        super().__post_init__()
         for name in ("lora_alpha", "lora_targets"):
             if self.lora_r is None and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}={value!r} without lora_r; give the rank of the adapters.")

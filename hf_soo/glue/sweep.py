@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_soo.engine.checks import Checked, Seed
 from hf_soo.files import write_atomically
 from hf_soo.glue import table as glue_table
 from hf_soo.glue.data import GlueDataArguments
@@ -19,7 +20,7 @@ from hf_soo.glue.task import DOMAIN, GlueFineTuning
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.integrations.checkpoints import last_whole_checkpoint
 from hf_soo.runs import script
-from hf_soo.runs.record import RunRecord, check_same, read_runs
+from hf_soo.runs.record import RunRecord, check_same, file_name, read_runs
 from hf_soo.runs.resume import is_finished, kept_record
 from hf_soo.runs.training import Job, describe, train
 
@@ -29,12 +30,12 @@ _TABLE_FILE = "table.md"
 
 
 @dataclass
-class _SeedArguments:
+class _SeedArguments(Checked):
     """How often each task is run."""
 
     _argument_group_name = "seeds"
 
-    seeds: list[int] | None = field(
+    seeds: list[Seed] | None = field(
         default=None, metadata={"help": "Run each task with each of these; the table has medians. None: --seed."}
     )
 
@@ -44,6 +45,7 @@ class _SeedArguments:
         Raises:
             ValueError: one of them stands there twice.
         """
+        super().__post_init__()
         if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds} has one twice; each must be there once.")
 
@@ -126,7 +128,7 @@ def _plan(job: Job, fine_tunings: Sequence[GlueFineTuning], seeds: list[int] | N
             task = fine_tuning.task.name
             folder = job.training.folder / task / f"seed{seed}" if several else job.training.folder
             training = dataclasses.replace(job.training, output_dir=str(folder), seed=seed)
-            name = job.run.name if job.run.name and not several else f"{task}-{_method(job)}-seed{seed}"
+            name = job.run.name if job.run.name and not several else file_name(f"{task}-{_method(job)}-seed{seed}")
             settings = dataclasses.replace(job.run, name=name, results_dir=str(job.results_dir))
             planned.append(_Planned(Job(settings, training), fine_tuning))
     return planned

@@ -6,16 +6,18 @@ import ast
 import copy
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_soo.engine.checks import require_range, unknown_key
+from hf_soo.engine.checks import Positive, once, require, shown, unknown_key
+from hf_soo.integrations.ranges import check_fields
 from hf_soo.optimizers.bases import ADAM_FIELDS, with_adam_fields
 from hf_soo.registry import METHODS, OptimizerSettings
 
 POLY_WARMUP = "poly_warmup"
+_SCHEDULES: Any = Literal[tuple([POLY_WARMUP, *(each.value for each in SchedulerType)])]
 # The fields that are read once; whoever sets one later (a search over hyperparameters) has all of them read again.
 _READ = (
     "optim", "optim_args", "base_optim", "base_optim_args", "precondition_include", "precondition_exclude",
@@ -52,7 +54,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
         default=TrainingArguments.default_optim,
         metadata={"help": f"The optimizer: one of {', '.join(METHODS)}, or any of transformers' OptimizerNames."},
     )
-    optim_args: str | None = field(
+    optim_args: dict[str, Any] | str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Settings of the method, 'update_period=10,factor_decay=0.95' or a JSON object; for a base "
@@ -65,7 +67,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
             "help": "The optimizer under a second-order method: lamb, adamw, sgd, rmsprop, muon or module:Class."
         },
     )
-    base_optim_args: str | None = field(
+    base_optim_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Its arguments: 'rest_lr=0.01', or JSON: '{\"betas\": [0.9, 0.99]}'."}
     )
     precondition_include: list[str] | None = field(
@@ -92,13 +94,14 @@ class SecondOrderTrainingArguments(TrainingArguments):
             for name, known in (("optim", METHODS), ("lr_scheduler_type", (POLY_WARMUP,)))
             if str(getattr(self, name)) in known
         }
+        require("lr_scheduler_type", str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)), _SCHEDULES)
         stand_in = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
         for name in ours:
             setattr(self, name, stand_in[name])
+        check_fields(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, value in ours.items():
             setattr(self, name, value)
-        require_range("learning_rate", self.learning_rate, 0, float("inf"))
         self.parsed  # noqa: B018 (a wrong setting shows here, not after an hour of preparing data)
 
     @property
@@ -122,7 +125,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
             for key, value in schedule.items():
                 if key != "degree":
                     raise ValueError(unknown_key(f"argument of {POLY_WARMUP}", key, ["degree"]))
-                require_range(key, value, 0, float("inf"), open_low=True)
+                require(f"lr_scheduler_kwargs: {key}", value, Positive)
         if self.optim in METHODS:
             if self.optim_target_modules is not None:
                 raise ValueError(
@@ -167,20 +170,20 @@ def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, An
     Raises:
         ValueError: the text is neither form.
     """
+    require(what, text, dict[str, Any] | str | None)
     if text is None or isinstance(text, dict):
         return dict(text or {})
-    if text.lstrip().startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{what}={text!r} is no JSON object ({error}); give '{{\"key\": value}}'.") from error
-    settings = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"{what}={text!r}: {part!r} is no 'key=value'; for lists give a JSON object.")
-        settings[key.strip()] = _literal(value.strip())
-    return settings
+    try:
+        if text.lstrip().startswith("{"):
+            return dict(json.loads(text, object_pairs_hook=once))
+        parts = [part.partition("=") for part in filter(None, map(str.strip, text.split(",")))]
+        if wrong := ["".join(part) for part in parts if not part[1] or not part[0].strip()]:
+            raise ValueError(f"{wrong[0]!r} is no 'key=value'; for lists give a JSON object")
+        return once((key.strip(), _literal(value.strip())) for key, _, value in parts)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{what}={shown(text)}: {error}; give 'key=value,key=value' or '{{\"key\": value}}'."
+        ) from error
 
 
 def _literal(text: str) -> Any:
@@ -189,5 +192,5 @@ def _literal(text: str) -> Any:
         return named[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):  # a word: "dense", "unit"
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # a word: "dense", "unit"
         return text

@@ -16,7 +16,7 @@ import logging
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_soo.runs.arguments import check_positive, option
+from hf_soo.engine.checks import Bounds, Checked, Count, OpenShare
+from hf_soo.runs.arguments import option
 from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
 
@@ -39,7 +40,7 @@ _EVAL_SEED = 0
 
 
 @dataclass
-class TextArguments:
+class TextArguments(Checked):
     """Which text, cut how, and what is predicted of it."""
 
     _argument_group_name = "data"
@@ -49,25 +50,13 @@ class TextArguments:
     wiki_as_written: bool = option(
         False, "Leave the HTML entities and the section titles ('History.') of WikiExtractor's output in the text."
     )
-    max_bytes: int = option(20_000_000, "Read documents until there is so much text.")
+    max_bytes: Count = option(20_000_000, "Read documents until there is so much text.")
     tokenizer_name: str | None = option(None, "Folder or hub name of a tokenizer; None: bytes, without any.")
     objective: Literal["causal", "masked"] = option("causal", "causal: the next symbol (GPT); masked: some (BERT).")
-    mask_prob: float = option(0.15, "masked: share of each window that is predicted; the count is exact.")
-    window: int = option(128, "Symbols of an example.")
+    mask_prob: OpenShare = option(0.15, "masked: share of each window that is predicted; the count is exact.")
+    window: Annotated[int, Bounds(2)] = option(128, "Symbols of an example; one is predicted from another.")
     held_out: Literal["choose", "claim"] = option("choose", "Evaluate on the text to choose by, or that for claims.")
-    max_eval_samples: int = option(384, "Windows to evaluate on.")
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: a value is out of its range.
-        """
-        check_positive(self, "max_bytes", "max_eval_samples")
-        if self.window < 2:
-            raise ValueError(f"window={self.window} must be 2 or more: one symbol is predicted from another.")
-        if not 0 < self.mask_prob < 1:
-            raise ValueError(f"mask_prob={self.mask_prob} must lie between 0 and 1.")
+    max_eval_samples: Count = option(384, "Windows to evaluate on.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +179,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         window: int,
         *,
         mask: int | None = None,
-        mask_prob: float = 0.15,
+        mask_prob: OpenShare = 0.15,
         seed: int = _EVAL_SEED,
         count: int | None = None,
     ) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
+from hf_soo.engine.checks import Checked, Count, Share
 from hf_soo.lm.data import TextArguments, TextData
-from hf_soo.runs.arguments import check_positive, option
+from hf_soo.runs.arguments import option
 
 
 @dataclass
-class LanguageModelArguments:
+class LanguageModelArguments(Checked):
     """Which model; `objective` says whether it is a decoder or an encoder.
 
     causal is Llama's: RMS norm before each part, rotary positions, no biases. masked is BERT's: layer norm after each
@@ -21,12 +22,12 @@ class LanguageModelArguments:
 
     _argument_group_name = "model"
 
-    hidden_size: int = option(128, "Width.")
-    num_hidden_layers: int = option(2, "Layers.")
-    num_attention_heads: int | None = option(None, "Heads; None: of 64, or one.")
-    intermediate_size: int | None = option(None, "Width of the MLP; None: 4 x hidden_size, gated: 8/3.")
+    hidden_size: Count = option(128, "Width.")
+    num_hidden_layers: Count = option(2, "Layers.")
+    num_attention_heads: Count | None = option(None, "Heads; None: of 64, or one.")
+    intermediate_size: Count | None = option(None, "Width of the MLP; None: 4 x hidden_size, gated: 8/3.")
     tie_word_embeddings: bool | None = option(None, "One matrix for input and output; None: in the encoder alone.")
-    dropout: float = option(0.0, "Of hidden states and attention; masked only.")
+    dropout: Share = option(0.0, "Of hidden states and attention; masked only.")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2; None: transformers chooses.")
 
     def __post_init__(self) -> None:
@@ -35,13 +36,11 @@ class LanguageModelArguments:
         Raises:
             ValueError: a value is out of its range, or two do not fit each other.
         """
-        check_positive(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        super().__post_init__()
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is no even number for each of num_attention_heads={self.heads}."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be 0 or more and less than 1.")
 
     @property
     def heads(self) -> int:

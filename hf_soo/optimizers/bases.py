@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_soo.engine.checks import require_range, unknown_key
+from hf_soo.engine.checks import shown, unknown_key
 from hf_soo.engine.dtensors import is_dtensor
 from hf_soo.optimizers.groups import Groups
 from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import FUSED_DEVICES, Muon
+from hf_soo.optimizers.ranges import check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,10 @@ def build_base(
     valid = base_arguments(cls)
     for key in args:
         if key not in valid:
-            raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", key, valid))
+            raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", str(key), valid))
+    check_arguments(cls, {"lr": lr, **args})
+    for group in groups:
+        check_arguments(cls, {key: value for key, value in group.items() if key != "params"})
     settings = {**defaults, **args}
     if "fused" not in args and (OTHER_KERNELS & args.keys() or not _fused_is_right(cls, groups)):
         settings.pop("fused", None)
@@ -117,8 +121,11 @@ def build_base(
         logger.warning("LAMB adapts only groups with weight decay, and all have 0: it steps as Adam. Set weight_decay.")
     try:
         optimizer: Optimizer = cls(groups, lr=lr, **settings)  # type: ignore[call-arg]
-    except TypeError as error:
-        raise ValueError(f"base optimizer {cls.__name__} refuses {settings!r}: {error}.") from error
+    except NotImplementedError:  # a RuntimeError too
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = f" with {shown(dict(args))}" if args else ""
+        raise ValueError(f"base optimizer {cls.__name__}{given}: {error}") from error
     if any(is_dtensor(p) for group in groups for p in group["params"]):
         check_row_shards(type(optimizer))
     if isinstance(optimizer, torch.optim.SGD):
@@ -127,25 +134,19 @@ def build_base(
 
 
 def check_base(base: str | type[Optimizer], args: Mapping[str, Any], apply_to: ApplyTo = "gradient") -> None:
-    """Build a base over a tiny model on the meta device, so that a wrong argument shows before there is a model.
+    """Build a base over a tiny model, so that a wrong argument shows before there is a model.
 
     Args:
         base: as ``build_base``'s.
-        args: as ``build_base``'s; ``fused`` is left out, as it depends on where the parameters lie.
+        args: as ``build_base``'s.
         apply_to: as ``halves_of``'s place.
 
     Raises:
         ValueError: the base or one of its arguments is unknown, or it refuses a value.
         NotImplementedError: it cannot be cut there.
     """
-    matrix, vector = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((2, 2), (2,)))
-    rest = {key: value for key, value in args.items() if key != "fused"}
-    try:
-        halves_of(build_base(base, [{"params": [matrix, vector]}], 1e-3, rest, [matrix]), apply_to)
-    except NotImplementedError:  # a RuntimeError too
-        raise
-    except RuntimeError as error:  # somebody's class that looks at values: it will say so itself
-        logger.debug("%s cannot be tried on the meta device: %s", base, error)
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    halves_of(build_base(base, [{"params": [matrix, vector]}], 1e-3, args, [matrix]), apply_to)
 
 
 def _mend_fused_sgd(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -232,7 +233,7 @@ def _resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping
         module, _, name = base.partition(":")
         try:
             base = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:  # ":A", "..a:B"
             raise ValueError(f"base={base!r} cannot be imported ({error}); give 'package.module:Class'.") from error
     if isinstance(base, type) and issubclass(base, Optimizer):
         return base, {}
@@ -253,14 +254,13 @@ def with_adam_fields(
         fields: of "adam_beta1", "adam_beta2" and "adam_epsilon" those that are set, with their values.
 
     Raises:
-        ValueError: a value is out of range, or the base has no argument for it.
+        ValueError: the base has no argument for it.
     """
     cls, _ = _resolve_base(base)
     valid, defaults = base_arguments(cls), inspect.signature(cls.__init__).parameters
     found: dict[str, Any] = {}
     for field, value in fields.items():
         names, place = ADAM_FIELDS[field]
-        require_range(field, value, 0, float("inf") if place is None else 1)
         name = next((name for name in names if name in valid), "")
         if name in args:
             continue

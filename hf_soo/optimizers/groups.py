@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_soo.engine.checks import require_range
-
 Groups = list[dict[str, Any]]
 
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -53,7 +51,7 @@ def given_groups(params: Iterable[Any], weight_decay: float | None = None) -> Gr
         Copies of the groups that are not empty.
 
     Raises:
-        ValueError: a group is neither, or a value of it is out of range.
+        ValueError: a group is neither.
     """
     given = list(params)
     groups: Groups = []
@@ -67,10 +65,6 @@ def given_groups(params: Iterable[Any], weight_decay: float | None = None) -> Gr
         for parameter in inside:
             if not isinstance(parameter, torch.Tensor):
                 raise ValueError(f"params: {parameter!r} is no parameter; leave out names: model.parameters().")
-        for key in ("lr", "weight_decay"):
-            if key in group:
-                value: Any = group[key]
-                require_range(f"params: {key}", value, 0, float("inf"))
         decay = {} if weight_decay is None else {"weight_decay": weight_decay}
         groups += [{**decay, **group, "params": inside}] if inside else []
     return groups

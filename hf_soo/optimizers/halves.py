@@ -29,7 +29,6 @@ from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import Muon
 
 ApplyTo = Literal["gradient", "momentum", "update"]
-PLACES = ("gradient", "momentum", "update")
 
 
 class Halves:

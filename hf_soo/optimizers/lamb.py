@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from hf_soo.engine.chunks import Slot, bundles, piece_norms, piece_size, slots_of, whole_norms, wide_dtype
 from hf_soo.engine.row_shards import Job, Share, check_placement, divide
 from hf_soo.engine.strategy import Partition
+from hf_soo.optimizers.ranges import check_arguments
 
 Turn = Callable[[list[Slot], list[Tensor], dict[str, Any]], None]
 """Turns what holds -κw of each slot of a piece into -u, with the group's settings."""
@@ -87,10 +88,8 @@ class Lamb(Optimizer):
         Raises:
             ValueError: if a value is outside its range.
         """
-        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Lamb: max_grad_norm={max_grad_norm!r} must be positive, or None to switch the clip off.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, always_adapt=always_adapt)
+        check_arguments(Lamb, {**defaults, "max_grad_norm": max_grad_norm})
         # The clip spans the groups: like apex it is read from the defaults, which a pickled optimizer keeps.
         super().__init__(params, {**defaults, "max_grad_norm": max_grad_norm})
 
@@ -98,7 +97,7 @@ class Lamb(Optimizer):
         """Add a group whose own values have been validated."""
         super().add_param_group(param_group)
         check_placement(self.param_groups[-1]["params"])
-        _check(**{name: self.param_groups[-1][name] for name in ("lr", "betas", "eps", "weight_decay")})
+        check_arguments(Lamb, {key: value for key, value in self.param_groups[-1].items() if key != "params"})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -271,11 +270,3 @@ def _trust_ratio(norms: Tensor) -> Tensor:
 
 def _adapts(group: dict[str, Any]) -> bool:
     return bool(group["weight_decay"] != 0 or group["always_adapt"])
-
-
-def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"Lamb: {name}={value!r} must be 0 or more.")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"Lamb: betas={betas!r} must be two numbers in [0, 1).")

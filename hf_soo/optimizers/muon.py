@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.checks import require_in
-from hf_soo.optimizers.polar import COEFFICIENTS, DTYPES, iteration_dtype, polar_factor, schedule
+from hf_soo.optimizers.polar import DTYPES, iteration_dtype, polar_factor, schedule
+from hf_soo.optimizers.ranges import check_arguments
 
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -71,18 +71,17 @@ class Muon(Optimizer):
         """
         self._lr = lr
         self._rest_lr = lr if rest_lr is None else rest_lr
-        _check(lr, self._rest_lr, momentum, ns_steps)
-        require_in("ns_coefficients", ns_coefficients, tuple(COEFFICIENTS))
-        require_in("ns_dtype", ns_dtype, ("auto", *DTYPES))
+        own: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        own |= {"ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype}
+        given = {"lr": lr, "rest_lr": rest_lr, "weight_decay": weight_decay, **own}
+        check_arguments(Muon, {**given, "rest_betas": rest_betas, "rest_eps": rest_eps})
         self._matrices = list(matrices)
         if ns_dtype == "auto" and self._matrices:
-            ns_dtype = iteration_dtype(self._matrices[0].device)
+            own["ns_dtype"] = iteration_dtype(self._matrices[0].device)
         # AdamW gets its groups in step(); a placeholder lets torch validate the values and tell the defaults.
         self._adamw = torch.optim.AdamW(
             [torch.zeros(1)], lr=self._rest_lr, betas=rest_betas, eps=rest_eps, weight_decay=weight_decay
         )
-        own: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-        own |= {"ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})
         if not any(group["algorithm"] == "muon" for group in self.param_groups):
             raise ValueError(
@@ -102,6 +101,7 @@ class Muon(Optimizer):
         for part in [param_group] if "algorithm" in param_group else self._split(param_group):
             if part["algorithm"] not in ("muon", "adamw"):
                 raise ValueError(f"Muon: algorithm={part['algorithm']!r} is unknown; allowed: 'adamw', 'muon'.")
+            check_arguments(Muon, {key: value for key, value in part.items() if key != "params"})
             super().add_param_group(part)
             self._complete(self.param_groups[-1])
 
@@ -197,13 +197,3 @@ class Muon(Optimizer):
                 raise ValueError(
                     f"Muon: a matrix of shape {tuple(param.shape)} has not two dimensions; leave it out of `matrices`."
                 )
-
-
-def _check(lr: float, rest_lr: float, momentum: float, ns_steps: int) -> None:
-    for name, value in (("lr", lr), ("rest_lr", rest_lr)):
-        if not value >= 0:
-            raise ValueError(f"Muon: {name}={value!r} must be 0 or more.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"Muon: momentum={momentum!r} must lie in [0, 1).")
-    if not 1 <= ns_steps < 100:
-        raise ValueError(f"Muon: ns_steps={ns_steps!r} must lie in [1, 99].")

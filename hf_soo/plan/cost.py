@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from hf_soo.engine.checks import require_count, require_range, unknown_key
+from hf_soo.engine.checks import Checked, Count, Positive, unknown_key
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import Preconditioner
@@ -33,6 +32,7 @@ from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
 from hf_soo.plan.request import Layout
 from hf_soo.runs import machine
+from hf_soo.runs.recipes import read_mapping
 
 _BASE_OPERATIONS = {"lamb": 20, "adamw": 14, "sgd": 4, "rmsprop": 8, "muon": 4}  # on a parameter, about
 _BACKWARD = 2 / 3  # of the two passes
@@ -110,7 +110,7 @@ def _traffic(layers: list[Layer], transform: Preconditioner, part: float) -> flo
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Checked):
     """What a rank's hardware sustains.
 
     Args:
@@ -128,27 +128,14 @@ class Profile:
 
     name: str
     source: str
-    flops_bf16: float
-    flops_fp32: float
-    flops_factorisation: float
-    memory_bandwidth: float
-    gpus_per_node: int
-    node_bandwidth: float
-    network_bandwidth: float
-    latency: float
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ValueError: one is not positive.
-        """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "gpus_per_node":
-                require_count(f"profile: {field.name}", value, 1)
-            elif field.name not in ("name", "source"):
-                require_range(f"profile: {field.name}", value, 0, float("inf"), open_low=True)
+    flops_bf16: Positive
+    flops_fp32: Positive
+    flops_factorisation: Positive
+    memory_bandwidth: Positive
+    gpus_per_node: Count
+    node_bandwidth: Positive
+    network_bandwidth: Positive
+    latency: Positive
 
 
 PROFILES = {
@@ -198,21 +185,15 @@ def load_profile(name: str) -> Profile:
         return _measure()
     if not Path(name).is_file():
         raise ValueError(f"profile={name!r} is no file; give one, or one of {', '.join([*PROFILES, _MEASURE])}.")
-    try:
-        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile={name!r} is neither YAML nor JSON; write it as NAME: NUMBER lines.") from error
     known = [field.name for field in dataclasses.fields(Profile)]
-    if not isinstance(values, dict):
-        raise ValueError(f"profile={name!r} holds no table; its keys are {', '.join(known)}.")
-    values = {"name": name, "source": name, **values}
+    values = {"name": name, "source": name, **read_mapping(Path(name), "profile")}
     for key in values:
         if key not in known:
             raise ValueError(unknown_key("field of a profile", str(key), known))
     missing = [key for key in known if key not in values]
     if missing:
         raise ValueError(f"profile={name!r} lacks {', '.join(missing)}; give all of {', '.join(known)}.")
-    return Profile(**{key: _number(value) for key, value in values.items()})
+    return Profile(**{key: value if key in {"name", "source"} else _number(value) for key, value in values.items()})
 
 
 def _number(value: Any) -> Any:

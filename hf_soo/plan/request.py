@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from hf_soo.engine.checks import require_count, require_in
+from hf_soo.engine.checks import Checked, Count, require
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
 from hf_soo.runs.arguments import option
 
-STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+_Strategy = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 _COUNTABLE = ("ddp", "fsdp2")  # what a dry run can build
-_PRECISIONS = ("fp32", "bf16")
 _LARGEST_DEFAULT_MICRO_BATCH = 16
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Checked):
     """The flags of ``hf-soo plan``."""
 
     model: str = option("bert-large-uncased", "a BERT known by name, a folder with config.json, or a name on the hub")
@@ -27,15 +27,17 @@ class PlanConfig:
         "lamb,kaisa,eva",
         "methods beside it, NAME[:key=value...][+BASE],...; without +BASE: --base; '' for none",
     )
-    gpus: int = option(1, "ranks of the data-parallel run")
-    strategy: str = option("ddp", f"{', '.join(STRATEGIES)}")
-    seq: int = option(512, "tokens in a sequence")
-    batch: int = option(256, "sequences in a step, over all ranks")
-    micro_batch: int | None = option(
+    gpus: Count = option(1, "ranks of the data-parallel run")
+    strategy: _Strategy = option("ddp", f"{', '.join(get_args(_Strategy))}")
+    seq: Count = option(512, "tokens in a sequence")
+    batch: Count = option(256, "sequences in a step, over all ranks")
+    micro_batch: Count | None = option(
         None, "sequences in a forward pass of one rank; accumulation follows. Default: the largest divisor of "
         f"batch / gpus up to {_LARGEST_DEFAULT_MICRO_BATCH}"
     )  # fmt: skip
-    precision: str = option("fp32", "fp32 (no TF32), or bf16: autocast, under DeepSpeed bf16 weights and a master copy")
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", "fp32 (no TF32), or bf16: autocast, under DeepSpeed bf16 weights and a master copy"
+    )
     gradient_checkpointing: bool = option(False, "keep each block's input alone, and run the block again")
     profile: str = option("a100-80gb-4", "hardware: a100-80gb-4, cpu, a YAML or JSON file, or `measure`: this machine")
     json: str | None = option(None, "file for all numbers")
@@ -47,16 +49,13 @@ class PlanConfig:
         Raises:
             ValueError: one is out of range, or they do not go together.
         """
+        super().__post_init__()
         if self.optim not in METHODS:
             raise ValueError(f"optim={self.optim!r} is unknown; use one of {', '.join(METHODS)}.")
         if self.base is not None:
-            require_in("base", self.base, tuple(BASES))
+            require("base", self.base, Literal[tuple(BASES)])
             if METHODS[self.optim].config is None:
                 raise ValueError(f"base={self.base!r} has no effect with optim={self.optim!r}; leave it out.")
-        require_in("strategy", self.strategy, STRATEGIES)
-        require_in("precision", self.precision, _PRECISIONS)
-        for name in ("gpus", "seq", "batch"):
-            require_count(name, getattr(self, name), 1)
         self._check_batch()
         if self.dry_run and self.strategy not in _COUNTABLE:
             raise ValueError(
@@ -69,13 +68,11 @@ class PlanConfig:
     def _check_batch(self) -> None:
         if self.batch % self.gpus:
             raise ValueError(f"batch={self.batch} does not divide by gpus={self.gpus}; choose a multiple of it.")
-        if self.micro_batch is not None:
-            require_count("micro_batch", self.micro_batch, 1)
-            if self.batch % (self.gpus * self.micro_batch):
-                raise ValueError(
-                    f"batch={self.batch} does not divide by gpus x micro_batch = {self.gpus} x {self.micro_batch}; "
-                    f"choose a micro_batch that divides {self.batch // self.gpus}."
-                )
+        if self.micro_batch is not None and self.batch % (self.gpus * self.micro_batch):
+            raise ValueError(
+                f"batch={self.batch} does not divide by gpus x micro_batch = {self.gpus} x {self.micro_batch}; "
+                f"choose a micro_batch that divides {self.batch // self.gpus}."
+            )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from hf_soo.engine.checks import require_count, require_in, unknown_key
+from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.layers import accumulation_dtype
 
 C = TypeVar("C")
@@ -33,7 +33,7 @@ def make_config(method: str, cls: type[C], settings: Mapping[str, Any]) -> C:
     valid = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in settings:
         if key not in valid:
-            raise ValueError(unknown_key(f"setting of {method!r}", key, [*valid, "apply_to"]))
+            raise ValueError(unknown_key(f"setting of {method!r}", str(key), [*valid, "apply_to"]))
     return cls(**settings)
 
 
@@ -51,21 +51,6 @@ def prototype_updates_at(step: int, period: int) -> bool:
         start += math.ceil((end - start) / stride) * stride
         stride += 1
     return step >= start and (step - start) % stride == 0
-
-
-def check_batch(batch_size: int | None, state_dtype: StateDtype) -> None:
-    """Check the settings of methods that scale the gradient with the batch size.
-
-    Args:
-        batch_size: B, the averaged loss terms of a step, over all processes; None until somebody fills it in.
-        state_dtype: the name of a dtype.
-
-    Raises:
-        ValueError: B is neither None nor a whole number >= 1, or the dtype neither "float32" nor "bfloat16".
-    """
-    if batch_size is not None:
-        require_count("batch_size", batch_size, 1)
-    require_in("state_dtype", state_dtype, ("float32", "bfloat16"))
 
 
 def stored_dtype(state_dtype: StateDtype, model: torch.dtype) -> torch.dtype:

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import require_in, require_range
+from hf_soo.engine.checks import Count, Positive, Weight, Whole
 from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.sums import SumRecorder
-from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
+from hf_soo.preconditioners.kronecker import KVScale, by_side, kronecker_vectors, sizes_of
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,17 @@ class EvaConfig(Periodic):
         rescale: "kl_clip"; or |P| = |G| over all layers ("global"), for each layer ("norm"), or "none".
     """
 
-    damping: float = 0.03
-    kv_new_weight: float = 0.95
-    kl_clip: float | None = DEFAULT_KL_CLIP
-    update_period: int = 1
-    warmup_updates: int = 0
+    damping: Positive = 0.03
+    kv_new_weight: Weight = 0.95
+    kl_clip: Positive | None = DEFAULT_KL_CLIP
+    update_period: Count = 1
+    warmup_updates: Whole = 0
     kv_scale: KVScale = "sum"
     rescale: RescaleName = "kl_clip"
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        Periodic.__post_init__(self)
-        require_range("damping", self.damping, 0, float("inf"), open_low=True)
-        require_range("kv_new_weight", self.kv_new_weight, 0, 1 + 1e-12, open_low=True)
-        require_in("kv_scale", self.kv_scale, KV_SCALES)
+        super().__post_init__()
         make_rescale(self.rescale, self.kl_clip)
 
 

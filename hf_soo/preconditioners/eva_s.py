@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import require_in, require_range
+from hf_soo.engine.checks import Count, Positive, Weight, Whole
 from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
@@ -44,7 +44,7 @@ from hf_soo.engine.selection import select_parameters
 from hf_soo.engine.sums import NOISE_LEVEL
 from hf_soo.preconditioners.axes import inner, put_back, squeezed, unfolded
 from hf_soo.preconditioners.eva import eva_product
-from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale
+from hf_soo.preconditioners.kronecker import KVScale
 
 EXPONENT = 0.25
 """Shampoo's for a matrix."""
@@ -67,14 +67,14 @@ class EvaSConfig(Periodic):
     """
 
     form: Literal["joint", "separable"] = "joint"
-    damping: float = 0.03
-    kv_new_weight: float = 0.95
+    damping: Positive = 0.03
+    kv_new_weight: Weight = 0.95
     rescale: RescaleName = "kl_clip"
-    kl_clip: float | None = DEFAULT_KL_CLIP
-    update_period: int = 1
-    warmup_updates: int = 0
+    kl_clip: Positive | None = DEFAULT_KL_CLIP
+    update_period: Count = 1
+    warmup_updates: Whole = 0
     kv_scale: KVScale = "unit"
-    exponent: float = EXPONENT
+    exponent: Positive = EXPONENT
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -82,13 +82,8 @@ class EvaSConfig(Periodic):
         Raises:
             ValueError: a field is out of range, or two contradict each other.
         """
-        Periodic.__post_init__(self)
-        require_in("form", self.form, ("joint", "separable"))
-        require_range("damping", self.damping, 0, float("inf"), open_low=True)
-        require_range("kv_new_weight", self.kv_new_weight, 0, 1 + 1e-12, open_low=True)
+        super().__post_init__()
         make_rescale(self.rescale, self.kl_clip)
-        require_in("kv_scale", self.kv_scale, KV_SCALES)
-        require_range("exponent", self.exponent, 0, float("inf"), open_low=True)
         if self.form == "joint" and self.exponent != EXPONENT:
             raise ValueError(f"exponent={self.exponent} has no effect with form='joint'; set form='separable'.")
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.checks import Checked, Count, NonNegative, Share
 from hf_soo.engine.flops import MinimalWork, Product
 from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
@@ -58,13 +58,13 @@ from hf_soo.preconditioners.axes import (
     total,
     unfolded,
 )
-from hf_soo.preconditioners.config import StateDtype, check_batch, prototype_updates_at, stored_dtype
+from hf_soo.preconditioners.config import StateDtype, prototype_updates_at, stored_dtype
 
 Kind = Literal["dense", "diagonal", "identity"]
 
 
 @dataclass(frozen=True)
-class IFShampooConfig:
+class IFShampooConfig(Checked):
     """Settings of inverse-free Shampoo.
 
     Args:
@@ -82,30 +82,17 @@ class IFShampooConfig:
         state_dtype: of dense factors, "float32" (float64 for a float64 model) or "bfloat16"; diagonals are not cast.
     """
 
-    batch_size: int | None = None
-    factor_lr: float = 0.1
-    riemannian_momentum: float = 0.5
-    damping: float = 1e-4
-    update_period: int = 2
+    batch_size: Count | None = None
+    factor_lr: Share = 0.1
+    riemannian_momentum: Share = 0.5
+    damping: NonNegative = 1e-4
+    update_period: Count = 2
     schedule: Literal["period", "prototype"] = "period"
-    max_dim: int = 1024
+    max_dim: Count = 1024
     large_axes: Literal["block", "diagonal", "identity"] = "block"
     vector_axes: Literal["diagonal", "dense"] = "diagonal"
     merge_kernels: bool = True
     state_dtype: StateDtype = "float32"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_batch(self.batch_size, self.state_dtype)
-        require_range("factor_lr", self.factor_lr, 0, 1)
-        require_range("riemannian_momentum", self.riemannian_momentum, 0, 1)
-        require_range("damping", self.damping, 0, float("inf"))
-        require_count("update_period", self.update_period, 1)
-        require_in("schedule", self.schedule, ("period", "prototype"))
-        require_count("max_dim", self.max_dim, 1)
-        require_in("large_axes", self.large_axes, ("block", "diagonal", "identity"))
-        require_in("vector_axes", self.vector_axes, ("diagonal", "dense"))
-        require_in("merge_kernels", self.merge_kernels, (True, False))
 
 
 class IFShampoo(Preconditioner):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_soo.engine.capture import FisherPass
-from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.checks import Count, Positive, Share, Whole
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.preconditioner import Periodic
 from hf_soo.engine.rescale import RescaleName, make_rescale
@@ -31,16 +31,16 @@ class FactorConfig(Periodic):
         factor_start: "corrected" (S = 0, bias correction) or "identity" (S = I, none).
     """
 
-    damping: float = 0.1
+    damping: Positive = 0.1
     damping_mode: Literal["relative", "absolute"] = "relative"
     inverse: Literal["cholesky", "eigen"] = "cholesky"
-    factor_decay: float = 0.95
-    inverse_period: int = 100
+    factor_decay: Share = 0.95
+    inverse_period: Count = 100
     rescale: RescaleName = "norm"
-    kl_clip: float | None = 1e-3
+    kl_clip: Positive | None = 1e-3
     row_filter: Literal["grad", "all"] = "grad"
-    max_dim: int = 8192
-    grad_workers: int | None = None
+    max_dim: Count = 8192
+    grad_workers: Count | None = None
     factor_start: Literal["corrected", "identity"] = "corrected"
 
     def __post_init__(self) -> None:
@@ -49,23 +49,13 @@ class FactorConfig(Periodic):
         Raises:
             ValueError: a field is out of range, or two contradict each other.
         """
-        Periodic.__post_init__(self)
-        require_range("damping", self.damping, 0, float("inf"), open_low=True)
-        require_in("damping_mode", self.damping_mode, ("relative", "absolute"))
-        require_in("inverse", self.inverse, ("cholesky", "eigen"))
-        require_range("factor_decay", self.factor_decay, 0, 1)
-        require_count("inverse_period", self.inverse_period, 1)
+        super().__post_init__()
         if self.inverse_period % self.update_period:
             raise ValueError(
                 f"inverse_period={self.inverse_period} is no multiple of update_period={self.update_period}; choose "
                 "one that is, so that each inverse is of fresh factors."
             )
         make_rescale(self.rescale, self.kl_clip)
-        require_in("row_filter", self.row_filter, ("grad", "all"))
-        require_count("max_dim", self.max_dim, 1)
-        if self.grad_workers is not None:
-            require_count("grad_workers", self.grad_workers, 1)
-        require_in("factor_start", self.factor_start, ("corrected", "identity"))
 
     def recorder(self, *, outputs: bool, reduce: bool) -> FactorRecorder:
         """What collects the factors: B too (``outputs``), of one row an example (``reduce``) or of all."""
@@ -85,7 +75,7 @@ class KFACConfig(FactorConfig):
     """
 
     fisher: Literal["empirical", "mc"] = "empirical"
-    loss_terms: int | None = None
+    loss_terms: Count | None = None
     factor_scale: Literal["loss", "published"] = "loss"
 
     def __post_init__(self) -> None:
@@ -94,13 +84,9 @@ class KFACConfig(FactorConfig):
         Raises:
             ValueError: a field is out of range, or two contradict each other.
         """
-        FactorConfig.__post_init__(self)
-        require_in("fisher", self.fisher, ("empirical", "mc"))
-        require_in("factor_scale", self.factor_scale, ("loss", "published"))
-        if self.loss_terms is not None:
-            require_count("loss_terms", self.loss_terms, 1)
-            if self.factor_scale == "published":
-                raise ValueError(f"loss_terms={self.loss_terms} has no effect with factor_scale='published'.")
+        super().__post_init__()
+        if self.loss_terms is not None and self.factor_scale == "published":
+            raise ValueError(f"loss_terms={self.loss_terms} has no effect with factor_scale='published'.")
 
     def recorder(self, *, outputs: bool, reduce: bool) -> FactorRecorder:
         """See ``FactorConfig.recorder``."""
@@ -123,10 +109,10 @@ class FOOFConfig(FactorConfig):
 class KAISAConfig(KFACConfig):
     """K-FAC with the settings of KAISA's published BERT run: exact damping, factors every step, inverses every 10."""
 
-    damping: float = 3e-3
+    damping: Positive = 3e-3
     damping_mode: Literal["relative", "absolute"] = "absolute"
     inverse: Literal["cholesky", "eigen"] = "eigen"
     rescale: RescaleName = "kl_clip"
-    update_period: int = 1
-    warmup_updates: int = 0
-    inverse_period: int = 10
+    update_period: Count = 1
+    warmup_updates: Whole = 0
+    inverse_period: Count = 10

@@ -16,7 +16,6 @@ from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Outcome, Side
 
 KVScale = Literal["unit", "sum", "mean"]
-KV_SCALES = ("unit", "sum", "mean")
 
 
 def kronecker_vectors(

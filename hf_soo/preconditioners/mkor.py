@@ -31,20 +31,20 @@ Deviation: the first statistics are used (the released code discards them), aver
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.checks import Bounds, Count, OpenShare, Positive, Share
 from hf_soo.engine.flops import MinimalWork, Product, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import make_rescale
 from hf_soo.engine.sums import SumRecorder
-from hf_soo.preconditioners.kronecker import KV_SCALES, KVScale, by_side, kronecker_vectors, sizes_of
+from hf_soo.preconditioners.kronecker import KVScale, by_side, kronecker_vectors, sizes_of
 from hf_soo.preconditioners.mkor_dense import Dense
 
 DEFAULT_HISTORY = 32
@@ -70,32 +70,24 @@ class MKORConfig(Periodic):
         rescale: "norm" (line 6), or "none": P as it is, for a base that sees no norms (Muon).
     """
 
-    factor_decay: float = 0.95
+    factor_decay: OpenShare = 0.95
     representation: Literal["lowrank", "dense"] = "lowrank"
-    history: int = DEFAULT_HISTORY
+    history: Count = DEFAULT_HISTORY
     update_rule: Literal["blend", "exact", "paper"] = "blend"
-    clip_value: float = 100.0
+    clip_value: Positive = 100.0
     kv_scale: KVScale = "unit"
-    kv_target: float = 1.0
-    rank: int = 1
+    kv_target: Positive = 1.0
+    rank: Count = 1
     sides: Literal["both", "input", "output", "none"] = "both"
-    stabilizer_threshold: float | None = None
-    stabilizer_blend: float | None = None
+    stabilizer_threshold: Annotated[float, Bounds(1)] | None = None
+    stabilizer_blend: Share | None = None
     rescale: Literal["norm", "none"] = "norm"
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        Periodic.__post_init__(self)
-        require_range("factor_decay", self.factor_decay, 0, 1, open_low=True)
-        require_in("representation", self.representation, ("lowrank", "dense"))
-        require_in("update_rule", self.update_rule, ("blend", "exact", "paper"))
-        require_in("kv_scale", self.kv_scale, KV_SCALES)
-        require_in("rescale", self.rescale, ("norm", "none"))
-        require_in("sides", self.sides, ("both", "input", "output", "none"))
-        require_count("rank", self.rank, 1)
-        require_count("history", self.history, self.rank)
-        require_range("clip_value", self.clip_value, 0, float("inf"), open_low=True)
-        require_range("kv_target", self.kv_target, 0, float("inf"), open_low=True)
+        super().__post_init__()
+        if self.history < self.rank:
+            raise ValueError(f"history={self.history} is less than rank={self.rank}, the columns of one update.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -114,10 +106,6 @@ class MKORConfig(Periodic):
         for name, value in stabilizer.items():
             if value is not None and self.update_rule == "blend":
                 raise ValueError(f"{name}={value} has no effect with update_rule='blend', which is always bounded.")
-        if self.stabilizer_threshold is not None:
-            require_range("stabilizer_threshold", self.stabilizer_threshold, 1, float("inf"))
-        if self.stabilizer_blend is not None:
-            require_range("stabilizer_blend", self.stabilizer_blend, 0, 1)
 
 
 def lowrank_update(C: Tensor, head: Tensor, V: Tensor, factor_decay: float, valid: Tensor) -> tuple[Tensor, Tensor]:

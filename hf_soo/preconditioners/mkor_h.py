@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soo.engine.checks import require_count, require_range
+from hf_soo.engine.checks import Count, Positive, Share, Whole
 from hf_soo.engine.preconditioner import Method
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 
@@ -45,18 +45,10 @@ class MKORHConfig(MKORConfig):
         min_steps: the first step that may switch.
     """
 
-    rate_decay: float = 0.98
-    rate_fraction: float = 0.3
-    patience: int = 20
-    min_steps: int = 100
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        MKORConfig.__post_init__(self)
-        require_range("rate_decay", self.rate_decay, 0, 1)
-        require_range("rate_fraction", self.rate_fraction, 0, float("inf"), open_low=True)
-        require_count("patience", self.patience, 1)
-        require_count("min_steps", self.min_steps, 0)
+    rate_decay: Share = 0.98
+    rate_fraction: Positive = 0.3
+    patience: Count = 20
+    min_steps: Whole = 100
 
 
 class MKORH(MKOR):

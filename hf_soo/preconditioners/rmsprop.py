@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import require_range
+from hf_soo.engine.checks import Checked, Count, NonNegative, Share
 from hf_soo.engine.chunks import piece_size
 from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
@@ -40,14 +40,14 @@ from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, RowWise, Updated
 from hf_soo.engine.selection import select_all_parameters
 from hf_soo.preconditioners.axes import inner, layerwise, total
-from hf_soo.preconditioners.config import StateDtype, check_batch, stored_dtype
+from hf_soo.preconditioners.config import StateDtype, stored_dtype
 
 BF16_LOWEST_RATE = 2.0**-9
 """Below it (1-β)ŝ rounds back to ŝ in bfloat16."""
 
 
 @dataclass(frozen=True)
-class RMSPropConfig:
+class RMSPropConfig(Checked):
     """Settings of root-free RMSProp.
 
     Args:
@@ -57,9 +57,9 @@ class RMSPropConfig:
         state_dtype: of ŝ, "float32" (float64 for a float64 model) or "bfloat16".
     """
 
-    batch_size: int | None = None
-    factor_lr: float = 0.01
-    eps: float = 1e-4
+    batch_size: Count | None = None
+    factor_lr: Share = 0.01
+    eps: NonNegative = 1e-4
     state_dtype: StateDtype = "float32"
 
     def __post_init__(self) -> None:
@@ -68,9 +68,7 @@ class RMSPropConfig:
         Raises:
             ValueError: a field is out of range, or the state could not move.
         """
-        check_batch(self.batch_size, self.state_dtype)
-        require_range("factor_lr", self.factor_lr, 0, 1)
-        require_range("eps", self.eps, 0, float("inf"))
+        super().__post_init__()
         if self.state_dtype == "bfloat16" and self.factor_lr < BF16_LOWEST_RATE:
             raise ValueError(
                 f"state_dtype='bfloat16' with factor_lr={self.factor_lr} would never change: (1-β)ŝ rounds to ŝ below "

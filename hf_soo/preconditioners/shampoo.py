@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import require_count, require_in, require_range
+from hf_soo.engine.checks import Checked, Count, Positive, Share, Weight
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
@@ -45,13 +45,12 @@ from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back
 from hf_soo.preconditioners.spd import inverse_root
 
 GRAFT = "graft"
-GRAFTINGS = ("sgd", "adam", "muon", "none")
 GRAFT_DECAY = 0.999
 ADAM_EPS, NORM_EPS = 1e-8, 1e-16
 
 
 @dataclass(frozen=True)
-class ShampooConfig:
+class ShampooConfig(Checked):
     """Settings of Shampoo.
 
     Args:
@@ -66,15 +65,15 @@ class ShampooConfig:
         max_dim: the longest axis; longer ones are cut, and small ones merged up to it.
     """
 
-    factor_decay: float = 0.9
-    update_period: int = 1
-    inverse_period: int = 10
-    exponent: float | None = None
+    factor_decay: Weight = 0.9
+    update_period: Count = 1
+    inverse_period: Count = 10
+    exponent: Positive | None = None
     grafting: Literal["sgd", "adam", "muon", "none"] = "sgd"
-    graft_decay: float = GRAFT_DECAY
-    epsilon: float = 1e-6
+    graft_decay: Share = GRAFT_DECAY
+    epsilon: Positive = 1e-6
     trace_scaling: bool = False
-    max_dim: int = 1024
+    max_dim: Count = 1024
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -82,19 +81,9 @@ class ShampooConfig:
         Raises:
             ValueError: a field is out of range, or two contradict each other.
         """
-        if self.factor_decay != 1:
-            require_range("factor_decay", self.factor_decay, 0, 1, open_low=True)
-        require_count("update_period", self.update_period, 1)
-        require_count("inverse_period", self.inverse_period, 1)
-        if self.exponent is not None:
-            require_range("exponent", self.exponent, 0, float("inf"), open_low=True)
-        require_in("grafting", self.grafting, GRAFTINGS)
-        require_range("graft_decay", self.graft_decay, 0, 1)
+        super().__post_init__()
         if self.grafting != "adam" and self.graft_decay != GRAFT_DECAY:
             raise ValueError(f"graft_decay={self.graft_decay} has no effect with grafting={self.grafting!r}.")
-        require_range("epsilon", self.epsilon, 0, float("inf"), open_low=True)
-        require_in("trace_scaling", self.trace_scaling, (True, False))
-        require_count("max_dim", self.max_dim, 1)
 
 
 class Shampoo(Preconditioner):

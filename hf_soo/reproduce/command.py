@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from hf_soo.bert.data.wordpiece import read_vocabulary
+from hf_soo.engine.checks import Checked, Count, Seed
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.tasks import find_tasks
 from hf_soo.reproduce import table as reproduce_table
@@ -40,7 +41,7 @@ PHASE_1 = "lamb"
 
 
 @dataclass
-class ReproduceArguments:
+class ReproduceArguments(Checked):
     """What is reproduced, from which data."""
 
     _argument_group_name = "reproduce"
@@ -60,13 +61,13 @@ class ReproduceArguments:
     glue_tasks: list[str] = field(
         default_factory=lambda: ["rte", "mrpc", "stsb", "cola"], metadata={"help": "Tasks of GLUE, or all."}
     )
-    seeds: list[int] = field(
+    seeds: list[Seed] = field(
         default_factory=lambda: [0], metadata={"help": "Of the fine-tuning on GLUE; the table has medians."}
     )
     configs: str = option("configs", "Folder of the recipes: configs/ of a clone of hf_soo.")
     output: str | None = option(None, "Folder for everything; None: out/reproduce_SCALE.")
-    num_proc: int = option(1, "Processes that prepare the text.")
-    jobs: int = option(1, "Stages that run at once; on CPUs they share the cores.")
+    num_proc: Count = option(1, "Processes that prepare the text.")
+    jobs: Count = option(1, "Stages that run at once; on CPUs they share the cores.")
     launch: str = option("accelerate launch", "How training is started, with a --config_file for example.")
     dry_run: bool = option(False, "Print the commands and run nothing.")
 
@@ -76,9 +77,7 @@ class ReproduceArguments:
         Raises:
             ValueError: a count below 1, an unknown optimizer, one SQuAD file of two, or a missing file.
         """
-        for name in ("num_proc", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        super().__post_init__()
         if (self.squad_train is None) != (self.squad_dev is None):
             raise ValueError(
                 f"squad_train={self.squad_train!r} and squad_dev={self.squad_dev!r}; give both or neither."

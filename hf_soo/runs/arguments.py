@@ -14,27 +14,13 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from hf_soo.engine.checks import hints_of
 from hf_soo.runs.recipes import read_recipe, unknown_name, values_of
 
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field that is a flag with a line of help."""
     return dataclasses.field(default=default, metadata={"help": text})
-
-
-def check_positive(settings: object, *names: str) -> None:
-    """Refuse numbers below 1, where they are given.
-
-    Args:
-        settings: has them as attributes.
-        *names: of the attributes; None is allowed.
-
-    Raises:
-        ValueError: one is below 1.
-    """
-    for name in names:
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more, or left out.")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -67,13 +53,13 @@ def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, descri
     )
     flags = list(sys.argv[1:] if arguments is None else arguments)
     files = _find(flags).config
-    names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
-    settings = read_recipe(files, names, {flag.split("=")[0].removeprefix("--") for flag in flags})
+    known = {key: hint for cls in classes for key, hint in hints_of(cls).items()}
+    settings = read_recipe(files, known, {flag.split("=")[0].removeprefix("--") for flag in flags})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         [*_as_flags(settings), *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(unknown_name("flag", unknown[0].split("=")[0], {f"--{name}" for name in names}))
+        raise ValueError(unknown_name("flag", unknown[0].split("=")[0], {f"--{name}" for name in known}))
     return tuple(parsed)
 
 

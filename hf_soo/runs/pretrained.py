@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig, PretrainedConfig, set_seed
 
+from hf_soo.engine.checks import Checked
 from hf_soo.runs.arguments import option
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass
-class PretrainedArguments:
+class PretrainedArguments(Checked):
     """Which pretrained model; flags of the scripts that fine-tune one."""
 
     _argument_group_name = "model"

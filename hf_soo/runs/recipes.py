@@ -16,11 +16,13 @@ Given with mkor.yaml, in either order, its settings for ``mkor`` come right afte
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import yaml
+
+from hf_soo.engine.checks import allowed, options, shown
 
 # What a recipe's `task` may be, and the command of hf-soo that trains it.
 COMMANDS = {"bert": "pretrain", "lm": "pretrain", "glue": "glue", "squad": "squad", "vision": "vision"}
@@ -33,18 +35,19 @@ class _Recipe(NamedTuple):
 
 
 def read_recipe(
-    files: Sequence[str | Path], known: Collection[str] | None = None, flags: Collection[str] = ()
+    files: Sequence[str | Path], known: Mapping[str, Any] | None = None, flags: Collection[str] = ()
 ) -> dict[str, Any]:
     """The settings that files give together; a later file wins.
 
     Args:
         files: YAML files, each one mapping.
-        known: the keys there are; None: any.
+        known: the keys there are, and their types; None: any.
         flags: keys whose values are given elsewhere.
 
     Raises:
-        ValueError: a file that cannot be read or is no mapping, an unknown key or one given twice, files that extend
-            each other, an optimizer under ``for:`` without a file, two of them given, or none and its settings missing.
+        ValueError: a file that cannot be read or is no mapping, an unknown key or one given twice, a value that is
+            none of the key's, files that extend each other, an optimizer under ``for:`` without a file, two of them
+            given, or none and its settings missing.
     """
     names = [Path(file).stem for file in files]
     recipes = [_read(Path(file), known, names) for file in files]
@@ -99,12 +102,12 @@ def _is_open(value: Any) -> bool:
     return isinstance(value, str) and _NAME in value
 
 
-def _read(file: Path, known: Collection[str] | None, given: Collection[str], above: tuple[Path, ...] = ()) -> _Recipe:
+def _read(file: Path, known: Mapping[str, Any] | None, given: Collection[str], above: tuple[Path, ...] = ()) -> _Recipe:
     """A file over what it extends.
 
     Args:
         file: to read.
-        known: the keys there are.
+        known: the keys there are, and their types.
         given: names of the files that are given together.
         above: the files that extend it.
 
@@ -113,15 +116,22 @@ def _read(file: Path, known: Collection[str] | None, given: Collection[str], abo
     """
     if file.resolve() in {path.resolve() for path in above}:
         raise ValueError(f"--config {above[0]}: extends itself: {' -> '.join(map(str, (*above, file)))}.")
-    settings = _load(file)
+    settings = read_mapping(file, "--config")
     base, cases = settings.pop("extends", None), settings.pop("for", {})
     if not isinstance(base, str | None):
         raise ValueError(f"--config {file}: extends={base!r} must be the name of one file.")
     if not isinstance(cases, dict) or not all(isinstance(case, dict) for case in cases.values()):
         raise ValueError(f"--config {file}: 'for' must hold 'optimizer: {{key: value}}' lines.")
-    for key in (key for part in (settings, *cases.values()) for key in part):
-        if known is not None and key not in known:
+    for key, value in (item for part in (settings, *cases.values()) for item in part.items()):
+        if known is None:
+            break
+        if key not in known:
             raise ValueError(f"--config {file}: {unknown_name('key', str(key), known)}")
+        if value is not None and not _is_flag(value, known[key]):
+            plain = ", no item of which begins with '-'" if isinstance(value, list) else ""
+            raise ValueError(
+                f"--config {file}: {key}={shown(value)} is not allowed; give {allowed(known[key])}{plain}."
+            )
     below = _Recipe({}, {}) if base is None else _read(file.parent / base, known, given, (*above, file))
     for name in cases:
         own = file.with_name(f"{name}.yaml")
@@ -131,8 +141,38 @@ def _read(file: Path, known: Collection[str] | None, given: Collection[str], abo
     return _Recipe(below.settings | settings, both)
 
 
+def _is_flag(value: Any, hint: Any) -> bool:
+    """Whether a value of a file can be that of a flag, whose text is then read as on the command line.
+
+    Args:
+        value: as YAML reads it.
+        hint: the flag's type.
+    """
+    if hint is Any:
+        return True
+    kinds = {get_origin(part) or part for part in options(hint)}
+    if isinstance(value, dict):
+        return dict in kinds and _is_plain(value)
+    if isinstance(value, list):  # an item that begins with "-" would be taken for a flag
+        return list in kinds and all(type(each) in {str, int, float} and str(each)[:1] != "-" for each in value)
+    return type(value) in {str, int, float} or (isinstance(value, bool) and bool in kinds)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has words for it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which `yaml` would take the last."""
+    """Refuses a key that stands twice in a mapping, of which `yaml` would take the last, and what copies others."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write the value out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -143,13 +183,22 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(file: Path) -> dict[str, Any]:
+def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    """The mapping of one YAML file, in which no key stands twice.
+
+    Args:
+        file: to read.
+        what: it is, for the message.
+
+    Raises:
+        ValueError: it cannot be read, or is no mapping.
+    """
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date of month 13; brackets without end
+        raise ValueError(f"{what} {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {file}: holds a {type(content).__name__}, not 'key: value' lines.")
+        raise ValueError(f"{what} {file}: holds a {type(content).__name__}, not 'key: value' lines.")
     return content
 
 

@@ -25,11 +25,13 @@ machine that it ran on (Muon: the dtype of its iterations). Numbers that are not
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,8 @@ from hf_soo.files import write_atomically
 logger = logging.getLogger(__name__)
 
 Status = Literal["completed", "diverged", "oom", "stopped", "failed"]
+LONGEST_NAME = 210
+"""Bytes of a run's name: a file's has 255, with what is put after it while it is written."""
 _STATUSES: tuple[str, ...] = get_args(Status)
 CurvePoint = dict[str, Any]
 # Settings of the method itself; all others of a run are its workload.
@@ -117,6 +121,21 @@ class RunRecord:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text + "\n")
         return path
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a run may be called so: its JSON then lies in its folder, whatever the folder."""
+    plain = name.isprintable() and not set(name) & {"/", "\\"} and name not in {"", ".", ".."}
+    return plain and len(name.encode()) <= LONGEST_NAME
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a run: what no name holds becomes "_", and the end of a long one a digest of all."""
+    name = re.sub(r"[^\w.+-]+", "_", text)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{name.encode()[: LONGEST_NAME - 17].decode(errors='ignore')}-{digest}"
 
 
 def differing(*settings: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_soo.engine.checks import Checked, Count, NonNegative, Positive, require, shown
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.registry import METHODS
 from hf_soo.runs.arguments import option
+from hf_soo.runs.record import LONGEST_NAME, is_file_name
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Checked):
     """What is kept of a run, and which other optimizer it is compared with."""
 
     _argument_group_name = "run"
@@ -22,23 +24,29 @@ class RunArguments:
     task: str | None = option(None, "What a recipe trains: bert, lm, glue, squad or vision; other commands refuse it.")
     name: str | None = option(None, "Name of the run's JSON; None: optimizer, base and learning rates.")
     results_dir: str | None = option(None, "Folder of the run JSONs; None: OUTPUT_DIR/runs.")
-    target_eval_loss: float | None = option(
+    target_eval_loss: Positive | None = option(
         None, "Stop at this loss, and record the steps and seconds to it; compare_with stops the first run alone."
     )
     restart: bool = option(False, "Start over although OUTPUT_DIR holds checkpoints, which are deleted.")
     traceback: bool = option(False, "Show the traceback of an error.")
     compare_with: str | None = option(None, "A second optimizer, run on the same data from the same weights.")
-    compare_learning_rate: float | None = option(None, "The second optimizer's; None: the first one's.")
-    compare_optim_args: str | None = option(None, "The second optimizer's k=v,k=v.")
+    compare_learning_rate: NonNegative | None = option(None, "The second optimizer's; None: the first one's.")
+    compare_optim_args: dict[str, Any] | str | None = option(None, "The second optimizer's k=v,k=v.")
     compare_base_optim: str | None = option(None, "The second optimizer's base.")
-    compare_base_optim_args: str | None = option(None, "The second optimizer's base's k=v,k=v.")
+    compare_base_optim_args: dict[str, Any] | str | None = option(None, "The second optimizer's base's k=v,k=v.")
 
     def __post_init__(self) -> None:
-        """Refuse settings of a comparison that is not asked for.
+        """Refuse a name that is none, and settings of a comparison that is not asked for.
 
         Raises:
-            ValueError: a compare_* setting without compare_with.
+            ValueError: a value is not allowed, or a compare_* setting is there without compare_with.
         """
+        super().__post_init__()
+        if self.name is not None and not is_file_name(self.name):
+            raise ValueError(
+                f"name={shown(self.name)} is not allowed; give a file's name of at most {LONGEST_NAME} bytes, without "
+                "folders."
+            )
         if self.compare_with is not None:
             return
         for name in ("compare_learning_rate", "compare_optim_args", "compare_base_optim", "compare_base_optim_args"):
@@ -54,7 +62,7 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
 
     remove_unused_columns: bool = option(False, "The collator reads columns that the model does not take.")
     logging_nan_inf_filter: bool = option(False, "True hides a loss that is not finite, and so a diverged run.")
-    global_batch_size: int | None = option(
+    global_batch_size: Count | None = option(
         None, "Examples of one optimizer step, over all processes; the accumulation follows from it."
     )
     gradient_accumulation_steps: int = option(None, "Micro-batches of one optimizer step; None: 1, or what follows.")
@@ -67,6 +75,8 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
         """
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = self.do_eval = True
+        require("global_batch_size", self.global_batch_size, Count | None)
+        require("per_device_train_batch_size", self.per_device_train_batch_size, Count)
         self._settle_accumulation()
         super().__post_init__()
         if self.global_batch_size is not None and self.n_gpu > 1:
@@ -148,7 +158,7 @@ def _accumulation_steps(global_batch: int, micro_batch: int, processes: int) -> 
         ValueError: they do not make it; says what would.
     """
     each = micro_batch * processes
-    if global_batch > 0 and global_batch % each == 0:
+    if global_batch % each == 0:
         return global_batch // each
     share, rest = divmod(global_batch, processes)
     divisors = [size for size in range(1, share + 1) if share % size == 0] if rest == 0 else []

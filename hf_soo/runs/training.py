@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import re
 from abc import ABC, abstractmethod
 from enum import Enum
 from pathlib import Path
@@ -24,7 +23,7 @@ from hf_soo.engine.comm import Communicator, text_of
 from hf_soo.integrations.agreement import WAY_OUT
 from hf_soo.runs import machine
 from hf_soo.runs.callbacks import RecordCallback
-from hf_soo.runs.record import RunRecord, reach, recording
+from hf_soo.runs.record import RunRecord, file_name, reach, recording
 from hf_soo.runs.resume import OutputFolder, is_finished, kept_record, take_trained
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 
@@ -110,7 +109,7 @@ class Job:
         settings = [item for key in METHOD_SETTINGS for item in getattr(args.parsed, key).items()]
         parts = [*names, f"lr{args.learning_rate:g}", *(f"{key}{value}" for key, value in settings)]
         parts += [] if args.do_train else ["eval"]  # beside the JSON of the run that trained
-        return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+        return file_name("-".join(parts))
 
 
 def train(job: Job, task: Task) -> list[RunRecord]:

@@ -51,7 +51,7 @@ def read_queue(file: Path) -> list[Stage]:
     """
     if not file.is_file():
         raise ValueError(f"No queue {str(file)!r}; give a file of jobs.")
-    jobs = read_recipe([file], known=("jobs",)).get("jobs")
+    jobs = read_recipe([file], known={"jobs": Any}).get("jobs")
     if not isinstance(jobs, list) or not jobs or not all(isinstance(job, dict) for job in jobs):
         raise ValueError(f"{file}: no 'jobs'; give 'jobs: [{{workload: NAME, space: NAME, stage: wide}}]'.")
     return [_job(file, number, job) for number, job in enumerate(jobs, start=1)]

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_soo.runs.arguments import check_positive, option
+from hf_soo.engine.checks import Checked, Count, Whole
+from hf_soo.runs.arguments import option
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.squad.files import QuestionSet
 from hf_soo.squad.tokens import Labels, Template, Tokens
@@ -22,14 +23,8 @@ from hf_soo.squad.windows import Windows
 logger = logging.getLogger(__name__)
 
 
-POSITIVE = (
-    "max_seq_length", "max_query_length", "n_best_size", "max_answer_length",
-    "max_train_samples", "max_eval_samples", "max_predict_samples",
-)  # fmt: skip
-
-
 @dataclass
-class QaDataArguments:
+class QaDataArguments(Checked):
     """Which questions, and how answers are chosen."""
 
     _argument_group_name = "data"
@@ -38,9 +33,9 @@ class QaDataArguments:
     train_file: str | None = option(None, "SQuAD's JSON, or JSON lines with the hub's columns.")
     validation_file: str | None = option(None, "The same, to evaluate on.")
     test_file: str | None = option(None, "The same, for --do_predict; answers may be missing.")
-    max_seq_length: int = option(384, "Tokens of a window, question and special tokens included.")
-    doc_stride: int = option(128, "Context tokens that consecutive windows share.")
-    max_query_length: int = option(64, "Tokens that are kept of a question.")
+    max_seq_length: Count = option(384, "Tokens of a window, question and special tokens included.")
+    doc_stride: Whole = option(128, "Context tokens that consecutive windows share.")
+    max_query_length: Count = option(64, "Tokens that are kept of a question.")
     pad_to_max_length: bool = option(False, "Pad every batch to max_seq_length, not to its longest window.")
     version_2_with_negative: bool = option(
         False, "Some questions have no answer (SQuAD v2.0); not needed where the data say so."
@@ -48,21 +43,11 @@ class QaDataArguments:
     null_score_diff_threshold: float = option(
         0.0, "v2.0: no answer where its score is better than the best answer's by more than this."
     )
-    n_best_size: int = option(20, "Candidates that are kept of a question.")
-    max_answer_length: int = option(30, "Tokens of an answer.")
-    max_train_samples: int | None = option(None, "Train on the first so many questions.")
-    max_eval_samples: int | None = option(None, "Evaluate on the first so many questions.")
-    max_predict_samples: int | None = option(None, "Predict the first so many questions.")
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that cannot be.
-
-        Raises:
-            ValueError: a length or count below 1, or a negative stride.
-        """
-        check_positive(self, *POSITIVE)
-        if self.doc_stride < 0:
-            raise ValueError(f"doc_stride={self.doc_stride} is not allowed; give at least 0.")
+    n_best_size: Count = option(20, "Candidates that are kept of a question.")
+    max_answer_length: Count = option(30, "Tokens of an answer.")
+    max_train_samples: Count | None = option(None, "Train on the first so many questions.")
+    max_eval_samples: Count | None = option(None, "Evaluate on the first so many questions.")
+    max_predict_samples: Count | None = option(None, "Predict the first so many questions.")
 
 
 @dataclass(frozen=True, slots=True)

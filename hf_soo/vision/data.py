@@ -13,14 +13,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_soo.engine.checks import Checked, Count, OpenShare
 from hf_soo.files import files_below
-from hf_soo.runs.arguments import check_positive, option
+from hf_soo.runs.arguments import option
 from hf_soo.vision.images import Shape, decode, fit, shape_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ NO_IMAGES = "holds no images (a folder should hold FOLDER/class_name/*.png)"
 
 
 @dataclass
-class ImageDataConfig:
+class ImageDataConfig(Checked):
     """Which images, and what they become; also flags of scripts/run_vision.py."""
 
     _argument_group_name = "data"
@@ -44,23 +45,13 @@ class ImageDataConfig:
     )
     image_column: str | None = option(None, "Of a hub data set; None: its only column of images.")
     label_column: str | None = option(None, "Of a hub data set; None: its only column of class labels.")
-    image_size: int | None = option(None, "Side in pixels that all images are resized to; None: the first image's.")
-    num_channels: int | None = option(None, "1 (grey) or 3 (RGB); None: the first image's.")
-    eval_share: float = option(0.25, "Held out of each class where there is no test part; the same in every run.")
-    max_train_samples: int | None = option(None, "Train on so many examples, a random choice that is always the same.")
-    max_eval_samples: int | None = option(None, "Evaluate on so many examples.")
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: a value is not allowed.
-        """
-        check_positive(self, "image_size", "max_train_samples", "max_eval_samples")
-        if self.num_channels not in (None, 1, 3):
-            raise ValueError(f"num_channels={self.num_channels} is not allowed; use 1 (grey) or 3 (RGB).")
-        if not 0 < self.eval_share < 1:
-            raise ValueError(f"eval_share={self.eval_share} must lie between 0 and 1, both excluded.")
+    image_size: Count | None = option(None, "Side in pixels that all images are resized to; None: the first image's.")
+    num_channels: Literal[1, 3] | None = option(None, "1 (grey) or 3 (RGB); None: the first image's.")
+    eval_share: OpenShare = option(0.25, "Held out of each class where there is no test part; the same in every run.")
+    max_train_samples: Count | None = option(
+        None, "Train on so many examples, a random choice that is always the same."
+    )
+    max_eval_samples: Count | None = option(None, "Evaluate on so many examples.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_soo.engine.checks import Checked, Count, Share
 from hf_soo.runs.arguments import option
 from hf_soo.vision.data import ImageData
 
@@ -33,24 +34,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class ImageModelConfig:
+class ImageModelConfig(Checked):
     """Which classifier; also flags of scripts/run_vision.py. A setting of the other model is refused."""
 
     _argument_group_name = "model"
 
     model: Literal["vit", "resnet"] = option("vit", "ViTForImageClassification or ResNetForImageClassification.")
-    patch_size: int | None = option(None, "vit: side of a patch in pixels; None: a quarter of the image's.")
-    hidden_size: int | None = option(None, "vit: width; None: 64.")
-    num_hidden_layers: int | None = option(None, "vit: layers; None: 3.")
-    num_attention_heads: int | None = option(None, "vit: heads; None: 4.")
-    intermediate_size: int | None = option(None, "vit: width of the MLP; None: 4 x hidden_size.")
-    dropout: float | None = option(None, "vit: of hidden states and attention; None: 0.")
-    embedding_size: int | None = option(None, "resnet: channels after the stem; None: 16.")
-    hidden_sizes: list[int] | None = field(
+    patch_size: Count | None = option(None, "vit: side of a patch in pixels; None: a quarter of the image's.")
+    hidden_size: Count | None = option(None, "vit: width; None: 64.")
+    num_hidden_layers: Count | None = option(None, "vit: layers; None: 3.")
+    num_attention_heads: Count | None = option(None, "vit: heads; None: 4.")
+    intermediate_size: Count | None = option(None, "vit: width of the MLP; None: 4 x hidden_size.")
+    dropout: Share | None = option(None, "vit: of hidden states and attention; None: 0.")
+    embedding_size: Count | None = option(None, "resnet: channels after the stem; None: 16.")
+    hidden_sizes: list[Count] | None = field(
         default=None, metadata={"help": "resnet: channels of each stage; None: 16 32 64."}
     )
-    depths: list[int] | None = field(default=None, metadata={"help": "resnet: layers of each stage; None: 1 1 1."})
-    layer_type: str | None = option(None, "resnet: basic or bottleneck; None: basic.")
+    depths: list[Count] | None = field(default=None, metadata={"help": "resnet: layers of each stage; None: 1 1 1."})
+    layer_type: Literal["basic", "bottleneck"] | None = option(None, "resnet: basic or bottleneck; None: basic.")
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -58,15 +59,12 @@ class ImageModelConfig:
         Raises:
             ValueError: a setting is of the other model, or its value is not allowed.
         """
-        if self.model not in DEFAULTS:
-            raise ValueError(f"model={self.model!r} is unknown; use one of {', '.join(DEFAULTS)}.")
+        super().__post_init__()
         given = {key: value for key, value in dataclasses.asdict(self).items() if key != "model" and value is not None}
         for key, value in given.items():
             if key not in DEFAULTS[self.model]:
                 known = ", ".join(DEFAULTS[self.model])
                 raise ValueError(f"{key}={value!r} has no effect with model={self.model!r}, which takes {known}.")
-            if any(isinstance(each, int) and each < 1 for each in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"{key}={value!r} must be 1 or more.")
 
     def shape(self, image_size: int) -> dict[str, Any]:
         """Every setting of the model, complete.

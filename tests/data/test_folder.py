@@ -177,7 +177,7 @@ def test_verify_reads_the_files(copied: Path, capsys: pytest.CaptureFixture[str]
     ("flags", "message"),
     [
         (["--inspect", "1"], "the following arguments are required: --output"),
-        (["--inspect", "-1", "--output", "x"], "--inspect is -1; it must be a number of examples"),
+        (["--inspect", "-1", "--output", "x"], "inspect=-1 is not allowed; give a whole number >= 0"),
         (["--masked", "--output", "x"], "--masked shows examples: give --inspect N as well"),
         (["--inspect", "1", "--output", "x", "--seed", "1"], "unknown flag '--seed'"),
     ],

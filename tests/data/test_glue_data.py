@@ -176,8 +176,8 @@ def test_empty_texts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_eval_samples": 0}, "max_eval_samples=0 must be 1 or more"),
-        ({"max_seq_length": 4}, "max_seq_length=4 must be 8 or more"),
+        ({"max_eval_samples": 0}, "max_eval_samples=0 is not allowed; give a whole number >= 1"),
+        ({"max_seq_length": 4}, "max_seq_length=4 is not allowed; give a whole number >= 8"),
         ({"data_dir": "x", "test_file": "y"}, "data_dir='x' and test_file exclude each other"),
     ],
 )

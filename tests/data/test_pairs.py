@@ -167,9 +167,9 @@ def test_empty_sentences_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"max_seq_length": 7}, "max_seq_length is 7; it must be at least 8"),
-        ({"short_seq_prob": 1.1}, "short_seq_prob is 1.1"),
-        ({"dupe_factor": 0}, "dupe_factor is 0"),
+        ({"max_seq_length": 7}, "max_seq_length=7 is not allowed; give a whole number >= 8"),
+        ({"short_seq_prob": 1.1}, "short_seq_prob=1.1"),
+        ({"dupe_factor": 0}, "dupe_factor=0"),
     ],
 )
 def test_bad_config_is_refused(config: dict[str, Any], message: str) -> None:

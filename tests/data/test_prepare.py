@@ -166,11 +166,11 @@ def test_no_evaluation_documents(text: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"vocab": "v.txt"}, "vocab is 'v.txt' and vocab_size is 300; give one"),
-        ({"eval_documents": 0.9}, "eval_documents is 0.9"),
-        ({"max_documents": 1}, "max_documents is 1"),
-        ({"num_proc": 0}, "num_proc is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"max_seq_length": 4}, "max_seq_length is 4"),
+        ({"eval_documents": 0.9}, "eval_documents=0.9"),
+        ({"max_documents": 1}, "max_documents=1"),
+        ({"num_proc": 0}, "num_proc=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"max_seq_length": 4}, "max_seq_length=4"),
     ],
 )
 def test_bad_config_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -325,7 +325,7 @@ def test_script_reports_counts(
         (["--source", "missing.txt", "--output", "{tmp}/out"], "error: source 'missing.txt' is no file or folder here"),
         (["--source", "embedded", "--output", "{tmp}/text.txt/out"], "Not a directory"),
         (["--source", "embedded", "--output", "/proc/out"], "/proc/out.partial"),
-        (["--source", "embedded", "--output", "{tmp}/out", "--seed", "-1"], "error: seed is -1"),
+        (["--source", "embedded", "--output", "{tmp}/out", "--seed", "-1"], "error: seed=-1"),
         (["--source", "embedded", "--output", "{tmp}/out", "--vocab", "{tmp}/no.txt"], "no.txt' is no file"),
     ],
 )

@@ -137,10 +137,10 @@ def test_tokens_of_a_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"window": 1}, "window=1 must be 2 or more"),
-        ({"mask_prob": 1.0}, "mask_prob=1.0 must lie between 0 and 1"),
-        ({"max_eval_samples": 0}, "max_eval_samples=0 must be 1 or more"),
-        ({"max_bytes": 0}, "max_bytes=0 must be 1 or more"),
+        ({"window": 1}, "window=1 is not allowed; give a whole number >= 2"),
+        ({"mask_prob": 1.0}, r"mask_prob=1.0 is not allowed; give a number in \(0, 1\)"),
+        ({"max_eval_samples": 0}, "max_eval_samples=0 is not allowed; give a whole number >= 1"),
+        ({"max_bytes": 0}, "max_bytes=0 is not allowed; give a whole number >= 1"),
     ],
 )
 def test_arguments_are_checked(given: dict[str, Any], message: str) -> None:

@@ -119,7 +119,7 @@ def test_a_run_may_go_on_at_another_place(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"apply_to": "weights"}, ValueError, "apply_to='weights' is not known"),
+        ({"apply_to": "weights"}, ValueError, "apply_to='weights' is not allowed; give one of 'gradient'"),
         ({"base": "rmsprop", "apply_to": "momentum"}, NotImplementedError, "base RMSprop, whose momentum"),
         ({"base": "torch.optim:Adam", "apply_to": "update"}, NotImplementedError, "base Adam, whose update"),
         ({"base": "sgd", "apply_to": "update"}, ValueError, "whose update is its momentum"),

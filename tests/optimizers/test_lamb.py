@@ -212,7 +212,7 @@ def test_lamb_skips_parameters_without_gradient_and_refuses_sparse_ones() -> Non
         ({"eps": float("nan")}, "eps=nan"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"betas": (0.9, 1.0)}, "betas"),
-        ({"max_grad_norm": 0.0}, "None to switch"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm=0.0 is not allowed; give a number in \(0, inf\) or None"),
     ],
 )
 def test_lamb_names_the_bad_value(bad: dict[str, Any], match: str) -> None:

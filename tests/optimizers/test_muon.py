@@ -276,8 +276,8 @@ def test_muon_rest_lr_falls_back_to_lr() -> None:
         ({"rest_lr": -1.0}, "rest_lr=-1.0"),
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"ns_steps": 100}, "ns_steps=100"),
-        ({"ns_coefficients": "newton"}, "ns_coefficients='newton' is not known"),
-        ({"ns_dtype": "float8"}, "ns_dtype='float8' is not known"),
+        ({"ns_coefficients": "newton"}, "ns_coefficients='newton' is not allowed; give one of 'jordan'"),
+        ({"ns_dtype": "float8"}, "ns_dtype='float8' is not allowed; give one of 'auto'"),
         ({"matrices": []}, "pass the hidden layers"),
     ],
 )

@@ -126,7 +126,7 @@ USES = {
     "glue": ("--task_name", ["--taks_name", "rte"], "unknown flag '--taks_name'; did you mean '--task_name'?"),
     "squad": ("--doc_stride", ["--score", "x"], "the following arguments are required: --validation_file"),
     "vision": ("--image_size", ["--optim_args", "update_perod=1", "--optim", "mkor"], "Did you mean 'update_period'?"),
-    "bench": ("--rounds", ["--rounds", "0"], "rounds=0 must be 1 or more"),
+    "bench": ("--rounds", ["--rounds", "0"], "rounds=0 is not allowed; give a whole number >= 1"),
     "search": ("--dry_run", ["--trails", "3"], "unrecognized arguments: --trails; --help lists every flag."),
     "reproduce": ("--glue_tasks", ["--scale", "huge"], "argument --scale: invalid choice: 'huge'"),
 }

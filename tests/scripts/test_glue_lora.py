@@ -86,10 +86,10 @@ def test_all_linear_layers(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora_r", "0"], "lora_r=0 must be 1 or more"),
+        (["--lora_r", "0"], "lora_r=0 is not allowed; give a whole number >= 1"),
         (["--lora_alpha", "2"], "lora_alpha=2 without lora_r"),
         (["--lora_targets", "query"], "lora_targets=['query'] without lora_r"),
-        (["--lora_r", "2", "--lora_alpha", "-1"], "lora_alpha=-1 must be 1 or more"),
+        (["--lora_r", "2", "--lora_alpha", "-1"], "lora_alpha=-1 is not allowed; give a whole number >= 1"),
         (["--lora_r", "2", "--lora_targets", "x"], "lora_targets=['x'] with a BertForSequenceClassification: "),
     ],
 )

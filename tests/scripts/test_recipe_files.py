@@ -76,7 +76,7 @@ def test_a_file_that_is_refused(text: str, message: str, folder: Path) -> None:
     bad = folder / "bad.yaml"
     bad.write_text(text)
     with pytest.raises(ValueError, match=re.escape(message.format(bad=bad))) as error:
-        read_recipe([bad], known={"seed", "optim", "learning_rate", "max_steps"})
+        read_recipe([bad], known={"seed": int, "optim": str, "learning_rate": float, "max_steps": int})
     assert str(error.value).startswith("--config ") and "\n" not in str(error.value)
 
 

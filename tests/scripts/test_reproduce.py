@@ -82,7 +82,7 @@ def test_from_the_hub_without_local_files() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--jobs", "0"], "jobs=0 must be 1 or more"),
+        (["--jobs", "0"], "jobs=0 is not allowed; give a whole number >= 1"),
         (["--configs", "none"], "configs='none' does not exist; give an existing path"),
         (["--squad_train", "{folder}"], "give both or neither"),
         (["--vocab", "{folder}/none.txt"], "does not exist; give an existing path"),

@@ -239,10 +239,10 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 0}, "image_size=0 must be 1 or more"),
-        ({"max_train_samples": 0}, "max_train_samples=0 must be 1 or more"),
-        ({"num_channels": 2}, r"num_channels=2 is not allowed; use 1 \(grey\) or 3"),
-        ({"eval_share": 1.0}, "eval_share=1.0 must lie between 0 and 1"),
+        ({"image_size": 0}, "image_size=0 is not allowed; give a whole number >= 1"),
+        ({"max_train_samples": 0}, "max_train_samples=0 is not allowed; give a whole number >= 1"),
+        ({"num_channels": 2}, "num_channels=2 is not allowed; give one of 1, 3"),
+        ({"eval_share": 1.0}, r"eval_share=1.0 is not allowed; give a number in \(0, 1\)"),
         ({"label_column": "x"}, "label_column='x' has no effect with dataset='digits'"),
         ({"dataset": __file__}, "is no folder"),
     ],
@@ -306,16 +306,22 @@ def test_model_settings_reach_the_model() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "vgg"}, "model='vgg' is unknown; use one of vit, resnet"),
+        ({"model": "vgg"}, "model='vgg' is not allowed; give one of 'vit', 'resnet'"),
         ({"model": "resnet", "hidden_size": 8}, "hidden_size=8 has no effect with model='resnet', which takes embed"),
         ({"depths": [1]}, r"depths=\[1\] has no effect with model='vit', which takes patch_size"),
         ({"patch_size": 3}, "patch_size=3 does not divide image_size=8"),
         ({"num_attention_heads": 5}, "num_attention_heads=5 does not divide hidden_size=64"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be 1 or more"),
-        ({"dropout": 1.0}, "dropout=1.0 must be 0 or more and less than 1"),
-        ({"model": "resnet", "depths": [1, 0, 1]}, r"depths=\[1, 0, 1\] must be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is not allowed; give a whole number >= 1"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not allowed; give a number in \[0, 1\)"),
+        (
+            {"model": "resnet", "depths": [1, 0, 1]},
+            r"depths=\[1, 0, 1\] is not allowed; give a list, of a whole number >= 1 each",
+        ),
         ({"model": "resnet", "depths": [1]}, r"hidden_sizes=\[16, 32, 64\] and depths=\[1\] must be equally long"),
-        ({"model": "resnet", "layer_type": "wide"}, "layer_type='wide' is unknown; use basic or bottleneck"),
+        (
+            {"model": "resnet", "layer_type": "wide"},
+            "layer_type='wide' is not allowed; give one of 'basic', 'bottleneck'",
+        ),
         ({"model": "resnet", "layer_type": "bottleneck", "hidden_sizes": [2, 4, 8]}, "must be 4 or more"),
     ],
 )

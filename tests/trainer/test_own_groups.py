@@ -83,9 +83,9 @@ UNUSED: list[tuple[dict[str, Any], str]] = [
     ({"optim": "eva", "adam_epsilon": 1e-6}, "adam_epsilon=1e-06 has no effect with base optimizer SGD.*'eps'"),
     ({"optim": "rmsprop", "adam_beta2": 0.9}, "adam_beta2=0.9 has no effect with base optimizer RMSprop"),
     ({"optim": "mkor", "base_optim": "torch.optim:Adafactor", "adam_epsilon": 1e-6}, "no effect .*Adafactor"),
-    ({"optim": "mkor", "adam_beta1": 1.0}, r"adam_beta1=1.0 is out of range; give a number in \[0, 1\)"),
-    ({"optim": "mkor", "adam_beta2": float("nan")}, "adam_beta2=nan is out of range"),
-    ({"optim": "adamw", "adam_epsilon": -1e-8}, "adam_epsilon=-1e-08 is out of range"),
+    ({"optim": "mkor", "adam_beta1": 1.0}, r"adam_beta1=1.0 is not allowed; give a number in \[0, 1\)"),
+    ({"optim": "mkor", "adam_beta2": float("nan")}, "adam_beta2=nan is not allowed"),
+    ({"optim": "adamw", "adam_epsilon": -1e-8}, "adam_epsilon=-1e-08 is not allowed"),
     ({"optim": "mkor", "optim_target_modules": "all-linear"}, "optim_target_modules='all-linear' has no effect"),
 ]
 

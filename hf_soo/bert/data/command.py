@@ -20,15 +20,17 @@ import errno
 import time
 from dataclasses import dataclass, field
 
+from hf_soo.engine.checks import Checked, Whole
+
 LOOKING = ("--inspect", "--masked", "--verify")
 
 
 @dataclass
-class _LookArguments:
+class _LookArguments(Checked):
     """What is looked at in a finished folder."""
 
     output: str = field(metadata={"help": "The folder."})
-    inspect: int | None = field(default=None, metadata={"help": "Print counts and this many examples."})
+    inspect: Whole | None = field(default=None, metadata={"help": "Print counts and this many examples."})
     masked: bool = field(default=False, metadata={"help": "With --inspect: show the examples masked as well."})
     verify: bool = field(default=False, metadata={"help": "Compare the files with the manifest."})
 
@@ -38,10 +40,9 @@ class _LookArguments:
         Raises:
             ValueError: they do not, or the number is below 0.
         """
+        super().__post_init__()
         if self.masked and self.inspect is None:
             raise ValueError("--masked shows examples: give --inspect N as well.")
-        if self.inspect is not None and self.inspect < 0:
-            raise ValueError(f"--inspect is {self.inspect}; it must be a number of examples, 0 or more.")
 
 
 def main(flags: list[str] | None = None) -> int:

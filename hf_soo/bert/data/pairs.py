@@ -23,9 +23,12 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+
+from hf_soo.engine.checks import Bounds, Checked, Count, Portion
 
 Ids = npt.NDArray[np.int32]
 
@@ -51,30 +54,13 @@ class TokenDocument:
 
 
 @dataclass(frozen=True, slots=True)
-class PairConfig:
+class PairConfig(Checked):
     """How pairs are made; L is ``max_seq_length``, with [CLS] and both [SEP]."""
 
-    max_seq_length: int = 128
-    short_seq_prob: float = 0.1
-    dupe_factor: int = 1
-    random_next: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: a value is out of its range.
-        """
-        if self.max_seq_length < 8:
-            raise ValueError(f"max_seq_length is {self.max_seq_length}; it must be at least 8 (BERT: 128, then 512).")
-        if not 0.0 <= self.short_seq_prob <= 1.0:
-            raise ValueError(f"short_seq_prob is {self.short_seq_prob}; it must lie between 0 and 1 (BERT: 0.1).")
-        if not 0.0 <= self.random_next <= 1.0:
-            raise ValueError(f"random_next is {self.random_next}; it must lie between 0 and 1 (BERT: 0.5).")
-        if self.dupe_factor < 1:
-            raise ValueError(
-                f"dupe_factor is {self.dupe_factor}; it must be at least 1 (masks change each epoch without it)."
-            )
+    max_seq_length: Annotated[int, Bounds(8)] = 128
+    short_seq_prob: Portion = 0.1
+    dupe_factor: Count = 1
+    random_next: Portion = 0.5
 
 
 @dataclass(frozen=True, slots=True)

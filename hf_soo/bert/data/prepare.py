@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from hf_soo.bert.data.folder import FORMAT, MANIFEST, VOCABULARY, SplitWriter, sha256_of
 from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
 from hf_soo.bert.data.pairs import PairConfig
 from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, train_wordpiece
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
+from hf_soo.engine.checks import Bounds, Checked, Count, Portion, Whole
 from hf_soo.files import built_beside, clear_leftovers, write_atomically
 from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
@@ -41,7 +42,7 @@ def _flag(text: str, **default: Any) -> Any:
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Checked):
     """What to prepare, and where; also the flags of scripts/prepare_pretraining.py."""
 
     source: str = _flag(
@@ -51,27 +52,33 @@ class PrepareConfig:
     )
     output: str = _flag("Folder to write. It appears when it is finished, not before.")
     vocab: str | None = _flag("WordPiece vocabulary, one piece a line. Trained on the corpus if absent.", default=None)
-    vocab_size: int | None = _flag("Size of the vocabulary to train without --vocab; 30522 if absent.", default=None)
-    max_seq_length: int = _flag("Tokens of a pair with [CLS] and both [SEP]. BERT: 128, then 512.", default=128)
-    short_seq_prob: float = _flag("Share of the documents that are cut into shorter pairs. BERT: 0.1.", default=0.1)
-    random_next: float = _flag(
+    vocab_size: Annotated[int, Bounds(100)] | None = _flag(
+        "Size of the vocabulary to train without --vocab; 30522 if absent.", default=None
+    )
+    max_seq_length: Annotated[int, Bounds(8)] = _flag(
+        "Tokens of a pair with [CLS] and both [SEP]. BERT: 128, then 512.", default=128
+    )
+    short_seq_prob: Portion = _flag("Share of the documents that are cut into shorter pairs. BERT: 0.1.", default=0.1)
+    random_next: Portion = _flag(
         "Probability that B is taken from another document (always, if a chunk has one sentence). BERT: 0.5.",
         default=0.5,
     )
-    dupe_factor: int = _flag("Passes over the corpus, each with other pairs; masks are new each epoch.", default=1)
-    eval_documents: float = _flag(
+    dupe_factor: Count = _flag("Passes over the corpus, each with other pairs; masks are new each epoch.", default=1)
+    eval_documents: Annotated[float, Bounds(0, 0.5, closed_high=True)] = _flag(
         "Share of the documents for evaluation, evenly spread; 0 for none. Of HDF5 shards, whose documents are not "
         "known, the share of the rows: neighbours from one document may then be on both sides.",
         default=0.05,
     )
-    max_documents: int | None = _flag("Stop after this many documents; all if absent.", default=None)
-    min_document_characters: int = _flag("Leave out documents of fewer characters; they are counted.", default=100)
+    max_documents: Annotated[int, Bounds(2)] | None = _flag(
+        "Stop after this many documents; all if absent.", default=None
+    )
+    min_document_characters: Count = _flag("Leave out documents of fewer characters; they are counted.", default=100)
     keep_duplicates: bool = _flag("Keep documents whose text was there before; otherwise counted.", default=False)
     keep_headings: bool = _flag("Keep section headings; hf_soo/bert/data/cleaning.py has the rules.", default=False)
     text_column: str = _flag("Column or key of the text in .jsonl, .parquet and hub data.", default="text")
     split: str = _flag("Split of a hub data set.", default="train")
-    num_proc: int = _flag("Worker processes. The result is the same for any number.", default=1)
-    seed: int = _flag("All chance comes from it.", default=0)
+    num_proc: Count = _flag("Worker processes. The result is the same for any number.", default=1)
+    seed: Whole = _flag("All chance comes from it.", default=0)
     overwrite: bool = _flag("Replace a finished data set at --output.", default=False)
 
     def __post_init__(self) -> None:
@@ -80,18 +87,9 @@ class PrepareConfig:
         Raises:
             ValueError: a value is out of its range.
         """
-        self.pairs()
-        self.cleaning()
+        super().__post_init__()
         if self.vocab is not None and self.vocab_size is not None:
             raise ValueError(f"vocab is {self.vocab!r} and vocab_size is {self.vocab_size}; give one of them.")
-        if not 0.0 <= self.eval_documents <= 0.5:
-            raise ValueError(f"eval_documents is {self.eval_documents}; it must be a share between 0 and 0.5.")
-        if self.max_documents is not None and self.max_documents < 2:
-            raise ValueError(f"max_documents is {self.max_documents}; random next sentences need at least 2 documents.")
-        if self.num_proc < 1:
-            raise ValueError(f"num_proc is {self.num_proc}; it must be at least 1.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**63).")
 
     def pairs(self) -> PairConfig:
         """The part that the pairs depend on."""
