@@ -85,11 +85,12 @@ def readable(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{str(error.filename or path)!r} cannot be read ({error.strerror or error}).") from error
 
 
-def read_lines(file: Path) -> Iterator[str]:
+def read_lines(file: Path, longest: int | None = LONGEST_LINE) -> Iterator[str]:
     """The lines of a UTF-8 file without their ends; what is no text is named by file, line and offset.
 
     Args:
-        file: of lines of at most 32 MiB, so that memory holds any of them.
+        file: of text.
+        longest: most bytes of a line, so that memory holds any of them; None: any number.
 
     Yields:
         Lines.
@@ -99,9 +100,11 @@ def read_lines(file: Path) -> Iterator[str]:
     """
     offset = 0
     with readable(file), file.open("rb") as stream:
-        for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
-            if len(raw) > LONGEST_LINE:
-                raise ValueError(f"file {str(file)!r}, line {number} has more than 32 MiB; break it into lines.")
+        for number, raw in enumerate(iter(lambda: stream.readline(-1 if longest is None else longest + 1), b""), 1):
+            if longest is not None and len(raw) > longest:
+                raise ValueError(
+                    f"file {str(file)!r}, line {number} has more than {longest >> 20} MiB; break it into lines."
+                )
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:

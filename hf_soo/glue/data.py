@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Annotated, Any
 
 from hf_soo.engine.checks import Bounds, Checked, Count
 from hf_soo.glue.files import SUFFIXES, Examples, Row, collect, read_examples
-from hf_soo.glue.tasks import GlueTask
+from hf_soo.glue.tasks import DIAGNOSTIC, GlueTask
 from hf_soo.runs.arguments import option
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,12 @@ FILE_STEMS = {
     "test": ("test", "msr_paraphrase_test"),
     "test_matched": ("test_matched",),
     "test_mismatched": ("test_mismatched",),
+    # in MNLI's folder, or in one beside it
+    DIAGNOSTIC: ("diagnostic", "AX", "../diagnostic/diagnostic", "../AX/AX", "../AX/diagnostic", "../AX/test", "../AX"),
 }
-OPTIONAL = ("validation_mismatched",)  # a local copy may lack it; its metric is then missing, too
+OPTIONAL = {  # a local copy may lack them; what is missing then
+    "validation_mismatched": "not evaluated on", DIAGNOSTIC: "no AX.tsv for the server"
+}  # fmt: skip
 
 
 @dataclass
@@ -81,25 +86,27 @@ def load_part(task: GlueTask, part: str, data: GlueDataArguments) -> Examples | 
     Raises:
         ValueError: it is not there, or cannot be used as it is.
     """
-    labelled = not part.startswith("test")
+    labelled = part.startswith(("train", "validation"))
     if data.files:
         return _own_file(task, part, data, labelled=labelled)
+    if data.data_dir is None and part != DIAGNOSTIC:
+        return _hub(task, data.dataset_name, task.name, part, labelled=labelled)
     if data.data_dir is None:
-        return _hub(task, part, data.dataset_name, labelled=labelled)
+        return _hub_diagnostic(task, data.dataset_name)
     folder = _folder(task, Path(data.data_dir).expanduser())
     for stem in FILE_STEMS[part]:
         for suffix in SUFFIXES:
-            if (file := folder / f"{stem}{suffix}").is_file():
+            if (file := Path(normpath(folder / f"{stem}{suffix}"))).is_file():
                 return read_examples(file, task, labelled=labelled)
     if part in OPTIONAL:
-        logger.warning("%s has no %s.tsv: not evaluated on", folder, FILE_STEMS[part][0])
+        logger.warning("%s has no %s.tsv: %s", folder, FILE_STEMS[part][0], OPTIONAL[part])
         return None
     raise ValueError(f"{folder} has no {FILE_STEMS[part][0]}.tsv (nor .csv, .json, .jsonl); {task.title} needs it.")
 
 
 def _own_file(task: GlueTask, part: str, data: GlueDataArguments, *, labelled: bool) -> Examples | None:
     flag = f"{part.split('_')[0]}_file"
-    if part.endswith("_mismatched"):
+    if part.endswith("_mismatched") or part == DIAGNOSTIC:
         return None
     if flag not in data.files:
         raise ValueError(f"{flag} is missing: {', '.join(data.files)} given without it; give all files that are used.")
@@ -119,22 +126,33 @@ def _folder(task: GlueTask, root: Path) -> Path:
     raise ValueError(f"data_dir={str(root)!r} has no folder {task.title}; it has {found}.")
 
 
-def _hub(task: GlueTask, part: str, name: str, *, labelled: bool) -> Examples:
+def _hub(task: GlueTask, name: str, configuration: str, split: str, *, labelled: bool) -> Examples:
     import datasets
 
-    logger.info("reading %s, %s, %s, of the hub", name, task.name, part)
+    logger.info("reading %s, %s, %s, of the hub", name, configuration, split)
     try:
-        rows = datasets.load_dataset(name, task.name, split=part)
+        rows = datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"dataset_name={name!r} ({task.name}, {part}) cannot be loaded: {error}; give --data_dir for local files."
+            f"dataset_name={name!r} ({configuration}, {split}) cannot be loaded: {error}; give --data_dir for local "
+            "files."
         ) from error
+    place = f"{name}, {configuration}, {split}"
 
     def numbered() -> Iterator[Row]:
         for number, row in enumerate(_rows(rows)):
-            yield f"{name}, {task.name}, {part}, row {number}", row
+            yield f"{place}, row {number}", row
 
-    return collect(task, numbered(), name, f"{name}, {task.name}, {part}", labelled=labelled)
+    return collect(task, numbered(), name, place, labelled=labelled)
+
+
+def _hub_diagnostic(task: GlueTask, name: str) -> Examples | None:
+    """GLUE's diagnostic set; copies of GLUE of other names may lack it."""
+    try:
+        return _hub(task, name, "ax", "test", labelled=False)
+    except ValueError as error:
+        logger.warning("%s: %s", OPTIONAL[DIAGNOSTIC], error)
+        return None
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.files import is_broken, read_json_lines, read_lines
+from hf_soo.files import is_broken, parse_json, read_json_lines, read_lines
 from hf_soo.glue.tasks import SCORE_RANGE, GlueTask
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _label(task: GlueTask, value: Any, where: str) -> int | float:
     if task.regression:
         low, high = SCORE_RANGE
         try:
-            score = float(text)
+            score = math.nan if "_" in text else float(text)  # which Python reads over, as in 1_0
         except ValueError:
             score = math.nan
         if not low <= score <= high:
@@ -198,7 +198,7 @@ def _header(path: Path, task: GlueTask, first: list[str]) -> Sequence[str]:
 
 def _json(path: Path) -> Iterator[Row]:
     try:
-        content = json.loads("\n".join(read_lines(path)))
+        content = parse_json("\n".join(read_lines(path, longest=None)))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:  # one object a line, whatever the file's name says
             yield from _json_lines(path)

@@ -119,8 +119,7 @@ def write_predictions(folder: Path, task: GlueTask, part: int, predicted: Array)
     Returns:
         The file.
     """
-    ending = ("-m", "-mm")[part] if len(task.test_parts) > 1 else ""
-    file = folder / f"{task.title}{ending}.tsv"
+    file = folder / f"{task.server_files[part]}.tsv"
     if task.regression:
         cells = [f"{value:.3f}" for value in np.clip(predicted, *SCORE_RANGE)]
     else:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 ALL = "all"
 SCORE_RANGE = (0.0, 5.0)  # of STS-B
+DIAGNOSTIC = "diagnostic"  # GLUE's set of hand-made pairs, which has no score of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,13 @@ class GlueTask:
 
     @property
     def test_parts(self) -> tuple[str, ...]:
-        """The hub's names of the test parts."""
-        return self._parts("test")
+        """The hub's names of the test parts; MNLI's model predicts the diagnostic set too."""
+        return (*self._parts("test"), DIAGNOSTIC) if self.name == "mnli" else self._parts("test")
+
+    @property
+    def server_files(self) -> tuple[str, ...]:
+        """The server's names of the predictions of each test part."""
+        return (f"{self.title}-m", f"{self.title}-mm", "AX") if self.name == "mnli" else (self.title,)
 
     def _parts(self, name: str) -> tuple[str, ...]:
         return (f"{name}_matched", f"{name}_mismatched") if self.name == "mnli" else (name,)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_soo.files import is_broken
+from hf_soo.files import is_broken, parse_json
 
 Answer = tuple[int, str]  # where it starts in the context, in characters, and its text
 
@@ -120,7 +120,7 @@ def _collect(source: str, rows: Iterable[Any]) -> QuestionSet:
         if question.id in found:
             raise ValueError(f"{source}: the id {question.id!r} is there twice; every question needs its own.")
         found[question.id] = question
-        impossible |= bool(row.get("is_impossible"))
+        impossible |= row.get("is_impossible") is True
     if not found:
         raise ValueError(f"{source}: holds no questions; give a JSON file of SQuAD.")
     return QuestionSet(source, tuple(found.values()), impossible)
@@ -129,7 +129,7 @@ def _collect(source: str, rows: Iterable[Any]) -> QuestionSet:
 def _rows(source: str, text: str) -> Iterator[Any]:
     """The flat rows of either layout."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if "\n" not in text.strip() or not text.lstrip().startswith("{") or error.msg != "Extra data":
             raise ValueError(f"{source}: not JSON ({error}); give a JSON file of SQuAD.") from error
@@ -153,7 +153,7 @@ def _lines(source: str, text: str) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}, line {number}: not JSON ({error}); give one object a line.") from error
 
@@ -187,15 +187,19 @@ def _list(source: str, holder: Any, key: str, what: str) -> Sequence[Any]:
 def _question(source: str, place: int, row: Any, contexts: dict[str, str]) -> Question:
     """A checked row."""
     name = row.get("id") if isinstance(row, Mapping) else None
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or is_broken(name):
         raise ValueError(
-            f"{source}: question number {place + 1} has no text 'id' (got {name!r}); every question needs one."
+            f"{source}: question number {place + 1} has no text 'id' (got {name!r:.60}); every question needs one."
         )
     for key in ("question", "context"):
         if not isinstance(row.get(key), str) or not row[key].strip() or is_broken(row[key]):
             raise ValueError(
-                f"{source}: question {name!r}: {key!r} is {row.get(key)!r}; a text that is not empty is needed."
+                f"{source}: question {name!r}: {key!r} is {row.get(key)!r:.60}; a text that is not empty is needed."
             )
+    if not isinstance(impossible := row.get("is_impossible"), bool | None):
+        raise ValueError(
+            f"{source}: question {name!r}: 'is_impossible' is {impossible!r:.60}; true or false is needed, no text."
+        )
     context = contexts.setdefault(row["context"], row["context"])
     return Question(name, row["question"].strip(), context, _answers(source, name, row.get("answers")))
 
@@ -206,7 +210,7 @@ def _answers(source: str, name: str, answers: Any) -> tuple[Answer, ...] | None:
     texts, starts = (answers.get(key) if isinstance(answers, Mapping) else None for key in ("text", "answer_start"))
     if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
         pairs = tuple(zip(starts, texts, strict=True))
-        if all(isinstance(start, int) and isinstance(text, str) for start, text in pairs):
+        if all(type(start) is int and isinstance(text, str) and not is_broken(text) for start, text in pairs):
             return pairs
     raise ValueError(
         f"{source}: question {name!r}: every answer needs a text 'text' and a whole number 'answer_start'; got "

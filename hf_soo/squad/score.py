@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hf_soo.files import parse_json
 from hf_soo.squad.files import QuestionSet
 from hf_soo.squad.metrics import Score, score_v1, score_v2
 
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read(file: str, kind: type, layout: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(file).expanduser().read_text(encoding="utf-8-sig"))
+        content = parse_json(Path(file).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as JSON ({error}); one object, {layout}, is needed.") from error
     if not isinstance(content, dict):

@@ -161,28 +161,36 @@ def _open_parquet(file: Path, text_column: str) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        names = parquet.schema_arrow.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"file {str(file)!r} is not Parquet ({reason}); write it again.") from error
-    _require_column(text_column, parquet.schema_arrow.names, f"file {str(file)!r}")
+    _require_column(text_column, names, f"file {str(file)!r}")
     return parquet
 
 
 def _read_parquet(file: Path, text_column: str) -> Iterator[RawDocument]:
     """The rows of a Parquet file, a batch of them at a time."""
-    import pyarrow as pa
-
     parquet, number = _open_parquet(file, text_column), 0
     columns = [name for name in dict.fromkeys((text_column, "title", "url")) if name in parquet.schema_arrow.names]
+    batches = parquet.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns)
+    while rows := _next_rows(batches, f"file {str(file)!r} is not Parquet after row {number}"):
+        for row in rows:
+            number += 1
+            yield _document_of(row, text_column, f"file {str(file)!r}, row {number}")
+    if number != parquet.metadata.num_rows:
+        raise ValueError(f"file {str(file)!r} has {number} rows of {parquet.metadata.num_rows}; write it again.")
+
+
+def _next_rows(batches: Any, where: str) -> list[dict[str, Any]]:
+    """The rows of the next batch of a Parquet file; none at its end."""
+    import pyarrow as pa
+
     try:
-        for batch in parquet.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield _document_of(row, text_column, f"file {str(file)!r}, row {number}")
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"file {str(file)!r} is not Parquet after row {number} ({reason}); write it again.") from error
+        return next((batch.to_pylist() for batch in batches if batch.num_rows), [])
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} ({' '.join(str(error).split())}); write it again.") from error
 
 
 def read_hub(name: str, text_column: str, split: str) -> Iterator[RawDocument]:

@@ -72,6 +72,41 @@ def test_test_parts_have_no_labels(archive: Path) -> None:
     assert mismatched.labels == [0, 1, 2, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "place", ["MNLI/diagnostic.tsv", "MNLI/AX.tsv", "AX/AX.tsv", "AX/test.tsv", "AX.tsv", "diagnostic/diagnostic.tsv"]
+)
+def test_the_diagnostic_set_is_a_test_part_of_mnli(
+    tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "MNLI").mkdir()
+    given = GlueDataArguments(data_dir=str(tmp_path))
+    assert TASKS["mnli"].test_parts == ("test_matched", "test_mismatched", "diagnostic")
+    assert TASKS["rte"].test_parts == ("test",)
+    with caplog.at_level(logging.WARNING):
+        assert load_part(TASKS["mnli"], "diagnostic", given) is None
+    assert "has no diagnostic.tsv: no AX.tsv for the server" in caplog.text
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("index\tsentence1\tsentence2\n0\tA cat.\tNo cat.\n1\tA dog.\tA dog.\n")
+    assert load("mnli", "diagnostic", data_dir=str(tmp_path)).texts == (["A cat.", "A dog."], ["No cat.", "A dog."])
+    (tmp_path / "own.tsv").write_text("premise\thypothesis\na\tb\n")
+    assert load_part(TASKS["mnli"], "diagnostic", GlueDataArguments(test_file=str(tmp_path / "own.tsv"))) is None
+    asked: list[Any] = []
+
+    def of_the_hub(name: str, configuration: str, split: str) -> datasets.Dataset:
+        asked.append((name, configuration, split))
+        if name == "other/copy":
+            raise ValueError("no such configuration")
+        return datasets.Dataset.from_dict({"premise": ["a"], "hypothesis": ["b"], "label": [-1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    found = load("mnli", "diagnostic")
+    assert (found.texts, found.labels, asked) == ((["a"], ["b"]), None, [("nyu-mll/glue", "ax", "test")])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert load_part(TASKS["mnli"], "diagnostic", GlueDataArguments(dataset_name="other/copy")) is None
+    assert "no AX.tsv for the server: dataset_name='other/copy' (ax, test) cannot be loaded" in caplog.text
+
+
 def test_own_files_in_all_formats(tmp_path: Path) -> None:
     rows = [{"sentence1": 'a "b", c', "sentence2": "d", "label": 0}, {"sentence1": "e", "sentence2": "f", "label": 1}]
     (tmp_path / "x.csv").write_text('sentence1,sentence2,label\n"a ""b"", c",d,entailment\ne,f,not_entailment\n')
@@ -106,6 +141,11 @@ def test_head_is_the_first_examples(archive: Path) -> None:
         ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\tlow\n", "{file}, line 2: the score 'low' is no number"),
         ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\t5.2\n", "the score '5.2' is no number from 0 to 5"),
         ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", "the score 'nan' is no number from 0 to 5"),
+        ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\t0_3\n", "the score '0_3' is no number from 0 to 5"),
+        ("rte", "x.json", "[" * 200_000, "{file}, line 1: no JSON (too deep a nest)"),
+        ("rte", "x.json", '[{"a":\n' + "7" * 5000 + "}]", "{file}, line 2: no JSON (Exceeds the limit"),
+        ("rte", "x.jsonl", "\n" + "7" * 5000, "{file}, line 2: no JSON (Exceeds the limit"),
+        ("rte", "x.jsonl", '\n{"a": 1, "a": 2}', "{file}, line 2: no JSON (key 'a' stands twice in an object)"),
         ("mrpc", "x.tsv", "Quality\t#1 String\tother\n1\ta\tb\n", "{file}, line 2: no 'sentence2' among the columns "
                                                                  "Quality, #1 String, other; MRPC needs sentence1"),
         ("sst2", "x.tsv", "sentence\tlabel\n", "{file} holds no examples; SST-2 needs at least one."),

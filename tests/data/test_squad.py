@@ -66,6 +66,28 @@ def test_all_layouts_give_the_same_questions(tmp_path: Path) -> None:
         (nested(paragraph(CONTEXT, {**GOOD, "question": "  "})), "question '1': 'question' is '  '"),
         (nested(paragraph(CONTEXT, {**GOOD, "question": "\ud800"})), "question '1': 'question' is '\\ud800'"),
         (nested(paragraph(CONTEXT, {**GOOD, "id": 7})), "question number 1 has no text 'id' (got 7)"),
+        (nested(paragraph(CONTEXT, {**GOOD, "id": "a\ud800"})), "question number 1 has no text 'id' (got 'a\\ud800')"),
+        *(
+            (
+                nested(paragraph(CONTEXT, {**GOOD, "is_impossible": value})),
+                f"'is_impossible' is {value!r}; true or false",
+            )
+            for value in ("false", "true", 0, 1, 0.0, [], {})
+        ),
+        *(
+            (
+                nested(paragraph(CONTEXT, {**GOOD, "answers": [{"text": "red", "answer_start": value}]})),
+                "a whole number",
+            )
+            for value in (True, False, 1.0, "1", None, [0])
+        ),
+        *(
+            (
+                nested(paragraph(CONTEXT, {**GOOD, "answers": [{"text": value, "answer_start": 0}]})),
+                "needs a text 'text'",
+            )
+            for value in ("a\udfff", None, 7, True)
+        ),
         (nested(paragraph(CONTEXT, GOOD, GOOD)), "the id '1' is there twice"),
         (nested(paragraph(CONTEXT, {**GOOD, "answers": {}})), "question '1' has no list 'answers'"),
         (nested(paragraph(CONTEXT, {**GOOD, "answers": ["red"]})), "question '1': 'answers' holds something else"),

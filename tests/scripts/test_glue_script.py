@@ -176,11 +176,11 @@ def test_predictions_are_the_servers(
 
 
 def test_mnli_has_two_files_and_scores_are_clipped(script: ModuleType, flags: list[str], tmp_path: Path) -> None:
-    """--do_train --do_eval --do_predict in one: MNLI's two test parts, and STS-B between 0 and 5."""
+    """--do_train --do_eval --do_predict in one: MNLI's three test parts, and STS-B between 0 and 5."""
     one = ["--do_train", "--do_eval", "--do_predict", "--max_predict_samples", "4"]
     assert script.main([*flags, *one, "--task_name", "mnli,stsb", "--learning_rate", "0.3"]) == 0
     out = tmp_path / "out"
-    for name in ("MNLI-m", "MNLI-mm"):
+    for name in ("MNLI-m", "MNLI-mm", "AX"):
         rows = (out / f"mnli/seed3/predictions/{name}.tsv").read_text().splitlines()
         assert len(rows) == 5 and {row.split("\t")[1] for row in rows[1:]} <= set(TASKS["mnli"].labels)
     values = [row.split("\t")[1] for row in (out / "stsb/seed3/predictions/STS-B.tsv").read_text().splitlines()[1:]]

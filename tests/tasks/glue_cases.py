@@ -57,7 +57,7 @@ def write_archive(root: Path, train: int = 48, dev: int = 20) -> Path:
 
 
 def write_tests(root: Path, count: int = 5) -> None:
-    """Test parts without labels of MRPC, RTE and STS-B, and MNLI's three missing parts."""
+    """Test parts without labels of MRPC, RTE and STS-B, MNLI's three missing parts, and the diagnostic set."""
     draw = random.Random("test")
     pairs = [(sentence(index % 2, draw), sentence(index % 2, draw)) for index in range(count)]
     header = "index\t#1 ID\t#2 ID\t#1 String\t#2 String"
@@ -68,6 +68,8 @@ def write_tests(root: Path, count: int = 5) -> None:
     for part in ("test_matched", "test_mismatched", "dev_mismatched"):
         entries = [{"premise": a, "hypothesis": b, "label": i % 3} for i, (a, b) in enumerate(pairs)]
         _write(root / f"subset/MNLI/{part}.jsonl", [json.dumps(entry) for entry in entries])
+    rows = (f"{i}\t{a}\t{b}" for i, (a, b) in enumerate(pairs))
+    _write(root / "subset/diagnostic/diagnostic.tsv", ["index\tsentence1\tsentence2", *rows])
 
 
 def _write(file: Path, lines: list[str]) -> None:

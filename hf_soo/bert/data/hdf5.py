@@ -15,6 +15,7 @@ counted from 0. Which documents the rows come from is not known: the evaluation 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,16 +98,20 @@ def row_blocks(files: list[Path]) -> Iterator[_RowBlock]:
 
 def _layout(file: Path) -> tuple[tuple[str, ...], int]:
     """The data sets to read of a file, and its number of rows."""
-    with _opened(str(file)) as shard:
-        names = UNMASKED if "special_token_positions" in shard else NVIDIA
-        if missing := [name for name in names if name not in shard]:
-            raise ValueError(
-                f"file {str(file)!r} has no data set {', '.join(map(repr, missing))}; it has "
-                f"{', '.join(sorted(shard)) or 'none'}, and needs {', '.join(names)}."
-            )
-        with _damage_named(f"file {str(file)!r}"):
-            shapes = {name: tuple(shard[name].shape) for name in names}
-            kinds = {name: shard[name].dtype for name in names}
+    with _opened(str(file)) as shard, _damage_named(f"file {str(file)!r}"):
+        there = sorted(shard)
+        names = UNMASKED if "special_token_positions" in there else NVIDIA
+        found = {name: shard[name] for name in names if name in there}
+        shapes = {name: tuple(each.shape) for name, each in found.items()}
+        kinds = {name: each.dtype for name, each in found.items()}
+        absent = [name for name, each in found.items() if each.chunks and not _has_all_chunks(each)]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"file {str(file)!r} has no data set {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(there) or 'none'}, and needs {', '.join(names)}."
+        )
+    if absent:  # HDF5 reads zeros there, or crashes
+        raise ValueError(f"file {str(file)!r}: {absent[0]!r} lacks some of its chunks; copy it again.")
     for name, kind in kinds.items():
         if kind.kind not in "iu":
             raise ValueError(f"file {str(file)!r}: {name!r} is of type {kind}, expected whole numbers; write it again.")
@@ -124,12 +129,19 @@ def _layout(file: Path) -> tuple[tuple[str, ...], int]:
     return names, rows
 
 
+def _has_all_chunks(data_set: Any) -> bool:
+    """Whether each chunk that a data set needs is in the file."""
+    needed = math.prod(-(-size // chunk) for size, chunk in zip(data_set.shape, data_set.chunks, strict=True))
+    # Without storage first: HDF5 crashes where it counts the chunks of an index that has lost its entries.
+    return needed == 0 or bool(data_set.id.get_storage_size() > 0 and data_set.id.get_num_chunks() == needed)
+
+
 @contextmanager
 def _damage_named(where: str) -> Iterator[None]:
     """Name the file in HDF5's errors: a chunk that does not decompress, or lies behind the end of the file."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError) as error:
+    except Exception as error:  # h5py raises whatever damage leads it to
         raise ValueError(f"{where} cannot be read ({' '.join(str(error).split())}); copy it again.") from error
 
 
@@ -143,7 +155,7 @@ def _opened(file: str) -> Any:
         ) from error
     try:
         return h5py.File(file, "r")
-    except OSError as error:
+    except Exception as error:  # as below
         reason = " ".join(str(error).split())
         raise ValueError(f"file {file!r} is no whole HDF5 file ({reason}); copy it again.") from error
 
