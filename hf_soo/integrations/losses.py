@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+LOSS_FILE = "loss.pt"
+
+logger = logging.getLogger(__name__)
 
 
 def _losses(trainer: object) -> Iterator[tuple[str, nn.Module]]:
@@ -32,3 +37,45 @@ def loss_parameters(trainer: object, model: nn.Module) -> dict[str, tuple[nn.Mod
         for name, parameter in module.named_parameters(recurse=False)
         if id(parameter) not in models
     }
+
+
+def loss_state(trainer: object, model: nn.Module) -> dict[str, Tensor]:
+    """Name -> each tensor of a loss that a checkpoint must hold beside the model's: what is trained, and buffers.
+
+    Args:
+        trainer: who keeps it.
+        model: what it trains.
+    """
+    models = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    return {
+        name: tensor.detach()
+        for prefix, loss in _losses(trainer)
+        for name, tensor in loss.state_dict(prefix=f"{prefix}.", keep_vars=True).items()
+        if id(tensor) not in models and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+    }
+
+
+def load_loss_state(trainer: object, model: nn.Module, saved: Mapping[str, Tensor] | None, checkpoint: str) -> None:
+    """Go on with a loss as a checkpoint left it.
+
+    Args:
+        trainer: as ``loss_state``'s.
+        model: as ``loss_state``'s.
+        saved: what ``loss_state`` gave; None: the checkpoint has none.
+        checkpoint: its folder, for the messages.
+
+    Raises:
+        ValueError: it is the state of another loss.
+    """
+    state = loss_state(trainer, model)
+    if saved is None and state:
+        logger.warning(
+            "%s has no %s: the loss's own tensors (%s, ...) start anew", checkpoint, LOSS_FILE, next(iter(state))
+        )
+        return
+    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (saved or {}, state))
+    if shapes != wanted:
+        other = sorted({*shapes.items()} ^ {*wanted.items()})
+        raise ValueError(f"{checkpoint}: {LOSS_FILE} is of another loss: {other[:3]}; resume with the loss it was of.")
+    for name, tensor in state.items():
+        tensor.copy_((saved or {})[name])

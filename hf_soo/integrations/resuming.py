@@ -25,6 +25,7 @@ from hf_soo.integrations.checkpoints import (
     why_not_whole,
     write_manifest,
 )
+from hf_soo.integrations.losses import LOSS_FILE, load_loss_state, loss_state
 from hf_soo.integrations.reshard import load_base, load_weights, strategy_of
 from hf_soo.registry import METHODS
 
@@ -104,6 +105,9 @@ class ResumingMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        loss = loss_state(self, self._bare())  # sentence-transformers' checkpoints hold the model alone
+        if loss and self.args.should_save:
+            save_whole(output_dir, LOSS_FILE, loss)
         ours = self.second_order
         if ours is None or ours.carries_state:
             return
@@ -173,6 +177,8 @@ class ResumingMixin(_Base):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_loss_state(self, self._bare(), load_whole(checkpoint, LOSS_FILE), checkpoint)
         ours = self.second_order
         if ours is None and checkpoint is not None:
             self._refuse_ours(checkpoint)
