@@ -1,9 +1,10 @@
 """What flows into and out of a layer, reduced at once and committed by the backward pass.
 
 A forward hook hands the layer's input to a ``Recorder``, which passes the output through an autograd node whose
-backward adds to the layer's buffers. So there is exactly one commit for each micro-batch under gradient checkpointing
-of both kinds, under torch.compile (the state is tensors changed in place: no graph break) and under autocast, and none
-in evaluation.
+backward adds to the layer's buffers, if this backward pass accumulates the weight's gradient. So there is exactly one
+commit for each micro-batch under gradient checkpointing of both kinds, under torch.compile (the state is tensors
+changed in place: no graph break) and under autocast, and none in evaluation, or where somebody differentiates by
+inputs alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.gradients import Groups, Joint
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
+from hf_soo.engine.passes.backward import Target, is_transformed, number_of
 from hf_soo.engine.placement import Placement
 from hf_soo.engine.strategy import Strategy
 
@@ -98,8 +101,10 @@ class Recorder(Protocol):
     def allocate(self, layer: Layer) -> Buffers:
         """Zero buffers for a layer."""
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
-        """The output, with a node behind it that adds to the buffers in the backward pass.
+    def commit(
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+    ) -> Tensor:
+        """The output, with a node behind it that adds to the buffers where the backward pass ``accumulates``.
 
         ``token_mask`` is true for the rows of x that are no padding, x's shape without its last dimension; None: all.
         """
@@ -123,7 +128,9 @@ class GradientRecorder:
         """Nothing."""
         return []
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
+    def commit(
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+    ) -> Tensor:
         """Not called: there are no hooks."""
         return output
 
@@ -167,7 +174,8 @@ class Capture:
             layer.name: [] if recorder.transient else recorder.allocate(layer) for layer in self.layers
         }
         self._handles = [
-            layer.module.register_forward_hook(_CommitHook(self, layer), with_kwargs=True) for layer in self.layers
+            layer.module.register_forward_hook(_CommitHook(self, layer).commit, prepend=True, with_kwargs=True)
+            for layer in self.layers
         ]
 
     def collect(self, collecting: bool) -> None:
@@ -184,13 +192,14 @@ class Capture:
             if buffers and buffers[0].device != layer.weight.device:
                 self.buffers[layer.name] = self.recorder.allocate(layer)
 
-    def commit_in_backward(self, layer: RowLayer, x: Tensor, output: Tensor) -> Tensor:
+    def commit_in_backward(self, layer: RowLayer, x: Tensor, output: Tensor, target: Target) -> Tensor:
         """The output, with a node behind it that commits what the recorder keeps.
 
         Args:
             layer: the layer that ran.
             x: its input.
             output: its output.
+            target: its weight's.
 
         Raises:
             RuntimeError: the layer has another precision than its statistics.
@@ -204,7 +213,8 @@ class Capture:
             )
         if self.sampled is not None:
             self._keep_sampled(layer, output)
-        return self.recorder.commit(layer, x, output, self.buffers[layer.name], self._token_mask(layer, x))
+        mask = self._token_mask(layer, x)
+        return self.recorder.commit(layer, x, output, self.buffers[layer.name], mask, target)
 
     def _token_mask(self, layer: RowLayer, x: Tensor) -> Tensor | None:
         """The mask where its rows are those of the layer's input: not of an image, or of positions that were chosen."""
@@ -259,18 +269,31 @@ class _CommitHook:
 
     def __init__(self, capture: Capture | None = None, layer: RowLayer | None = None) -> None:
         self.capture, self.layer = capture, layer
+        self.number = None if layer is None else number_of(layer)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    def commit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Let the output's backward pass commit, if this forward pass is one that trains the layer's own weight."""
         capture, layer = self.capture, self.layer
         if capture is None or layer is None or not (capture.collecting and module.training):
             return None
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if not isinstance(output, Tensor) or not output.requires_grad or is_transformed():
             return None
+        if not isinstance(weight := layer.weight, nn.Parameter) or not weight.requires_grad:  # frozen, functional_call
+            return None
+        target = self.number if torch.compiler.is_compiling() else get_gradient_edge(weight).node
+        assert target is not None
         x = (*args, *kwargs.values())[0].detach()  # layer(x) or layer(input=x): there is one input
-        return capture.commit_in_backward(layer, x, output)
+        return capture.commit_in_backward(layer, x, output, target)
 
     def __reduce__(self) -> tuple[type[_CommitHook], tuple[()]]:
         return _CommitHook, ()
+
+
+def _scripted(self: Any, input: tuple[Tensor], output: Tensor) -> None:
+    """What torch.jit.script takes the hook for."""
+
+
+_CommitHook.commit.__wrapped__ = _scripted  # type: ignore[attr-defined]
 
 
 class LossWatch:

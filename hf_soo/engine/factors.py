@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Buffers, FisherPass, Statistics, Window
 from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
+from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.strategy import Strategy
 from hf_soo.engine.sums import NOISE_LEVEL
 
@@ -70,10 +71,12 @@ class FactorRecorder:
 
         return [zeros(2), zeros(m, m), zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
+    def commit(
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+    ) -> Tensor:
         """See ``Recorder``; padding is told by its output gradient here (``row_filter``)."""
         x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
-        return cast(Tensor, _CommitFactors.apply(output, x, layer, self, *buffers))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _CommitFactors.apply(output, x, target, layer, self, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -124,24 +127,30 @@ class _CommitFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, layer: RowLayer, recorder: FactorRecorder, *buffers: Tensor
+        ctx: Any, output: Tensor, x: Tensor, target: Target, layer: RowLayer, recorder: FactorRecorder, *buffers: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x)  # not its rows: a convolution's patches are some times the image
-        ctx.layer, ctx.recorder, ctx.buffers = layer, recorder, buffers
+        ctx.target, ctx.layer, ctx.recorder, ctx.buffers = target, layer, recorder, buffers
         return output.detach()  # see _CommitSums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        x = ctx.layer.input_rows(ctx.saved_tensors[0])
-        counts, A, B, noise = ctx.buffers
+        done = (grad, *[None] * (4 + len(ctx.buffers)))
         recorder: FactorRecorder = ctx.recorder
         which = "both" if recorder.fisher_pass is None else recorder.fisher_pass.which
-        g = grad.detach().movedim(ctx.layer.channel_dim, -1)
+        keep = which == "outputs" or accumulates(ctx.target, grad)  # a sampled loss's pass stops at the outputs
+        if keep is False:
+            return done
+        saved, g = gate(keep, *ctx.saved_tensors, grad.detach())
+        x = ctx.layer.input_rows(saved)
+        counts, A, B, noise = ctx.buffers
+        g = g.movedim(ctx.layer.channel_dim, -1)
         g = g.reshape(*x.shape[:2], g.shape[-1])  # not -1: there may be no rows
         live = (g != 0).any(-1)
         if which != "outputs":
-            _commit_inputs(x, live, recorder, counts, A)
+            counted = live if recorder.row_filter == "grad" else gate(keep, torch.ones_like(live))[0]
+            _commit_inputs(x, live, counted, recorder, counts, A)
         if which != "inputs" and B.numel():
             level = NOISE_LEVEL[g.dtype] ** 2
             g = g.to(B.dtype)
@@ -149,12 +158,14 @@ class _CommitFactors(torch.autograd.Function):
             B.addmm_(rows.mT, rows)
             if recorder.reduce:
                 noise.add_(torch.stack([rows.square().sum(), level * g.square().sum()]))
-        return grad, None, None, None, None, None, None, None
+        return done
 
 
-def _commit_inputs(x: Tensor, live: Tensor, recorder: FactorRecorder, counts: Tensor, A: Tensor) -> None:
-    """Add the rows of x [N, S, d_in] that count to A, the bias's column of ones included."""
-    keep = (live if recorder.row_filter == "grad" else torch.ones_like(live)).to(A.dtype)
+def _commit_inputs(
+    x: Tensor, live: Tensor, counted: Tensor, recorder: FactorRecorder, counts: Tensor, A: Tensor
+) -> None:
+    """Add the rows of x [N, S, d_in] that are ``counted`` to A, the bias's column of ones included."""
+    keep = counted.to(A.dtype)
     if recorder.reduce:
         positions = keep.sum(1)
         weight = (positions > 0).to(A.dtype)

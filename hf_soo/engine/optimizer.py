@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hf_soo.engine import diagnostics, fisher
@@ -79,6 +80,7 @@ class PreconditionedOptimizer(OverBase):
         """The layers that the method moves."""
         return self.stages.layers
 
+    @_disable_dynamo  # torch.compile(optimizer.step) runs it as it stands
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the factors if it is their turn, precondition the gradients, and let the base step.

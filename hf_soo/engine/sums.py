@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Buffers, Statistics, Window
 from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
+from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.strategy import Strategy
 
 NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
@@ -79,7 +80,9 @@ class SumRecorder:
             zeros(2 if self.noise else 0),
         ]
 
-    def commit(self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None) -> Tensor:
+    def commit(
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+    ) -> Tensor:
         """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
         if token_mask is None:
             inputs, count = layer.input_sums(x, self.groups)
@@ -87,7 +90,7 @@ class SumRecorder:
         else:
             inputs, _ = layer.input_sums(x * token_mask[..., None].to(x.dtype), self.groups)
             samples = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
-        return cast(Tensor, _CommitSums.apply(output, inputs, samples, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _CommitSums.apply(output, inputs, samples, target, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -132,26 +135,28 @@ class _CommitSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, inputs: Tensor, samples: Tensor, channel_dim: int, *buffers: Tensor
+        ctx: Any, output: Tensor, inputs: Tensor, samples: Tensor, target: Target, channel_dim: int, *buffers: Tensor
     ) -> Tensor:
         ctx.save_for_backward(inputs, samples)
-        ctx.channel_dim = channel_dim
-        ctx.buffers = buffers
+        ctx.target, ctx.channel_dim, ctx.buffers = target, channel_dim, buffers
         # detach, not view_as: an output that is a view of a custom function could not be modified in place (relu_).
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        inputs, samples = ctx.saved_tensors
+        done = (grad, *[None] * (4 + len(ctx.buffers)))
+        if (keep := accumulates(ctx.target, grad)) is False:
+            return done
+        # detached: under create_graph the buffers would join the graph of the second backward pass
+        inputs, samples, g = gate(keep, *ctx.saved_tensors, grad.detach())
         sample_buffer, input_buffer, output_buffer, noise_buffer = ctx.buffers
         sample_buffer.add_(samples)
         if input_buffer.numel():
             input_buffer.add_(inputs)
         if output_buffer.numel() or noise_buffer.numel():
-            # detached: under create_graph the buffers would join the graph of the second backward pass
-            _commit_outputs(grad.detach().movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
-        return grad, None, None, None, None, None, None, None
+            _commit_outputs(g.movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
+        return done
 
 
 def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
