@@ -97,7 +97,7 @@ class PreconditionedOptimizer(OverBase):
                 loss = closure()
             if loss is not None:
                 self.report_loss(loss)
-        if self.external_step:
+        if self.external_step or self._makes_state():
             self._step_base()
         else:
             self.step_around(self.base.step if self.halves is None else self._step_base)

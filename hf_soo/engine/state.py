@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_soo.engine.comm import Communicator, checksums, text_of
-from hf_soo.engine.dtensors import full_shape
+from hf_soo.engine.dtensors import full_shape, whole
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import LayerState, Preconditioner
 from hf_soo.engine.routing import UNNAMED, ParameterIndex
@@ -126,9 +126,7 @@ class Identity:
         if saved is None:
             raise ValueError(
                 f"this checkpoint has no state of {self.name!r}: another optimizer wrote it, or a tool that keeps the "
-                "base's state alone (torch.distributed.checkpoint, accelerate's save_state under FSDP2; see "
-                "docs/quickstart.md, 'FSDP2'); resume with that optimizer, or start a new run from the model's weights "
-                "alone."
+                "base's state alone; resume with that optimizer, or start a new run from the model's weights alone."
             )
         for what, key, mine in (("optimizer", "optimizer", self.name), ("base optimizer", "base", self.base)):
             if saved[key] != mine:
@@ -219,6 +217,13 @@ class OverBase(Optimizer):
             self.base.param_groups = self.param_groups
         return self.base
 
+    def _makes_state(self) -> bool:
+        """Whether a step can move nothing: torch's distributed checkpoint takes one to have the state that it fills."""
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(bool(whole(norm)) for norm in norms)
+
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """While it lasts ``step`` is the base's alone: some loaders take one to make the state that they fill."""
@@ -229,17 +234,30 @@ class OverBase(Optimizer):
             self.external_step = before
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state, and the factors under "second_order" unless somebody else saves them."""
+        """The base's state, and the factors under "second_order" unless somebody else saves them.
+
+        The first group has them too, the same tensors: torch's distributed checkpoint takes states and groups alone.
+        """
         saved = dict(self._linked_base().state_dict()) | {"parameters": [*map(list, self.parameter_index.parameters)]}
-        return saved | {"second_order": self.second_order_state()} if self.carries_state else saved
+        if not self.carries_state:
+            return saved
+        saved["second_order"] = self.second_order_state()
+        if not self.external_step:  # DeepSpeed's checkpoints take all of it
+            first, *others = saved["param_groups"]
+            saved["param_groups"] = [first | {"second_order": saved["second_order"]}, *others]
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` of the same optimizer over the same model, which is left as it is.
 
         Raises ``ValueError``, before anything changes, if it is another optimizer's or the layers differ.
         """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        beside = [factors for group in groups if (factors := group.pop("second_order", None)) is not None]
         rest = {key: value for key, value in state_dict.items() if key not in ("second_order", "parameters")}
-        saved = self.check_second_order_state(state_dict.get("second_order")) if self.carries_state else None
+        rest["param_groups"] = groups
+        factors = state_dict.get("second_order", beside[0] if beside else None)
+        saved = self.check_second_order_state(factors) if self.carries_state else None
         self._regroup(state_dict.get("parameters"), rest["param_groups"])
         self._linked_base().load_state_dict(rest)
         self._share_with_base()

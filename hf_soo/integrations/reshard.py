@@ -19,6 +19,8 @@ from hf_soo.integrations.checkpoints import BASE_FILE, load_whole
 
 WHOLE = "whole"
 """One process, or DistributedDataParallel on any number of ranks."""
+SHARDS = "pytorch_model_fsdp_0"
+"""Where accelerate puts the weights of FSDP2's SHARDED_STATE_DICT."""
 
 
 def strategy_of(trainer: Any) -> str:
@@ -26,7 +28,10 @@ def strategy_of(trainer: Any) -> str:
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         return f"zero{stage} x {trainer.args.world_size}"  # DeepSpeed reads its files on as many ranks alone
-    return "fsdp2" if trainer.is_fsdp_enabled else WHOLE
+    if not trainer.is_fsdp_enabled:
+        return WHOLE
+    in_shards = "SHARDED_STATE_DICT" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    return "fsdp2 in shards" if in_shards else "fsdp2"
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: str) -> None:
@@ -46,13 +51,14 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: s
             f"{folder} was written under {written_by!r} and holds a PEFT adapter; adapters can be resumed under the "
             "strategy they were written under alone."
         )
-    if not files:
+    if not files and not (Path(folder) / SHARDS).is_dir():
         raise ValueError(
             f"{folder} was written under {written_by!r} and has no whole weights (model.safetensors) to go on with "
             "under another strategy; resume as it was written, or let it write them: stage3_gather_16bit_weights_on_"
-            "model_save: true (ZeRO-3), fsdp_state_dict_type: FULL_STATE_DICT (FSDP2)."
+            "model_save: true (ZeRO-3)."
         )
     saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    saved = saved or _put_together(Path(folder) / SHARDS)
     names: dict[int, list[str]] = defaultdict(list)
     targets: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -64,6 +70,21 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: s
             raise ValueError(f"{folder} has no weight {names[key][0]!r}, which this model has; use the same model.")
         with torch.no_grad():
             _assign(found, target, saved[found])
+
+
+def _put_together(shards: Path) -> dict[str, Tensor]:
+    """The whole weights of shards that any number of ranks wrote; each rank reads for itself."""
+    # the imports cost most of a second, and are needed here alone
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(shards)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    whole = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in tensors.items()}
+    load(whole, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("model."): tensor for key, tensor in whole.items()}
 
 
 def _assign(name: str, target: Any, value: Tensor) -> None:

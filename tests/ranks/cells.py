@@ -29,7 +29,7 @@ TOLERANCE = 1e-6  # fp32: weights of order 0.1 to 1, moved by about 6 x lr = 6e-
 class Strategy:
     """How a run is spread: ``kind`` is "single", "ddp", "fsdp2" or "zero"; ``stage`` is ZeRO's.
 
-    ``extra`` is more of DeepSpeed's config.
+    ``extra`` is more of DeepSpeed's config, or of FSDP2's.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Strategy:
         """TrainingArguments' fields that choose it."""
         if self.kind == "fsdp2":
             wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
-            return {"fsdp": True, "fsdp_config": {"version": 2, **wrap}}
+            return {"fsdp": True, "fsdp_config": {"version": 2, **wrap, **self.extra}}
         if self.kind == "zero":
             config: dict[str, Any] = {
                 "train_micro_batch_size_per_gpu": "auto",

@@ -30,6 +30,7 @@ from tests.ranks.distributed import run_ranks
 from tests.ranks.equality import distance
 
 BY_NAME = {strategy.name: strategy for strategy in (SINGLE, *STRATEGIES)} | {
+    "FSDP2 x 2, shards": Strategy("FSDP2 x 2, shards", "fsdp2", 2, None, {"state_dict_type": "SHARDED_STATE_DICT"}),
     "ZeRO-2 x 4": Strategy("ZeRO-2 x 4", "zero", 4, 2),
     "ZeRO-3 x 2, whole weights": Strategy(
         "ZeRO-3 x 2, whole weights", "zero", 2, 3,
@@ -50,7 +51,7 @@ class Leg:
     source: str | None = None
 
 
-FIRST = ["ZeRO-2 x 2", "FSDP2 x 2", "ZeRO-3 x 2, whole weights", "DDP x 2"]
+FIRST = ["ZeRO-2 x 2", "FSDP2 x 2", "FSDP2 x 2, shards", "ZeRO-3 x 2, whole weights", "DDP x 2"]
 SECOND = [
     Leg("single", "ZeRO-2 x 2"),
     Leg("single", "FSDP2 x 2"),
@@ -58,6 +59,10 @@ SECOND = [
     Leg("ZeRO-1 x 2", "DDP x 2"),
     Leg("ZeRO-3 x 2", "DDP x 2"),
     Leg("FSDP2 x 2", "DDP x 2"),
+    Leg("FSDP2 x 2", "FSDP2 x 2, shards"),
+    Leg("FSDP2 x 2, shards", "DDP x 2"),
+    Leg("ZeRO-2 x 2", "FSDP2 x 2, shards"),
+    Leg("DDP x 4", "FSDP2 x 2, shards"),
     Leg("DDP x 4", "ZeRO-2 x 2"),
     Leg("ZeRO-2 x 4", "ZeRO-2 x 2"),
 ]
