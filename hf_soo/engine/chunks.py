@@ -7,6 +7,7 @@ it fits the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.dtensors import local
+from hf_soo.engine.gradients import norms
 from hf_soo.engine.strategy import Partition
 
 # Elements per thread. One LAMB step over 59M parameters, relative to AdamW(foreach): 2¹⁴ 1.0, 2¹⁶ .63, 2¹⁷ .53,
@@ -127,7 +129,11 @@ def piece_norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """Norms of gradients, piece by piece: one fp32 reduction over 31M elements comes out 1.6e-3 too small on a CPU."""
     size = piece_size(grads[0])
     pieces = [piece for grad in grads for piece in torch.split(_flat(grad), size)]
-    return list(torch._foreach_norm(pieces, 2, dtype=wide_dtype(grads[0])))
+    dtype, device = wide_dtype(grads[0]), grads[0].device
+    found = torch._foreach_norm(pieces, 2, dtype=torch.float64 if device.type == "cuda" else dtype)
+    if device.type == "cpu" and not all(norm < math.inf for norm in torch.stack(list(found)).tolist()):
+        return [norms(piece.to(dtype)[None])[0] for piece in pieces]  # the square of a finite one may not be finite
+    return [norm.to(dtype) for norm in found]
 
 
 def whole_norms(pieces: Iterable[tuple[list[Slot], Tensor]], partition: Partition, like: Tensor) -> Tensor:
@@ -143,8 +149,8 @@ def whole_norms(pieces: Iterable[tuple[list[Slot], Tensor]], partition: Partitio
     """
     nothing = torch.zeros(2, dtype=wide_dtype(like), device=like.device)
     held: dict[int, Tensor] = {}  # no index tensor: it would have to be copied to the device
-    for slots, norms in pieces:
-        for slot, norm in zip(slots, norms.to(nothing).unbind(1), strict=True):
+    for slots, found in pieces:
+        for slot, norm in zip(slots, found.to(nothing).unbind(1), strict=True):
             held[slot.tensor] = torch.hypot(held[slot.tensor], norm) if slot.tensor in held else norm
     squares = torch.stack([held.get(number, nothing) for number in range(partition.tensors)], dim=1).square_()
     partition.sum_norms_(squares)

@@ -4,6 +4,9 @@ A computation on the rows of a gradient that lie on this rank is a generator (``
 which it has summed its own rows, finds them summed over all rows when it goes on, and returns its result. So one piece
 of mathematics serves whole gradients, where nothing is left to be summed, and some rows; and the computations of all
 layers advance together, so that their sums are one message.
+
+A norm of 10²⁰ is a number in float32, and its square is none. So squares are counted in a *unit* for each layer, a
+power of two, which is 1 for all usual gradients: nothing that is finite becomes infinite or zero on the way to its P.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ RowSums = Generator[list[Tensor], None, T]
 Groups = list[list[Layer]]
 """Layers that are worked on together, each list of one shape."""
 
+USUAL = 48
+"""Norms from 2⁻⁴⁸ to 2⁴⁸ have squares with room on both sides in float32: their unit is 1."""
+
 
 @dataclass(slots=True)
 class Joint:
@@ -40,11 +46,15 @@ class Joint:
         weight: [L, n, m], or [L, *shape] of single parameters; fewer rows (dimension 1) where a rank holds some.
         bias: [L, n], or None where the layers train none.
         rows: which rows of the layers these are.
+        unit: of squared norms, [L]; None: 1.
+        size: |Ĝ|² of these rows as it was measured, in that unit squared, [L].
     """
 
     weight: Tensor
     bias: Tensor | None
     rows: slice = field(default_factory=lambda: ALL_ROWS)  # slices cannot be hashed before Python 3.12
+    unit: Tensor | None = None
+    size: Tensor | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: slice = ALL_ROWS) -> Joint:
@@ -75,9 +85,33 @@ class Joint:
         """Ĝ as one tensor, [L, n, m (+ 1)]: a copy where there is a bias."""
         return self.weight if self.bias is None else torch.cat([self.weight, self.bias[..., None]], dim=-1)
 
+    def measure_(self) -> RowSums[None]:
+        """Take |Ĝ|², and choose the unit that it is counted in from now on.
+
+        Yields:
+            |Ĝ| of these rows: their sum over ranks is as good for a unit, and cannot overflow.
+        """
+        sizes = [norms(tensor) for tensor in self.tensors()]
+        size = sum(sizes, torch.zeros_like(sizes[0]))
+        yield [size]
+        self.unit = None if _is_usual(size) else unit_of(size)
+        self.size = _sum_of_squares(sizes, self.unit)
+
+    def measured(self) -> Tensor:
+        """|Ĝ|² as ``measure_`` found it, or as it is; in units squared, [L]."""
+        return self.squared_norm() if self.size is None else self.size
+
     def squared_norm(self) -> Tensor:
-        """|Ĝ|² of each layer, [L]."""
-        return squared_norm(self.weight) if self.bias is None else squared_norm(self.weight, self.bias)
+        """|Ĝ|² of each layer as it is now, in units squared, [L]."""
+        return squared_norm(*self.tensors(), unit=self.unit)
+
+    def in_unit(self, tensor: Tensor) -> Tensor:
+        """What is linear in Ĝ, [L, ...], in units."""
+        return tensor if self.unit is None else tensor / _along(self.unit, tensor)
+
+    def from_unit(self, tensor: Tensor) -> Tensor:
+        """The opposite of ``in_unit``."""
+        return tensor if self.unit is None else tensor * _along(self.unit, tensor)
 
     def __matmul__(self, right: Tensor) -> Tensor:
         """Ĝ R for R [L, m (+ 1), k]: [L, n, k], row by row."""
@@ -88,14 +122,14 @@ class Joint:
     def from_left(self, left: Tensor) -> Joint:
         """C Ĝ for C [L, k, n], a sum over rows (a named method: torch takes 25 µs to hand ``@`` over)."""
         bias = None if self.bias is None else torch.einsum("...kn,...n->...k", left, self.bias)
-        return Joint(left @ self.weight, bias)
+        return Joint(left @ self.weight, bias, unit=self.unit)
 
     def minus(self, U: Tensor, V: Joint) -> Joint:
         """Ĝ - U V as a new one, for U [L, n, k] and V over the columns of Ĝ (see ``split``)."""
         bias = self.bias
         if bias is not None and V.bias is not None:
             bias = bias - torch.einsum("...nk,...k->...n", U, V.bias)
-        return Joint(self.weight - U @ V.weight, bias)
+        return Joint(self.weight - U @ V.weight, bias, unit=self.unit)
 
     def subtract_(self, *products: tuple[Tensor, Joint]) -> None:
         """Ĝ ← Ĝ - Σ U V in place, for thin U [L, n, k] and V over the columns of Ĝ, in one product."""
@@ -131,7 +165,8 @@ class Joint:
         Returns:
             Squared norms and inner product; ``after`` is not finite where Ĝ was kept.
         """
-        moved = TransformNorms(squared_norm(G), squared_norm(P), (P * G).sum((-2, -1)))
+        inner = (self.in_unit(P) * self.in_unit(G)).sum((-2, -1))
+        moved = TransformNorms(squared_norm(G, unit=self.unit), squared_norm(P, unit=self.unit), inner)
         yield [moved.before, moved.after, moved.inner]
         P = torch.where(moved.after.isfinite()[..., None, None], P, G)
         self.weight.copy_(P[..., : self.weight.shape[-1]])
@@ -141,7 +176,7 @@ class Joint:
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply each layer's gradient by its entry of ``factor`` [L], in place."""
-        self.weight.mul_(factor.view(-1, *[1] * (self.weight.ndim - 1)))
+        self.weight.mul_(_along(factor, self.weight))
         if self.bias is not None:
             self.bias.mul_(factor[:, None])
 
@@ -154,11 +189,13 @@ class TransformNorms:
         before: |G|².
         after: |P|².
         inner: ⟨P, G⟩.
+        unit: all three are in units squared; None: 1.
     """
 
     before: Tensor
     after: Tensor
     inner: Tensor
+    unit: Tensor | None = None
 
     @classmethod
     def nothing(cls, like: Tensor) -> TransformNorms:
@@ -166,7 +203,7 @@ class TransformNorms:
         return cls(*like.new_zeros(3, like.shape[0]).unbind())
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three."""
+        """All three squares."""
         return self.before, self.after, self.inner
 
     def cosine(self) -> Tensor:
@@ -175,14 +212,62 @@ class TransformNorms:
         return torch.where(norms > 0, self.inner / norms, 1.0).clamp(max=1.0)
 
 
-def squared_norm(*tensors: Tensor) -> Tensor:
-    """Sum of squares over all but the first dimension of all tensors, [L]."""
+def squared_norm(*tensors: Tensor, unit: Tensor | None = None) -> Tensor:
+    """Sum of squares over all but the first dimension of all tensors, in units squared, [L]."""
+    return _sum_of_squares([_plain_norms(t) if unit is None else norms(t) for t in tensors], unit)
+
+
+def _sum_of_squares(sizes: Sequence[Tensor], unit: Tensor | None) -> Tensor:
     total: Tensor | float = 0.0
-    for tensor in tensors:
-        each = tensor if tensor.ndim == 1 else torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
-        total = each.square() + total
+    for size in sizes:
+        total = (size if unit is None else size / unit).square() + total
     assert isinstance(total, Tensor)
     return total
+
+
+def norms(tensor: Tensor) -> Tensor:
+    """Norms over all but the first dimension, [L]; right to rounding for all that is finite."""
+    if tensor.device.type == "cuda":  # sums in float64 while it reads float32
+        return torch.stack(list(torch._foreach_norm(tensor.unbind(), 2, dtype=torch.float64))).to(tensor.dtype)
+    found = _plain_norms(tensor)
+    if _is_usual(found) or tensor.ndim == 1 or not tensor.numel():
+        return found
+    unit = unit_of(tensor.abs().amax(_all_but_first(tensor)), 0, 0)
+    return _plain_norms(tensor / _along(unit, tensor)) * unit
+
+
+def _plain_norms(tensor: Tensor) -> Tensor:
+    size: Tensor = tensor.abs() if tensor.ndim == 1 else torch.linalg.vector_norm(tensor, dim=_all_but_first(tensor))
+    return size
+
+
+def _all_but_first(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, tensor.ndim))
+
+
+def _is_usual(sizes: Tensor, limit: int = USUAL) -> bool:
+    """Whether all norms have the unit 1. Asked on a CPU alone, where nothing waits for an answer."""
+    return sizes.device.type == "cpu" and all(2.0**-limit < size < 2.0**limit for size in sizes.tolist())
+
+
+def unit_of(sizes: Tensor, least: int = -USUAL, most: int = USUAL) -> Tensor:
+    """The powers of two by which sizes are divided to lie between 2ˡᵉᵃˢᵗ and 2ᵐᵒˢᵗ; 1 for 0 and what is not finite."""
+    exponents = torch.frexp(torch.where(sizes.isfinite() & (sizes > 0), sizes, 1.0)).exponent
+    return torch.ldexp(torch.ones_like(sizes), exponents - exponents.clamp(least, most))
+
+
+def in_range(vectors: Tensor, limit: int = USUAL // 2) -> tuple[Tensor, Tensor | float]:
+    """Vectors [L, d] with norms from 2⁻ˡⁱᵐⁱᵗ to 2ˡⁱᵐⁱᵗ, and the unit [L] that they are in (1.0: they were before)."""
+    sizes = norms(vectors)
+    if _is_usual(sizes, limit):
+        return vectors, 1.0
+    unit = unit_of(sizes, -limit, limit)
+    return vectors / unit[:, None], unit
+
+
+def _along(values: Tensor, tensor: Tensor) -> Tensor:
+    """A number for each layer, [L], so that it multiplies ``tensor`` [L, ...]."""
+    return values.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def run_with_shared_sums(

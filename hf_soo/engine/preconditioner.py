@@ -93,6 +93,7 @@ class Preconditioner(ABC):
         row_wise: whether it can work on some rows of G, with small sums over the others (``RowWise``).
         row_state: names of the tensors of its state that have the gradient's rows, and are kept where those are.
         watches_loss: whether it wants ``observe`` to be called.
+        measures: whether ``transform`` needs |G| and its unit (``Joint.measure_``).
     """
 
     config: Any
@@ -105,6 +106,7 @@ class Preconditioner(ABC):
     row_wise: bool = False
     row_state: frozenset[str] = frozenset()
     watches_loss: bool = False
+    measures: bool = True
 
     def __init__(self, config: Any) -> None:
         """Take the settings."""

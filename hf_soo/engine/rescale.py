@@ -51,9 +51,10 @@ class KLClip:
 
     def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor]:
         """The same ν for every layer; 1 if the sum is 0. A layer whose ⟨P, G⟩ is not finite does not count."""
+        moved, unit = _in_one_unit(moved)
         terms = [lr.square() * m.inner for m, lr in zip(moved, learning_rates, strict=True)]
         total = torch.stack([torch.where(term.isfinite(), term, 0.0).sum() for term in terms]).sum()
-        nu = (self.kl_clip / total).sqrt()
+        nu = (self.kl_clip / total).sqrt() / unit
         nu = torch.where(nu.isfinite() & (total > 0), nu, 1.0).clamp(max=1.0)
         return [nu.expand_as(m.inner) for m in moved]
 
@@ -65,6 +66,7 @@ class _GlobalNorm:
 
     def scales(self, moved: Sequence[TransformNorms], learning_rates: Sequence[Tensor]) -> list[Tensor]:
         """The same factor for every layer; 1 if it is 0 or not finite. A layer whose P is not finite does not count."""
+        moved, _ = _in_one_unit(moved)
         usable = [m.before.isfinite() & m.after.isfinite() for m in moved]
         before, after = (
             torch.stack([torch.where(ok, norm, 0.0).sum() for ok, norm in zip(usable, norms, strict=True)]).sum()
@@ -73,6 +75,18 @@ class _GlobalNorm:
         ratio = (before / after).sqrt()
         ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
         return [ratio.expand_as(m.inner) for m in moved]
+
+
+def _in_one_unit(moved: Sequence[TransformNorms]) -> tuple[Sequence[TransformNorms], Tensor | float]:
+    """Squares of all layers in the largest unit that one of them has, which comes with them."""
+    if all(m.unit is None for m in moved):
+        return moved, 1.0
+    units = [torch.ones_like(m.before) if m.unit is None else m.unit for m in moved]
+    largest = torch.stack([unit.max() for unit in units]).max()
+    shares = [(unit / largest).square() for unit in units]
+    return [
+        TransformNorms(*(square * share for square in m.tensors())) for m, share in zip(moved, shares, strict=True)
+    ], largest
 
 
 RescaleName = Literal["kl_clip", "global", "norm", "none"]

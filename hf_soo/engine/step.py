@@ -262,10 +262,15 @@ class Step:
         return [_Transformed(*each) for each in zip(batch, own, norms, strict=True)]
 
     def _product(self, group: list[Layer], grad: Joint) -> RowSums[TransformNorms]:
-        if not self._assigned[group[0].name].preconditions:
-            return _made_elsewhere(grad)
-        states = [self.states[layer.name] for layer in group]
-        return self.preconditioner.transform_rows(stacked(states, self.device, self.preconditioner.shared), grad)
+        if self.preconditioner.measures:
+            yield from grad.measure_()
+        if self._assigned[group[0].name].preconditions:
+            states = stacked([self.states[layer.name] for layer in group], self.device, self.preconditioner.shared)
+            moved = yield from self.preconditioner.transform_rows(states, grad)
+        else:  # it comes from a rank that does
+            moved = TransformNorms.nothing(grad.weight)
+        moved.unit = grad.unit
+        return moved
 
     def _broadcast(self, batch: Groups, grads: list[Joint], norms: list[TransformNorms]) -> None:
         """P, and what was measured on it, from the gradient workers to the other ranks."""
@@ -340,9 +345,3 @@ class _Transformed:
     group: list[Layer]
     grad: Joint
     norms: TransformNorms
-
-
-def _made_elsewhere(grad: Joint) -> RowSums[TransformNorms]:
-    """The product of a rank that does not precondition the layer: it comes from one that does."""
-    yield from ()
-    return TransformNorms.nothing(grad.weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, Statistics, Window
-from hf_soo.engine.gradients import Groups, stack
+from hf_soo.engine.gradients import Groups, stack, unit_of
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
 from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.strategy import Strategy
@@ -24,6 +24,12 @@ NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2
 Where Σe is zero analytically (attention's key projection), |Σe|²/Σ|e|² was measured at 1e-4 in bf16 and 2e-12 in fp32
 (20 times the unit roundoff u: the rows are differences themselves), and at 0.03 and more in every other layer of BERT.
 So δ = 16u for the half precisions. fp32 rows may come from TF32 products, with 11 bits: 2⁻⁹ covers them too.
+"""
+
+SQUARES = (-56, 32)
+"""Rows whose largest entry is not between these powers of two count as if it were: the square of no other is a number.
+
+So no output gradient that is finite makes a second moment that is not; what is larger still outweighs all others.
 """
 
 
@@ -164,8 +170,9 @@ def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
     rows = grad.reshape(-1, grad.shape[-1])
     if outputs.numel():
         outputs.add_(group_sums(rows, outputs.shape[0]))
-    if noise.numel():
+    if noise.numel() and rows.numel():
         dtype = noise.dtype
+        rows = rows / unit_of(rows.abs().amax().to(dtype), *SQUARES)
         total = rows.sum(0, dtype=dtype).square().sum()
         energy = torch.linalg.vector_norm(rows, dtype=dtype).square()
         noise.add_(torch.stack([total, NOISE_LEVEL[grad.dtype] ** 2 * energy]))

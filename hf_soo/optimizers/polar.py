@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hf_soo.engine.gradients import norms
+
 Coefficients = tuple[float, float, float]
 
 COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
@@ -70,7 +72,7 @@ def polar_factor(M: Tensor, coefficients: list[Coefficients], dtype: torch.dtype
     """
     tall = M.shape[0] > M.shape[1]
     X = M.mT if tall else M
-    X = (X / torch.linalg.vector_norm(X).clamp(min=eps)).to(dtype)  # first divided: fp16 holds no large entries
+    X = (X / norms(X[None]).clamp(min=eps)).to(dtype)  # first divided: fp16 holds no large entries
     for a, b, c in coefficients:
         A = X @ X.mT
         B = torch.addmm(A, A, A, beta=b, alpha=c)  # bA + cA²

@@ -172,6 +172,8 @@ def _of_shards(method: MethodOnModel, layout: Layout) -> Iterator[Message]:
         return
     for numbers in zip(*(each.update for each in sums), strict=True):  # all layers in one message
         yield Message("shards", "all_reduce", FLOAT * sum(numbers), W, when="update")
+    if transform.measures:  # |G|, for the unit of its square
+        yield Message("shards", "all_reduce", FLOAT * len(layers), W)
     for numbers in zip(*(each.every for each in sums), strict=True):
         yield Message("shards", "all_reduce", FLOAT * sum(numbers), W)
 

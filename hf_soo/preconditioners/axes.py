@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soo.engine.gradients import TransformNorms
+from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
 from hf_soo.engine.preconditioner import Factor, LayerState
 
 Slices = tuple[slice, ...]
@@ -122,11 +122,23 @@ def others(sizes: Sequence[int], axis: int) -> int:
     return math.prod(sizes) // sizes[axis]
 
 
-def inner(X: Tensor, Y: Tensor) -> Tensor:
-    """⟨X, Y⟩ over all axes, [L]."""
+def inner(X: Tensor, Y: Tensor, unit: Tensor | None = None) -> Tensor:
+    """⟨X, Y⟩ over all axes, in units squared, [L]."""
+    if unit is not None:
+        X, Y = X / layerwise(unit, X), Y / layerwise(unit, Y)
     if len(X) == 1:
         return torch.dot(X.reshape(-1), Y.reshape(-1)).view(1)
     return torch.bmm(X.flatten(1)[:, None], Y.flatten(1)[..., None]).view(-1)
+
+
+def learned(grad: Joint) -> tuple[Tensor, Tensor, Tensor]:
+    """What a method learns of whole gradients: G in units, [L, ...]; |G|² and whether it is finite, [L].
+
+    A second moment is of G in units: the largest and the smallest gradients count as the last one that has a square.
+    """
+    run_whole(grad.measure_())
+    size = grad.measured()
+    return grad.in_unit(grad.weight), grad.from_unit(grad.from_unit(size)), size.isfinite()
 
 
 def layerwise(values: Tensor, X: Tensor) -> Tensor:
@@ -134,9 +146,9 @@ def layerwise(values: Tensor, X: Tensor) -> Tensor:
     return values.view(-1, *[1] * (X.ndim - 1))
 
 
-def replace(G: Tensor, P: Tensor) -> TransformNorms:
-    """Write a block's P over its G, unless it is not finite."""
-    moved = TransformNorms(inner(G, G), inner(P, P), inner(P, G))
+def replace(G: Tensor, P: Tensor, unit: Tensor | None) -> TransformNorms:
+    """Write a block's P over its G, unless it is not finite; the squares are in units."""
+    moved = TransformNorms(inner(G, G, unit), inner(P, P, unit), inner(P, G, unit))
     torch.where(layerwise(moved.after < math.inf, G), P, G, out=G)
     return moved
 

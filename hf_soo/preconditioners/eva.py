@@ -32,7 +32,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Count, Positive, Weight, Whole
 from hf_soo.engine.flops import RowSumSizes
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
@@ -83,15 +83,15 @@ def eva_product(grad: Joint, a: Tensor, b: Tensor, damping: float) -> RowSums[Tr
     Returns:
         Squared norms and inner product, from the same scalars.
     """
+    (a, alpha), (b, beta) = in_range(a), in_range(b)
     mine = b[..., grad.rows]
-    before = grad.squared_norm()
-    s = (mine * (grad @ a[..., None]).squeeze(-1)).sum(-1)
+    before = grad.measured()
+    s = (mine * grad.in_unit((grad @ a[..., None]).squeeze(-1))).sum(-1)
     yield [before, s]
     q = a.square().sum(-1) * b.square().sum(-1)
-    c = s / (damping + q)
-    grad.subtract_outer_(c[..., None] * mine, a, damping)  # (Ĝ - c b aᵀ)/γ
-    inner = (before - c * s) / damping
-    return TransformNorms(before, (before - 2 * c * s + c * c * q) / damping**2, inner)
+    c = s / (damping / alpha**2 / beta**2 + q)
+    grad.subtract_outer_(grad.from_unit(c[..., None] * mine), a, damping)  # (Ĝ - c b aᵀ)/γ
+    return _norms(before, before - c * s, before - 2 * c * s + c * c * q, damping)
 
 
 def eva_f_product(grad: Joint, a: Tensor, damping: float) -> RowSums[TransformNorms]:
@@ -108,14 +108,20 @@ def eva_f_product(grad: Joint, a: Tensor, damping: float) -> RowSums[TransformNo
     Returns:
         Squared norms and inner product, from the same scalars.
     """
-    before = grad.squared_norm()
+    a, alpha = in_range(a)
+    before = grad.measured()
     u = (grad @ a[..., None]).squeeze(-1)
     q = a.square().sum(-1)
-    s = u.square().sum(-1)
-    grad.subtract_outer_(u / (damping + q)[..., None], a, damping)  # (Ĝ - u aᵀ/(γ + |a|²))/γ
+    s, d = grad.in_unit(u).square().sum(-1), damping / alpha**2 + q
+    grad.subtract_outer_(u / d[..., None], a, damping)  # (Ĝ - u aᵀ/(γ + |a|²))/γ
     yield [before, s]
-    inner = (before - s / (damping + q)) / damping
-    return TransformNorms(before, (before - 2 * s / (damping + q) + s * q / (damping + q).square()) / damping**2, inner)
+    return _norms(before, before - s / d, before - 2 * s / d + s * q / d.square(), damping)
+
+
+def _norms(before: Tensor, inner: Tensor, after: Tensor, damping: float) -> TransformNorms:
+    """From |Ĝ|², γ⟨P, Ĝ⟩ and γ²|P|². Rounding leaves of Ĝ at least ε|Ĝ| where nothing of it should be left."""
+    least = torch.finfo(before.dtype).eps ** 2 * before
+    return TransformNorms(before, torch.maximum(after, least) / damping**2, torch.maximum(inner, least) / damping)
 
 
 class Eva(RowWise):

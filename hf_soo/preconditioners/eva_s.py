@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Count, Positive, Weight, Whole
 from hf_soo.engine.flops import RowSumSizes
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range, norms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, Outcome, Periodic, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
@@ -88,14 +88,14 @@ class EvaSConfig(Periodic):
             raise ValueError(f"exponent={self.exponent} has no effect with form='joint'; set form='separable'.")
 
 
-def _joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: slice) -> RowSums[TransformNorms]:
+def _joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float, measured: Joint) -> RowSums[TransformNorms]:
     """In place: Eva's formula with b the first axis's vector and a the others', multiplied out.
 
     Args:
         G: rows of gradients, [L, d, d_2, …, d_k], k >= 2.
         vectors: k tensors [L, d_i].
         damping: γ.
-        rows: which rows of the first axis these are.
+        measured: the same gradients, with their size, its unit, and which rows of the first axis these are.
 
     Yields:
         Sums over rows.
@@ -104,20 +104,21 @@ def _joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float, rows: s
     for v in vectors[2:]:
         a = (a[..., None] * v[:, None]).flatten(1)
     matrix = G.flatten(2)
-    moved = yield from eva_product(Joint(matrix, None, rows), a, vectors[0], damping)
+    moved = yield from eva_product(replace(measured, weight=matrix), a, vectors[0], damping)
     put_back(G, matrix)
     return moved
 
 
-def _shrinking(v: Tensor, damping: float, exponent: float) -> Tensor:
-    """The e of (vvᵀ + γI)⁻ᵖ = γ⁻ᵖ(I + e vvᵀ) for v [L, d], [L]; 0 where v is 0."""
+def _shrinking(v: Tensor, damping: float, exponent: float) -> tuple[Tensor, Tensor]:
+    """The e [L] of (vvᵀ + γI)⁻ᵖ = γ⁻ᵖ(I + e vvᵀ), and v [L, d] that it goes with, in range; e = 0 where v is 0."""
+    v, unit = in_range(v, limit=4)  # (rᵀGc)² in units is a number
     size = v.square().sum(-1)
-    e = ((1 + size / damping) ** -exponent - 1) / size
-    return torch.where(size > 0, e, 0.0)
+    e = ((1 + size / (damping / unit**2)) ** -exponent - 1) / size
+    return torch.where(size > 0, e, 0.0), v
 
 
 def _separable_matrix_product(
-    G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float, rows: slice
+    G: Tensor, r: Tensor, c: Tensor, damping: float, exponent: float, measured: Joint
 ) -> RowSums[TransformNorms]:
     """In place: γ⁻²ᵖ(I + e rrᵀ) G (I + f ccᵀ), as one rank-2 step.
 
@@ -127,7 +128,7 @@ def _separable_matrix_product(
         c: [L, m].
         damping: γ.
         exponent: p.
-        rows: which of the n rows these are.
+        measured: the same gradients, with the unit of their size, and which of the n rows these are.
 
     Yields:
         Sums over rows: Gᵀr, and the parts of the norms.
@@ -135,12 +136,16 @@ def _separable_matrix_product(
     Returns:
         Norms and inner product, from |G|², |Gᵀr|², |Gc|² and rᵀGc alone.
     """
-    e, f, alpha = _shrinking(r, damping, exponent), _shrinking(c, damping, exponent), damping ** (-2 * exponent)
-    mine = r[:, rows]
+    (e, r), (f, c), alpha = (
+        _shrinking(r, damping, exponent),
+        _shrinking(c, damping, exponent),
+        damping ** (-2 * exponent),
+    )
+    mine, unit = r[:, measured.rows], measured.unit
     x, y = (mine[:, None] @ G).squeeze(1), (G @ c[..., None]).squeeze(-1)  # Gᵀr, Gc
-    g_norm, y_norm, z = inner(G, G), inner(y, y), inner(y, mine)  # z = rᵀGc
+    g_norm, y_norm, z = inner(G, G, unit), inner(y, y, unit), inner(y, mine)  # z = rᵀGc
     yield [x, g_norm, y_norm, z]
-    parts = (g_norm, inner(x, x), y_norm, z.square())
+    parts = (g_norm, inner(x, x, unit), y_norm, measured.in_unit(z).square())
     after = _quadratic(*parts, *(2 * each + each.square() * inner(v, v) for each, v in ((e, r), (f, c))))
     columns = torch.stack([e[:, None] * mine, f[:, None] * y + (e * f * z)[:, None] * mine], -1)
     G.baddbmm_(columns, torch.stack([x, c], -2), beta=alpha, alpha=alpha)
@@ -153,7 +158,7 @@ def _quadratic(g: Tensor, x: Tensor, y: Tensor, z: Tensor, e: Tensor, f: Tensor)
 
 
 def _separable_product(
-    G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float, rows: slice
+    G: Tensor, vectors: Sequence[Tensor], damping: float, exponent: float, measured: Joint
 ) -> RowSums[TransformNorms]:
     """In place: one rank-1 step for each axis of a tensor with more than two.
 
@@ -162,15 +167,16 @@ def _separable_product(
         vectors: k tensors [L, d_i].
         damping: γ.
         exponent: p.
-        rows: which rows of the first axis these are.
+        measured: the same gradients, with the unit of their size, and which rows of the first axis these are.
 
     Yields:
         Sums over rows: the first axis's product; then the norms.
     """
-    P = G.clone()
+    P, unit = G.clone(), measured.unit
     for axis, v in enumerate(vectors):
         matrix = unfolded(P, axis).contiguous()
-        e, mine = _shrinking(v, damping, exponent), v[:, rows] if axis == 0 else v
+        e, v = _shrinking(v, damping, exponent)
+        mine = v[:, measured.rows] if axis == 0 else v
         x = mine[:, None] @ matrix
         if axis == 0:
             yield [x]
@@ -178,7 +184,7 @@ def _separable_product(
         shape = P.movedim(axis + 1, 1).shape
         P = matrix.view(shape).movedim(1, axis + 1)
     P = P.contiguous().mul_(damping ** (-len(vectors) * exponent))
-    moved = TransformNorms(inner(G, G), squared_norm(P), inner(P, G))
+    moved = TransformNorms(inner(G, G, unit), squared_norm(P, unit=unit), inner(P, G, unit))
     yield list(moved.tensors())
     G.copy_(P)
     return moved
@@ -223,33 +229,35 @@ class EvaS(RowWise):
     def update_rows(self, state: LayerState, statistics: Statistics) -> RowSums[tuple[LayerState, Updated]]:
         """V ← (1-ξ)v + ξ v_new; the first v_new as it is. An axis whose v_new is rounding noise keeps its v."""
         assert statistics.grad is not None
-        G = _axes(statistics.grad.weight, len(state))
-        size, sums = inner(G, G), _axis_sums(G, [factor["vector"] for factor in state.values()], statistics.grad.rows)
+        grad = statistics.grad
+        yield from grad.measure_()
+        size, G = grad.measured(), _axes(grad.weight, len(state))
+        sums = _axis_sums(G, [factor["vector"] for factor in state.values()], grad.rows)
         yield [size, *sums]
         entries = math.prod(v.shape[-1] for v in sums)
         valid, noisy = size.isfinite(), torch.zeros_like(size, dtype=torch.bool)
         for total, factor in zip(sums, state.values(), strict=True):
-            v, noise = _axis_vector(total, entries, self.config.kv_scale, size)
+            v, noise = _axis_vector(total, entries, self.config.kv_scale, grad.from_unit(size.sqrt()))
             noisy = noisy | noise
             xi = torch.where(factor["seen"], v.new_tensor(self.config.kv_new_weight), v.new_ones(()))[:, None]
             mixed = (1 - xi) * factor["vector"] + xi * v
             used = valid & ~noise
             factor["vector"].copy_(torch.where(used[:, None], mixed, factor["vector"]))
             factor["seen"].logical_or_(used)
-        updated = Updated.of_gradient(size, valid)
+        updated = Updated.of_gradient(grad.from_unit(grad.from_unit(size)), valid)
         updated.outcomes.copy_(torch.where((valid & noisy)[:, None], Outcome.NOISE.value, updated.outcomes))
         return state, updated
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """The form's equation of the module's docstring, in place."""
         G, vectors = _axes(grad.weight, len(state)), [factor["vector"] for factor in state.values()]
-        damping, p, rows = self.config.damping, self.config.exponent, grad.rows
+        damping, p = self.config.damping, self.config.exponent
         if self.config.form == "joint":
-            moved = yield from _joint_product(G, vectors, damping, rows)
+            moved = yield from _joint_product(G, vectors, damping, grad)
         elif len(vectors) == 2:
-            moved = yield from _separable_matrix_product(G, vectors[0], vectors[1], damping, p, rows)
+            moved = yield from _separable_matrix_product(G, vectors[0], vectors[1], damping, p, grad)
         else:
-            moved = yield from _separable_product(G, vectors, damping, p, rows)
+            moved = yield from _separable_product(G, vectors, damping, p, grad)
         put_back(grad.weight, G)
         return moved
 
@@ -290,7 +298,7 @@ def _axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple
         v: the sum of G over the other axes, [L, d].
         entries: of G.
         scale: "mean", "sum", or "unit" for |v|² = d.
-        size: |G|², [L].
+        size: |G|, [L].
 
     Returns:
         [L, d] and bool [L].
@@ -298,8 +306,8 @@ def _axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple
     if scale != "unit":
         share = v.shape[-1] / entries if scale == "mean" else 1.0
         return v * share, torch.zeros_like(size, dtype=torch.bool)
-    length = torch.linalg.vector_norm(v, dim=-1)
-    noise = length <= NOISE_LEVEL[v.dtype] * size.sqrt()
+    length = norms(v)
+    noise = length <= NOISE_LEVEL[v.dtype] * size
     return v * (v.shape[-1] ** 0.5 / torch.where(noise, 1.0, length))[:, None], noise
 
 

@@ -42,15 +42,15 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Checked, Count, NonNegative, Share
 from hf_soo.engine.flops import MinimalWork, Product
-from hf_soo.engine.gradients import Joint, TransformNorms
+from hf_soo.engine.gradients import Joint, TransformNorms, norms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, Preconditioner, Updated
 from hf_soo.engine.selection import select_parameters
 from hf_soo.preconditioners.axes import (
     Cut,
     applied,
-    inner,
     layerwise,
+    learned,
     others,
     put_back,
     replace,
@@ -168,10 +168,8 @@ class IFShampoo(Preconditioner):
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """Every block's K and m, in place; those of a layer whose gradient is not finite stay as they were."""
         assert statistics.grad is not None
-        G = statistics.grad.weight
+        G, size, valid = learned(statistics.grad)
         cut, _ = _cut_of(tuple(G.shape[1:]), self.config)
-        size = inner(G, G)
-        valid = size < math.inf
         for block, part in enumerate(cut.parts(cut.view(G))):
             factors = cut.factors(state, block)
             _update_factors(part, factors, valid, self.batch_size, self.config)
@@ -184,7 +182,7 @@ class IFShampoo(Preconditioner):
         norms = []
         for block, G in enumerate(cut.parts(view)):
             matrices = [None if factor is None else _product(factor) for factor in cut.factors(state, block)]
-            norms.append(replace(G, applied(G, matrices).to(G.dtype)))
+            norms.append(replace(G, applied(G, matrices).to(G.dtype), grad.unit))
         put_back(grad.weight, view)
         return total(norms)
 
@@ -299,8 +297,7 @@ def _product(factor: Factor) -> Tensor:
 
 def _size(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """|·| of each layer, [L]."""
-    size: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=dtype)
-    return size
+    return norms(tensor.to(dtype).flatten(1))
 
 
 def _dense(d: int, like: Tensor, dtype: torch.dtype) -> Factor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
+from hf_soo.engine.gradients import norms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Outcome, Side
 
@@ -49,7 +50,7 @@ def kronecker_vectors(
     if clip is not None:
         v = v.clamp(-clip, clip)
     if scale == "unit":  # v ← v √(dτ)/|v|
-        length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        length = norms(v.flatten(0, 1)).view(*v.shape[:-1], 1)
         v = v * ((v.shape[-1] * target) ** 0.5 / torch.where(length > 0, length, 1.0))
     outcome = _outcomes(v, statistics, noise_matters=scale == "unit" and side is Side.OUTPUT)
     return v / means.shape[-2] ** 0.5, outcome, size

@@ -150,13 +150,13 @@ def lowrank_product(grad: Joint, C_b: Tensor, C_a: Tensor) -> RowSums[TransformN
     Returns:
         Squared norms and inner product of Ĝ and P.
     """
-    before, right = grad.squared_norm(), grad.split(C_a)
+    before, right = grad.measured(), grad.split(C_a)
     Y, X = grad @ C_a.mT, grad.from_left(C_b)  # ĜC_aᵀ, local to rows; C_bĜ, a sum over them
-    y_norm = squared_norm(Y)
+    y_norm = squared_norm(Y, unit=grad.unit)
     yield [before, y_norm, *X.tensors()]
     Z = X @ C_a.mT
     # ⟨P, Ĝ⟩ = |Ĝ|² - |X|² - |Y|² + |Z|²
-    inner = before - y_norm - X.squared_norm() + squared_norm(Z)
+    inner = before - y_norm - X.squared_norm() + squared_norm(Z, unit=grad.unit)
     # P = Ĝ - Y C_a - C_bᵀ(X - Z C_a)
     grad.subtract_((Y, right), (C_b.mT, X.minus(Z, right)))
     after = grad.squared_norm()

@@ -24,7 +24,6 @@ Deviation: the state is float32; the released runs keep it in bfloat16, where it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,6 +80,7 @@ class RMSProp(RowWise):
 
     side_names = ONE_SIDE
     row_state = frozenset({"second_moment"})
+    measures = False  # what it divides by has the square of g in it already
     config: RMSPropConfig
 
     def __init__(self, config: RMSPropConfig) -> None:
@@ -109,18 +109,21 @@ class RMSProp(RowWise):
         """ŝ ← (1-β)ŝ + βBg², in place; β = 0 for a layer whose gradient is not finite."""
         assert statistics.grad is not None
         grad, rate = statistics.grad.weight, self.config.factor_lr
-        size = inner(grad, grad)
+        yield from statistics.grad.measure_()
+        size = statistics.grad.measured()
         yield [size]
-        valid = self.batch_size * size < math.inf
+        valid = size.isfinite()
         used = valid.to(grad.dtype)
         keep, root = 1 - rate * used, (rate * self.batch_size) ** 0.5 * used
         for g, s, scratch in _chunks(grad, state["gradient"]["second_moment"]):
             # ŝ ← (1-β)ŝ + (√(βB) g)²
             torch.mul(g, layerwise(root, g), out=scratch).nan_to_num_(0.0, 0.0, 0.0)  # 0 x inf is nan
             wide = s.to(g.dtype).mul_(layerwise(keep, g)).addcmul_(scratch, scratch)
+            if statistics.grad.unit is not None:  # else no square is out of range, and a pass is saved
+                wide.clamp_(max=torch.finfo(s.dtype).max)
             if wide.dtype != s.dtype:
                 s.copy_(wide)
-        return state, Updated.of_gradient(size, valid)
+        return state, Updated.of_gradient(statistics.grad.from_unit(statistics.grad.from_unit(size)), valid)
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""

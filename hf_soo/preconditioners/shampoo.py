@@ -41,7 +41,18 @@ from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, Outcome, Preconditioner, Updated
 from hf_soo.engine.selection import select_parameters
-from hf_soo.preconditioners.axes import Cut, applied, inner, layerwise, put_back, replace, squeezed, total, unfolded
+from hf_soo.preconditioners.axes import (
+    Cut,
+    applied,
+    inner,
+    layerwise,
+    learned,
+    put_back,
+    replace,
+    squeezed,
+    total,
+    unfolded,
+)
 from hf_soo.preconditioners.spd import inverse_root
 
 GRAFT = "graft"
@@ -136,10 +147,8 @@ class Shampoo(Preconditioner):
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """Every factor, and the graft's second moment, in place; nothing for a gradient that is not finite."""
         assert statistics.grad is not None
-        G, config = statistics.grad.weight, self.config
+        config, (G, size, valid) = self.config, learned(statistics.grad)
         cut = _cut_of(tuple(G.shape[1:]), config.max_dim)
-        size = inner(G, G)
-        valid = size < math.inf
         beta, weight = config.factor_decay, 1.0 if config.factor_decay == 1 else 1 - config.factor_decay
         for block, part in enumerate(cut.parts(cut.view(G))):
             for axis, factor in enumerate(cut.factors(state, block)):
@@ -173,29 +182,31 @@ class Shampoo(Preconditioner):
         """P = G ×₁ R₁ … ×_N R_N, with the graft's length, block by block; a block that is not finite keeps its G."""
         cut = _cut_of(tuple(grad.weight.shape[1:]), self.config.max_dim)
         view = cut.view(grad.weight)
-        grafts = self._grafts(state, cut, cut.parts(view))
+        grafts = self._grafts(state, cut, grad)
         moved = []
         for block, (G, graft) in enumerate(zip(cut.parts(view), grafts, strict=True)):
             roots = [factor["root"] for factor in cut.factors(state, block) if factor is not None]
             P = applied(G, roots)
             if graft is not None:
-                P = P * layerwise(graft / (inner(P, P).sqrt() + NORM_EPS), P)
-            moved.append(replace(G, P))
+                P = P * layerwise(graft / (inner(P, P, grad.unit).sqrt() + NORM_EPS), P)
+            moved.append(replace(G, P, grad.unit))
         put_back(grad.weight, view)
         return total(moved)
 
-    def _grafts(self, state: LayerState, cut: Cut, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """|P_graft| of each block, [L]; None: P keeps its own length."""
+    def _grafts(self, state: LayerState, cut: Cut, grad: Joint) -> list[Tensor | None]:
+        """|P_graft| of each block in units, [L]; None: P keeps its own length."""
         if self.config.grafting == "none":
-            return [None] * len(parts)
+            return [None] * len(cut.blocks)
+        parts = cut.parts(cut.view(grad.in_unit(grad.weight)))
         if self.config.grafting == "sgd":
             return [inner(G, G).sqrt() for G in parts]
         if self.config.grafting == "muon":
-            return [G.new_full((len(G),), _muon_norm(len(G[0]), G[0].numel() // len(G[0]))) for G in parts]
+            lengths = [_muon_norm(len(G[0]), G[0].numel() // len(G[0])) for G in parts]
+            return [grad.in_unit(G.new_full((len(G),), length)) for G, length in zip(parts, lengths, strict=True)]
         v, u = state[GRAFT]["second_moment"], state[GRAFT]["updates"]
         root = (v / layerwise(_correction(u, self.config.graft_decay, v.dtype), v)).sqrt_().add_(ADAM_EPS)
         steps = [G / r for G, r in zip(parts, cut.parts(cut.view(root)), strict=True)]
-        return [inner(step, step).sqrt() for step in steps]
+        return [grad.in_unit(inner(step, step).sqrt()) for step in steps]
 
     def distances(self, state: LayerState) -> Tensor:
         """|R - I| over the roots of all axes, [L, 1]."""

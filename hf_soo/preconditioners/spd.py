@@ -74,6 +74,8 @@ def inverse_root(M: Tensor, exponent: float, epsilon: float) -> tuple[Tensor, Te
     M.diagonal(dim1=-2, dim2=-1).add_(epsilon)
     values, Q, ok = eigen(M)
     values = values + (epsilon - values.amin(-1, keepdim=True)).clamp(min=0)
+    # ε is lost in the rounding of an M that is 10⁷ times as large
+    values = torch.where(values > 0, values, torch.finfo(M.dtype).eps * values.amax(-1, keepdim=True))
     R = (Q * values.pow(-exponent)[:, None]) @ Q.mT
     return R, ok & R.flatten(1).isfinite().all(-1)
 

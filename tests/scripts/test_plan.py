@@ -145,11 +145,12 @@ def test_what_shards_need_of_each_other(mini: nn.Module) -> None:
     sizes = [(layer.shape[0], layer.shape[1] + 1) for layer in method.layers]
     L, biases = len(sizes), 4 * sum(n for n, _ in sizes)
     whole, padded = (4 * sum(rows(n) * m for n, m in sizes) for rows in (int, lambda n: -(-n // 64) * 64))
-    assert shards("mkor") == {"step": 4 * (32 * sum(m for _, m in sizes) + 3 * L), "update": biases}
-    assert shards("mkor", "sides=input") == {"step": 4 * 3 * L}
-    assert shards("eva") == {"step": 4 * 2 * L, "update": biases}
-    assert shards("eva_f") == {"step": 4 * 2 * L}
-    assert shards("foof") == {"step": 4 * 3 * L}
+    # beside what its formula needs, |G| of each layer for the unit of the squares
+    assert shards("mkor") == {"step": 4 * (32 * sum(m for _, m in sizes) + (3 + 1) * L), "update": biases}
+    assert shards("mkor", "sides=input") == {"step": 4 * (3 + 1) * L}
+    assert shards("eva") == {"step": 4 * (2 + 1) * L, "update": biases}
+    assert shards("eva_f") == {"step": 4 * (2 + 1) * L}
+    assert shards("foof") == {"step": 4 * (3 + 1) * L}
     assert shards("kfac_expand") == {"step": padded}
     assert shards("mkor", "representation=dense") == {"step": padded, "update": biases}
     assert set(shards("shampoo")) == {"step", "update"}
