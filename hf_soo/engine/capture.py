@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.gradients import Groups, Joint
@@ -154,6 +156,8 @@ class Capture:
 
     ``mask`` [B, T] is false at the current micro-batch's padding, and stays until the next one's: a checkpointed layer
     runs again in the backward pass.
+
+    ``wrapper`` is the DistributedDataParallel in whose forward pass the layers ran last, as far as is known.
     """
 
     def __init__(self, layers: Sequence[Layer], recorder: Recorder) -> None:
@@ -167,6 +171,7 @@ class Capture:
         self.hooks = recorder.hooks
         self.collecting = False
         self.mask: Tensor | None = None
+        self.wrapper: Callable[[], DistributedDataParallel | None] = lambda: None
         self.sampled: list[Tensor] | None = None if recorder.fisher_pass is None else []  # outputs; see fisher.py
         self._sampled_layers: set[str] = set()
         self.layers = [layer for layer in layers if isinstance(layer, RowLayer)] if self.hooks else []
@@ -204,6 +209,9 @@ class Capture:
         Raises:
             RuntimeError: the layer has another precision than its statistics.
         """
+        if not torch.compiler.is_compiling():
+            ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+            self.wrapper = ref(ddp) if ddp is not None else self.wrapper
         if self.buffers[layer.name][0].device != x.device:
             self.to_weights([layer])
         if self.buffers[layer.name][0].dtype != accumulation_dtype(layer.weight.dtype):

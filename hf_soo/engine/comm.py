@@ -119,6 +119,25 @@ class Communicator:
         logger.debug("%s of %d bytes (%d %s)", kind, message.nbytes, message.numel(), message.dtype)
 
 
+def refuse_join(ddp: Any, method: str) -> None:
+    """Refuse a step whose messages a rank that has left the loop would not answer.
+
+    Args:
+        ddp: the DistributedDataParallel that the model runs in, or None.
+        method: the optimizer's name.
+
+    Raises:
+        NotImplementedError: it is in torch's ``join()``.
+    """
+    join = getattr(ddp, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise NotImplementedError(
+            f"{method} in join(): its step sums statistics over all ranks, and would wait for one that has no batches "
+            "left; give every rank the same number of batches (DistributedSampler does, or drop the rest), or end all "
+            "ranks with the first: join(throw_on_early_termination=True)."
+        )
+
+
 def _default_device() -> torch.device:
     """Where a message of the default process group has to lie."""
     return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hf_soo.engine import diagnostics, fisher
 from hf_soo.engine.capture import LossWatch
+from hf_soo.engine.comm import refuse_join
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing, warn_of_what_is_left
@@ -137,6 +138,7 @@ class PreconditionedOptimizer(OverBase):
 
     def _check(self) -> None:
         """Before a step: the ranks agree, the loss is known, and the tensors lie where they lay."""
+        refuse_join(self.stages.capture.wrapper(), self.name)
         self._agree()
         if not self.steps and not self.external_step:
             self.parameter_index.check(self.param_groups, self.layers, self.name)
@@ -147,8 +149,10 @@ class PreconditionedOptimizer(OverBase):
             self.stages.follow_layout(self.name, self.steps)
 
     def _agree(self) -> None:
-        """Before the first step, and with every check of the diagnostics, the ranks compare what they have."""
-        if not self.ranks_checked or (self.layers and self.steps and self.steps % diagnostics.CHECK_PERIOD == 0):
+        """Before the first step the ranks compare what they have; with the diagnostics' checks if they talk anyway."""
+        talks = self.stages.capture.hooks or self.stages.strategy.in_pieces
+        again = self.layers and talks and self.steps and self.steps % diagnostics.CHECK_PERIOD == 0
+        if not self.ranks_checked or again:
             base, strategy = self._linked_base(), self.stages.strategy
             parameters = strategy.model_parameters(base, self.parameter_index.parameters)
             self._identity.agree(

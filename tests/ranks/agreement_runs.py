@@ -151,3 +151,58 @@ def drifting(rank: int) -> str:
             return f"{step}: {error}"
         schedule.step()
     return "nothing"
+
+
+# ---- ranks with other numbers of batches -----------------------------------------------------------------------------
+
+JOINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mkor": ("refused", {}),
+    "mkor on a wrapped model": ("refused", {}),
+    "mkor_h": ("refused", {}),
+    "eva": ("refused", {}),
+    "eva_f": ("refused", {}),
+    "kfac_expand": ("refused", {}),
+    "foof": ("refused", {}),
+    "eva ends with the first": ("ended", {"throw_on_early_termination": True}),
+    "mkor ends with the first": ("ended", {"throw_on_early_termination": True}),
+    "eva without joining": ("done", {"enable": False}),
+    "eva_s": ("done", {}),
+    "if_shampoo": ("done", {}),
+    "rf_rmsprop": ("done", {}),
+    "shampoo": ("done", {}),
+    "adamw": ("done", {}),
+    "lamb": ("done", {}),
+}
+"""A method, or a use of one -> what becomes of a loop of 3 and 7 batches in join(), and its arguments."""
+
+
+def joined(rank: int, world: int) -> dict[str, Any]:
+    """How each loop ended, after how many steps, and its weights."""
+    diagnostics.CHECK_PERIOD = 2
+    found = {}
+    for case, (_, arguments) in JOINED.items():
+        name, model = case.split()[0], net()
+        ddp = DistributedDataParallel(model)
+        needed = {"batch_size": 8} if name in ("if_shampoo", "rf_rmsprop") else {}
+        optimizer = hf_soo.build_optimizer(name, ddp if "wrapped" in case else model, lr=1e-2, **needed)
+        steps = 0
+        try:
+            with ddp.join(**arguments):
+                for step in range(3 if rank == 0 or arguments.get("enable") is False else 7):
+                    optimizer.zero_grad()
+                    x, y = batch(10 * step + rank)
+                    loss = nn.functional.cross_entropy(ddp(x), y)
+                    optimizer.report_loss(loss)
+                    loss.backward()
+                    optimizer.step()
+                    steps += 1
+            end = "done"
+        except RuntimeError as error:  # NotImplementedError is one
+            end = str(error)
+        found[case] = {
+            "end": end,
+            "steps": steps,
+            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        }
+        optimizer.remove_hooks()
+    return found

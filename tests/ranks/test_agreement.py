@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from hf_soo.engine import comm
-from tests.ranks.agreement_runs import ALIKE, DIFFERENT, first_steps
+from tests.ranks.agreement_runs import ALIKE, DIFFERENT, JOINED, first_steps, joined
 from tests.ranks.agreement_trainers import ARGUMENTS, FREE, OTHERS, trainers
-from tests.ranks.distributed import run_ranks
+from tests.ranks.distributed import Ranks, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,29 @@ def test_the_record_of_a_run_under_zero_has_its_health(trained: list[dict[str, A
         for health in found["health"].values():
             assert set(health) == {"cos_median", "cos_min", "fallback_layers", "noise_layers"}
             assert health["fallback_layers"] == 0 and 0 < health["cos_min"] <= health["cos_median"] < 1
+
+
+# ---- other numbers of batches ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_join() -> list[dict[str, Any]]:
+    ended = Ranks(2, joined, timeout=20.0).wait()  # a rank that waits for another fails
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.error for rank in ended)
+    return [rank.result for rank in ended]
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_other_numbers_of_batches_in_join_work_or_are_refused_at_once(case: str, in_join: list[dict[str, Any]]) -> None:
+    first, second = (found[case] for found in in_join)
+    expected, arguments = JOINED[case]
+    if expected == "done":
+        assert first["end"] == second["end"] == "done"
+        assert [first["steps"], second["steps"]] == ([3, 3] if arguments else [3, 7])
+        assert torch.equal(first["weights"], second["weights"]) and second["weights"].isfinite().all()
+    elif expected == "ended":
+        assert first["steps"] == second["steps"] == 3
+        assert all("exhausted" in found["end"] for found in (first, second))
+    else:
+        assert first["end"] == second["end"] and first["steps"] == second["steps"] == 0
+        assert first["end"].startswith(f"{case.split()[0]} in join(): its step sums statistics over all ranks")
