@@ -183,6 +183,38 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 @contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """One process after the other, on all nodes that share the file system; one that dies holds nobody up.
+
+    Args:
+        file: the lock; made when absent, and left there.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    import fcntl  # not on Windows
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.lockf(
+                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # unlike flock's, no child of a dead process keeps it
+        except (BlockingIOError, PermissionError):
+            logger.info("waiting for another process that has %s", file)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(
+                f"{file} cannot be locked ({error}), so several processes would prepare the same; prepare with one "
+                "process first, or use a file system with locks."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def built_beside(output: Path) -> Iterator[Path]:
     """A new folder beside ``output`` that takes its place if the block succeeds, and goes if it does not.
 

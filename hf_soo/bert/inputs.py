@@ -100,7 +100,7 @@ class PretrainingData:
             )
         folder = data.data_dir
         if folder is None:
-            with args.main_process_first(desc="preparing the corpus"):
+            with args.in_turn():
                 folder = _prepare_once(data, args.folder / "data")
         prepared = load_prepared(folder)
         if prepared["train"] is None or prepared["eval"] is None:

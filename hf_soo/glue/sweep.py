@@ -160,7 +160,7 @@ def _train_anew(planned: _Planned) -> RunRecord:
     """Train, from the last checkpoint of an interrupted run where there is one."""
     job = planned.job
     if job.training.do_train and not job.run.restart:
-        with job.training.main_process_first(desc="looking for checkpoints"):
+        with job.training.in_turn():
             _drop_last_of_finished(job)
     (record,) = train(job, planned.task)
     gc.collect()  # Trainer and model hold each other; the next run needs their memory

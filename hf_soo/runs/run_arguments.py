@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_soo.engine.checks import Checked, Count, NonNegative, Positive, require, shown
+from hf_soo.files import in_turn
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.registry import METHODS
 from hf_soo.runs.arguments import option
@@ -126,6 +128,10 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
         """`output_dir`, which the Trainer has set by now."""
         assert self.output_dir is not None
         return Path(self.output_dir)
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """The run's processes one after the other: the first makes what the others find, on any node."""
+        return in_turn(self.folder / "processes.lock") if self.world_size > 1 else nullcontext()
 
     def compared(self, run: RunArguments, output_dir: str) -> RunTrainingArguments:
         """The same for the second optimizer, which ``run`` names."""

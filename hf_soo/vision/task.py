@@ -27,7 +27,7 @@ class VisionTask(Task):
         """Read the images; one process of several decodes them first, the others find them in the cache."""
         self.model, self.title = model, f"{model.model} on {data.dataset}"
         self.dataset = data.dataset
-        with args.main_process_first(desc="reading images"):
+        with args.in_turn():
             self.data = ImageData.load(data)
 
     def make_model(self, seed: int) -> nn.Module:
