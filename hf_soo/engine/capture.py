@@ -23,6 +23,8 @@ from hf_soo.engine.comm import Communicator
 from hf_soo.engine.gradients import Groups, Joint
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.passes.backward import Target, is_transformed, number_of
+from hf_soo.engine.passes.follow import follow
+from hf_soo.engine.passes.reads import ReadLayer
 from hf_soo.engine.placement import Placement
 from hf_soo.engine.strategy import Strategy
 
@@ -181,7 +183,9 @@ class Capture:
         self._handles = [
             layer.module.register_forward_hook(_CommitHook(self, layer).commit, prepend=True, with_kwargs=True)
             for layer in self.layers
+            if not isinstance(layer, ReadLayer)
         ]
+        self._handles += follow(self.layers, lambda own: _CommitHook(self, *own))
 
     def collect(self, collecting: bool) -> None:
         """Whether forward passes collect from now on; never called in one (a compiled graph needs the buffers)."""
@@ -273,25 +277,37 @@ class Capture:
 
 
 class _CommitHook:
-    """The forward hook of one layer. A copied or unpickled model takes a hook along that does nothing."""
+    """The forward hook of one layer, or what finds a module's products with its own matrices.
 
-    def __init__(self, capture: Capture | None = None, layer: RowLayer | None = None) -> None:
-        self.capture, self.layer = capture, layer
-        self.number = None if layer is None else number_of(layer)
+    A copied or unpickled model takes a hook along that does nothing.
+    """
+
+    def __init__(self, capture: Capture | None = None, *layers: RowLayer) -> None:
+        self.capture, self.layers = capture, layers
+        self.numbers = {layer.name: number_of(layer) for layer in layers}
+
+    def active(self, module: nn.Module) -> bool:
+        """Whether a forward pass of the module collects."""
+        return self.capture is not None and self.capture.collecting and module.training
 
     def commit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Let the output's backward pass commit, if this forward pass is one that trains the layer's own weight."""
-        capture, layer = self.capture, self.layer
-        if capture is None or layer is None or not (capture.collecting and module.training):
+        if not self.active(module) or not isinstance(output, Tensor):
             return None
-        if not isinstance(output, Tensor) or not output.requires_grad or is_transformed():
+        (layer,) = self.layers
+        return self.rows(layer, (*args, *kwargs.values())[0], output)  # layer(x) or layer(input=x): one input
+
+    def rows(self, layer: RowLayer, x: Tensor, output: Tensor) -> Tensor | None:
+        """The output of a layer's rows x, with a node that commits both; None: this pass does not train the layer."""
+        if self.capture is None or not output.requires_grad or is_transformed():
             return None
         if not isinstance(weight := layer.weight, nn.Parameter) or not weight.requires_grad:  # frozen, functional_call
             return None
-        target = self.number if torch.compiler.is_compiling() else get_gradient_edge(weight).node
-        assert target is not None
-        x = (*args, *kwargs.values())[0].detach()  # layer(x) or layer(input=x): there is one input
-        return capture.commit_in_backward(layer, x, output, target)
+        if torch.compiler.is_compiling():
+            target: Target = self.numbers[layer.name]
+        else:
+            target = get_gradient_edge(weight).node
+        return self.capture.commit_in_backward(layer, x.detach(), output, target)
 
     def __reduce__(self) -> tuple[type[_CommitHook], tuple[()]]:
         return _CommitHook, ()

@@ -42,7 +42,7 @@ class FactorRecorder:
         outputs: keep B too.
         reduce: the "reduce" setting, else "expand".
         row_filter: "grad" (rows with g ≠ 0) or "all".
-        loss_terms: R; None takes the rows with g ≠ 0 of the last layer that has any.
+        loss_terms: R; None takes the rows with g ≠ 0 of the last layer that has any, experts apart.
         published: the released kfac-pytorch's B, Σ g gᵀ / rows.
         fisher_pass: for a sampled loss, whose pass adds to B alone, as the real one then adds to A alone; else None.
     """
@@ -98,7 +98,8 @@ class FactorRecorder:
         placement, buffers = window.placement, window.buffers
         placement.sum_([buffers[layer.name][i] for layer in window.layers for i in (0, 3)])
         placement.sum_at_owner_({layer.name: buffers[layer.name][1:3] for layer in window.layers})
-        counts = stack([buffers[layer.name][0] for layer in window.layers])
+        whole = [layer for layer in window.layers if layer.stack is None] or window.layers  # an expert sees some rows
+        counts = stack([buffers[layer.name][0] for layer in whole])
         terms = self._terms(counts[:, 1])
 
         def of(group: Sequence[Layer]) -> Statistics:

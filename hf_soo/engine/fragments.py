@@ -47,6 +47,33 @@ class Fragment:
     length: int
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What of a parameter belongs to a layer: elements ``start`` and on, of ``shape``; mostly all."""
+
+    parameter: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: Layer, parameter: Tensor) -> _Part:
+        """The part of the weight, or of the bias."""
+        return cls(parameter, *layer.part(full_shape(parameter)))
+
+    @property
+    def all(self) -> bool:
+        """Whether it is the whole parameter."""
+        return self.shape == full_shape(self.parameter)
+
+    def of_span(self, span: Span) -> Span:
+        """What of a piece of the parameter lies in it, counted from its own first element."""
+        if self.all:
+            return span
+        start, length = span.start - self.start, math.prod(self.shape)
+        first, last = max(start, 0), min(start + span.length, length)
+        return Span(first, last - first) if first < last else Span(0, 0)
+
+
 class Fragments(Strategy):
     """Gradients in pieces: what is common to row shards and to fragments that are no rows.
 
@@ -90,7 +117,7 @@ class Fragments(Strategy):
         portion: Groups = []
         size = 0
         for layer in (layer for group in groups if not self.by_rows(group[0]) for layer in group):
-            bytes_ = math.prod(full_shape(layer.weight)) * accumulation_dtype(layer.weight.dtype).itemsize
+            bytes_ = math.prod(layer.shape) * accumulation_dtype(layer.weight.dtype).itemsize
             if portion and size + bytes_ > GATHER_BYTES:
                 yield portion
                 portion, size = [], 0
@@ -104,11 +131,11 @@ class Fragments(Strategy):
         if groups and self.by_rows(groups[0][0]):
             return [self._read_rows(group) for group in groups]
         layers = [layer for (layer,) in groups]
-        parameters = [(layer.weight, layer.bias) for layer in layers]
-        whole = iter(self._gather([p for pair in parameters for p in pair if p is not None]))
+        parts = [_Part.of(layer, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        whole = iter(self._gather(parts))
         return [
-            Joint(layer.as_matrix(next(whole))[None], None if bias is None else next(whole)[None])
-            for layer, (_, bias) in zip(layers, parameters, strict=True)
+            Joint(layer.as_matrix(next(whole))[None], None if layer.bias is None else next(whole)[None])
+            for layer in layers
         ]
 
     def _read_rows(self, layers: Sequence[Layer]) -> Joint:
@@ -124,15 +151,15 @@ class Fragments(Strategy):
         ]
 
     def _own(self, layer: Layer, grad: Joint) -> Joint:
-        shaped = torch.empty(full_shape(layer.weight), device="meta")
-        weight = self._cut(layer.weight, layer.from_matrix(grad.weight[0], shaped))
+        part = _Part.of(layer, layer.weight)
+        weight = self._cut(part, layer.from_matrix(grad.weight[0], torch.empty(part.shape, device="meta")))
         if layer.bias is None or grad.bias is None:
             return Joint(weight, None)
-        return Joint(weight, self._cut(layer.bias, grad.bias[0]))
+        return Joint(weight, self._cut(_Part.of(layer, layer.bias), grad.bias[0]))
 
-    def _cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+    def _cut(self, part: _Part, whole: Tensor) -> Tensor:
         """This rank's piece of a whole tensor, [1, length]; a copy, so that the whole can be freed."""
-        mine = self.spans(parameter)[self.rank]
+        mine = part.of_span(self.spans(part.parameter)[self.rank])
         return whole.reshape(1, -1)[:, mine.start : mine.start + mine.length].clone()
 
     def write(self, group: list[Layer], grad: Joint) -> None:
@@ -141,13 +168,13 @@ class Fragments(Strategy):
         for i, layer in enumerate(group):
             for parameter, new in ((layer.weight, grad.weight), (layer.bias, grad.bias)):
                 if parameter is not None and new is not None:
-                    piece = self.piece(parameter)
+                    piece = self._piece(_Part.of(layer, parameter))
                     if piece.data_ptr() != new[i].data_ptr():  # else it was changed in place
                         piece.copy_((new[i] * scale if scale != 1.0 else new[i]).reshape(piece.shape))
 
     def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
         """One message."""
-        return self._gather([layer.bias for layer in layers if layer.bias is not None])
+        return self._gather([_Part.of(layer, layer.bias) for layer in layers if layer.bias is not None])
 
     def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
         """One message, if the groups were read by rows."""
@@ -166,16 +193,27 @@ class Fragments(Strategy):
         (whole,) = self.assemble([rows], [spans])
         return whole.view(-1, *rows.shape[1:])
 
-    def _gather(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def _piece(self, part: _Part) -> Tensor:
+        """What this rank stores of a part's gradient."""
+        piece = self.piece(part.parameter)
+        if part.all:
+            return piece
+        mine = self.spans(part.parameter)[self.rank]
+        own = part.of_span(mine)
+        first = part.start + own.start - mine.start if own.length else 0
+        return piece.view(-1)[first : first + own.length]
+
+    def _gather(self, parts: Sequence[_Part]) -> list[Tensor]:
         """Whole gradients in the accumulation dtype, free of the loss scale, in one message."""
-        if not parameters:
+        if not parts:
             return []
         scale = self.loss_scale
-        pieces = [computed(self.piece(parameter)) for parameter in parameters]
+        pieces = [computed(self._piece(part)) for part in parts]
         if scale != 1.0:
             pieces = [piece / scale for piece in pieces]
-        whole = self.assemble(pieces, [self.spans(parameter) for parameter in parameters])
-        return [tensor.view(full_shape(p)) for tensor, p in zip(whole, parameters, strict=True)]
+        spans = [[part.of_span(span) for span in self.spans(part.parameter)] for part in parts]
+        whole = self.assemble(pieces, spans)
+        return [tensor.view(part.shape) for tensor, part in zip(whole, parts, strict=True)]
 
     def assemble(self, pieces: Sequence[Tensor], spans: Sequence[list[Span]]) -> list[Tensor]:
         """Flat whole tensors from the pieces of all ranks.

@@ -60,7 +60,7 @@ class Joint:
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: slice = ALL_ROWS) -> Joint:
         """Layers of one shape together, from [d_out, d_in] and [d_out] of each; views where there is just one."""
         given = [bias for bias in biases if bias is not None]
-        return cls(stack(weights), stack(given) if given else None, rows)
+        return cls(_side_by_side(weights), _side_by_side(given) if given else None, rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -307,6 +307,19 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """``stack``, as a view where the tensors are all of a larger one in a row: nothing as large as them is copied."""
+    first, whole = tensors[0], tensors[0]._base
+    if whole is None or len(tensors) == 1 or len(whole) != len(tensors) or whole.dtype != first.dtype:
+        return stack(tensors)
+    step, start = whole.stride(0), first.storage_offset()
+    alike = all(
+        each._base is whole and each.stride() == first.stride() and each.storage_offset() == start + i * step
+        for i, each in enumerate(tensors)
+    )
+    return whole.as_strided((len(tensors), *first.shape), (step, *first.stride()), start) if alike else stack(tensors)
+
+
 def computed(tensor: Tensor) -> Tensor:
     """A tensor in its accumulation dtype."""
     return tensor.to(accumulation_dtype(tensor.dtype))
@@ -320,7 +333,7 @@ def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[La
         batched: all layers of one shape, or one by one, in place and in cache; None: the latter on a CPU.
 
     Yields:
-        Lists of layers that share a shape, a dtype and a device.
+        Lists of layers that share a shape, a dtype and a device; those of a stack are a list of their own.
     """
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
     if batched is False or (batched is None and on_cpu):
@@ -328,5 +341,6 @@ def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[La
         return
     by_shape: dict[Any, list[Layer]] = defaultdict(list)
     for layer in layers:
-        by_shape[(layer.shape, layer.bias is None, layer.weight.dtype, layer.weight.device)].append(layer)
+        kind = (layer.shape, layer.bias is None, layer.weight.dtype, layer.weight.device, layer.stack)
+        by_shape[kind].append(layer)
     yield from by_shape.values()

@@ -25,7 +25,7 @@ class Layer(ABC):
     The module is held, never its parameters: FSDP and others replace parameter objects after construction.
     """
 
-    rows_first: ClassVar[bool] = True  # whether as_matrix leaves the weight's first dimension in its place
+    in_old_checkpoints: ClassVar[bool] = True  # whether those that do not say what was added hold it
 
     name: str
     module: nn.Module
@@ -33,8 +33,28 @@ class Layer(ABC):
 
     def __post_init__(self) -> None:
         """Look at the bias: the factors' sizes are settled now, whatever is frozen or unfrozen later."""
-        bias = getattr(self.module, "bias", None)
+        bias = getattr(self.module, self._bias_attribute, None)
         self.trains_bias = isinstance(bias, nn.Parameter) and bias.requires_grad
+
+    @property
+    def _bias_attribute(self) -> str:
+        """The bias's name in the module, if there is one."""
+        return "bias"
+
+    @property
+    def known_as(self) -> list[str]:
+        """The module, or the parameters, that the reason not to move the layer is a reason for."""
+        return [self.name]
+
+    @property
+    def stack(self) -> str | None:
+        """What tells the layers of one parameter, which lie side by side, from all others; None: it is one layer."""
+        return None
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether the first dimension of the parameter is that of the matrix."""
+        return True
 
     @property
     @abstractmethod
@@ -59,7 +79,7 @@ class Layer(ABC):
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias if it was trained at construction, else None: a frozen bias is no column of the gradient."""
-        return self.module.bias if self.trains_bias else None  # type: ignore[return-value]
+        return getattr(self.module, self._bias_attribute) if self.trains_bias else None
 
     @property
     def has_gradients(self) -> bool:
@@ -72,19 +92,33 @@ class Layer(ABC):
 
         Views where dtype and strides allow.
         """
-        weight, bias = self.weight.grad, self.bias
+        weight = self.weight.grad
         assert weight is not None
-        matrix = self.as_matrix(weight).to(accumulation_dtype(weight.dtype))
-        return matrix, None if bias is None else bias.grad.to(accumulation_dtype(bias.dtype))  # type: ignore[union-attr]
+        return self.as_matrix(self.own(weight)).to(accumulation_dtype(weight.dtype)), self.bias_gradient()
+
+    def bias_gradient(self) -> Tensor | None:
+        """The bias's whole gradient in the accumulation dtype, or None where no bias is trained or it has none."""
+        bias = self.bias
+        if bias is None or bias.grad is None:
+            return None
+        return self.own(bias.grad).to(accumulation_dtype(bias.dtype))
 
     def set_gradients(self, weight: Tensor, bias: Tensor | None) -> None:
         """Write whole gradients in the form of ``gradients`` into ``.grad``; what is there already is left alone."""
-        target = self.weight.grad
-        assert target is not None
+        assert self.weight.grad is not None
+        target = self.own(self.weight.grad)
         if self.as_matrix(target).data_ptr() != weight.data_ptr():  # else it was changed in place
             target.copy_(self.from_matrix(weight, target))
         if bias is not None:
-            self.bias.grad.copy_(bias)  # type: ignore[union-attr]
+            self.own(self.bias.grad).copy_(bias)  # type: ignore[union-attr, arg-type]
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """What of a tensor like the parameter, or like the bias's, is the layer's, as a view: all of it."""
+        return tensor
+
+    def part(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """The same of a flat one: its first element, and its shape in the ``shape`` of a parameter."""
+        return 0, shape
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A weight-shaped tensor as ``shape``; a view where strides allow."""
@@ -153,7 +187,10 @@ class LinearLayer(RowLayer):
 class Conv1DLayer(LinearLayer):
     """transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [d_in, d_out]."""
 
-    rows_first = False
+    @property
+    def rows_first(self) -> bool:
+        """See ``Layer``."""
+        return False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -173,13 +210,12 @@ class Conv2dLayer(RowLayer):
     """nn.Conv2d with groups=1: one row per output position, the im2col patch [d_in = channels x kh x kw]."""
 
     channel_dim = -3  # also of an image without a batch dimension
-    module: nn.Conv2d
+    module: nn.Conv2d | nn.Conv1d
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_channels, in_channels x kh x kw)."""
-        conv = self.module
-        return conv.out_channels, conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        return self.module.out_channels, self.module.in_channels * math.prod(self.module.kernel_size)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """[out_channels, in_channels x kh x kw]; a copy if the weight is channels_last."""
@@ -192,7 +228,7 @@ class Conv2dLayer(RowLayer):
     def _padding(self) -> tuple[int, ...]:
         """The padding in numbers (left, right, top, bottom); "same" pads more on the right, as nn.Conv2d does."""
         conv, sides = self.module, []
-        for axis in (1, 0):
+        for axis in reversed(range(len(conv.kernel_size))):
             if isinstance(conv.padding, str):
                 total = conv.dilation[axis] * (conv.kernel_size[axis] - 1) if conv.padding == "same" else 0
                 sides += [total // 2, total - total // 2]
@@ -200,23 +236,40 @@ class Conv2dLayer(RowLayer):
                 sides += [conv.padding[axis]] * 2
         return tuple(sides)
 
+    def _images(self, x: Tensor) -> Tensor:
+        """The input as a batch [batch, channels, height, width]."""
+        return x if x.ndim == 4 else x.unsqueeze(0)
+
     def input_sums(self, x: Tensor, groups: int) -> tuple[Tensor, int]:
         """See ``RowLayer.input_sums``; x is [batch, channels, height, width], or one image."""
         if groups > 1:
             return super().input_sums(x, groups)
-        images = x if x.ndim == 4 else x.unsqueeze(0)
+        images = self._images(x)
         # Unfold is linear: the sum of the patches of a batch is the patches of its sum, so one image is unfolded.
         patches = self._patches(images.sum(0, keepdim=True, dtype=accumulation_dtype(x.dtype)))
         return patches.sum(-1), images.shape[0] * patches.shape[-1]
 
     def input_rows(self, x: Tensor) -> Tensor:
         """See ``RowLayer.input_rows``: the im2col patches, one position for each place of the kernel."""
-        return self._patches(x if x.ndim == 4 else x.unsqueeze(0)).mT
+        return self._patches(self._images(x)).mT
 
     def _patches(self, images: Tensor) -> Tensor:
         conv = self.module
+        lead = (1,) * (2 - len(conv.kernel_size))  # a sequence is an image of height 1
         padded = F.pad(images, self._padding())
-        return F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
+        sizes = {"dilation": lead + conv.dilation, "stride": lead + conv.stride}
+        return F.unfold(padded, lead + conv.kernel_size, **sizes)
+
+
+class Conv1dLayer(Conv2dLayer):
+    """nn.Conv1d with groups=1: an image of height 1."""
+
+    in_old_checkpoints = False
+    channel_dim = -2
+    module: nn.Conv1d
+
+    def _images(self, x: Tensor) -> Tensor:
+        return (x if x.ndim == 3 else x.unsqueeze(0)).unsqueeze(-2)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

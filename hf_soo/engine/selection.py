@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hf_soo.engine.checks import require, shown
 from hf_soo.engine.dtensors import full_shape
-from hf_soo.engine.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
+from hf_soo.engine.layers import Conv1DLayer, Conv1dLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
+from hf_soo.engine.passes.reads import ReadLayer, read_layers
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -25,6 +26,8 @@ def _as_layer(name: str, module: nn.Module) -> Layer | None:
         return LinearLayer(name, module)
     if isinstance(module, nn.Conv2d):
         return Conv2dLayer(name, module)
+    if isinstance(module, nn.Conv1d):
+        return Conv1dLayer(name, module)
     if _is_transformers_conv1d(module):
         return Conv1DLayer(name, module)
     return None
@@ -80,10 +83,11 @@ def select_layers(
     def candidates() -> Iterator[tuple[Layer, str, str | None]]:
         for name, module in model.named_modules():
             layer = _as_layer(name, module)
-            if layer is not None:
-                yield layer, name, _reason_to_leave(layer, owners, decoders)
+            for each in read_layers(name, module) if layer is None else [layer]:
+                seen = each.known_as[0] if isinstance(each, ReadLayer) else name
+                yield each, seen, _reason_to_leave(each, name, owners, decoders)
 
-    selection = _select(candidates(), include, exclude, skip_reason, "Linear, Conv1D or Conv2d layers")
+    selection = _select(candidates(), include, exclude, skip_reason, "layers")
     embeddings = {name: _EMBEDDING for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     skipped = selection.skipped | embeddings
     return Selection(selection.layers, skipped | _rest(model, selection.layers, skipped), selection.meant)
@@ -95,7 +99,7 @@ def _rest(model: nn.Module, layers: Sequence[Layer], skipped: Collection[str]) -
     reasons: dict[str, str] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            if parameter.requires_grad and id(parameter) not in held and path not in skipped:
+            if parameter.requires_grad and id(parameter) not in held and path not in skipped and name not in skipped:
                 shape = list(full_shape(parameter))
                 reads = f"{type(module).__name__} reads these {shape} itself: what is multiplied by them cannot be seen"
                 reasons[name] = reads if len(shape) > 1 else f"no matrix {shape}"
@@ -168,7 +172,7 @@ def _select(
         if reason is None:
             layers.append(layer)
             continue
-        skipped[layer.name] = reason
+        skipped |= dict.fromkeys(layer.known_as, reason)
         if able:
             meant.add(reason)
     if not layers:
@@ -214,10 +218,10 @@ def _decoders(model: nn.Module) -> set[nn.Module]:
     return {part for decoder in found if isinstance(decoder, nn.Module) for part in decoder.modules()}
 
 
-def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[nn.Module]) -> str | None:
+def _reason_to_leave(layer: Layer, path: str, owners: dict[int, list[str]], decoders: set[nn.Module]) -> str | None:
     """Why no Kronecker factor can describe this layer's gradient, or None."""
     module, weight = layer.module, layer.weight
-    others = [name for name in owners.get(id(weight), []) if name != layer.name]
+    others = [name for name in owners.get(id(weight), []) if name != path]
     if others:
         return f"{_TIED} {others[0]}"
     if module in decoders:
@@ -230,8 +234,8 @@ def _reason_to_leave(layer: Layer, owners: dict[int, list[str]], decoders: set[n
         return f"quantised weight ({getattr(weight, 'dtype', type(weight).__name__)})"
     if not weight.requires_grad:
         return "frozen weight"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
         return f"grouped convolution (groups={module.groups})"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     return None

@@ -281,6 +281,8 @@ class OverBase(Optimizer):
             {name for group in grouped for name in group} - {UNNAMED} for grouped in (index.parameters, names)
         )
         missing, unknown = sorted(mine - theirs), sorted(theirs - index.slots.keys())
+        if (missing or unknown) and [*map(len, names)] == [*map(len, index.parameters)]:
+            return  # the same model under other names, for all that torch's optimizers ask
         if missing or unknown or any(UNNAMED in group for group in names):
             raise ValueError(
                 f"the checkpoint's optimizer moves other parameters: missing {missing[:3]} ({len(missing)}), unknown "
@@ -315,11 +317,13 @@ class OverBase(Optimizer):
         )
 
     def _left_by(self, saved: Mapping[str, Any] | None) -> list[str]:
-        """The layers that a checkpoint left to the base: their parameters were added after construction."""
+        """The layers that a checkpoint left to the base: they were added after construction, or of no kind it knew."""
         if saved is None or saved.get("switched", False):
             return []
-        added, held = set(saved.get("added", ())), self.parameter_index.layers
-        late = {layer for name in added for layer in held.get(name, ())}
+        held = self.parameter_index.layers
+        late = {layer for name in saved.get("added", ()) for layer in held.get(name, ())}
+        if "added" not in saved:
+            late |= {layer.name for layer in self.stages.layers if not layer.in_old_checkpoints}
         return [layer.name for layer in self.stages.layers if layer.name in late - saved["layers"].keys()]
 
     def _restore(self, saved: dict[str, Any]) -> None:

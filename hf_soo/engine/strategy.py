@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_soo.engine import dtensors
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint
 from hf_soo.engine.layers import Layer
 
 Entry = dict[str, Any]
@@ -248,7 +248,7 @@ class WholeTensors(Strategy):
 
     def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
         """See ``Strategy``."""
-        return [computed(layer.bias.grad) for layer in layers if layer.bias is not None and layer.bias.grad is not None]
+        return [bias for layer in layers if (bias := layer.bias_gradient()) is not None]
 
 
 def _named(base: Optimizer, names: Names) -> dict[str, Tensor]:

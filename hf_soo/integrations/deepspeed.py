@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.engine.passes.reads import ReadLayer
 from hf_soo.integrations.zero import ZeroFragments, fragments_of
 from hf_soo.optimizers.bases import check_flat
 from hf_soo.optimizers.lamb import Lamb
@@ -105,6 +107,13 @@ def _check_engine(engine: Any, optimizer: PreconditionedOptimizer) -> None:
         raise NotImplementedError(
             f"{optimizer.name} with torch_autocast in float16: the loss scale lies where it cannot be followed; use "
             "bfloat16, or DeepSpeed's own fp16."
+        )
+    read = [layer.name for layer in optimizer.layers if isinstance(layer, ReadLayer)]
+    if read and isinstance(torch.nn.functional.linear, FunctionType):  # torch's own is built in
+        raise NotImplementedError(
+            f"{optimizer.name} under ZeRO-3's memory_efficient_linear, which hides what {read[:2]} ({len(read)} "
+            "matrices of experts or routers) are multiplied with: set 'zero_optimization': {'memory_efficient_linear': "
+            "false} in the DeepSpeed config, from before the model is made, or precondition_exclude them."
         )
     offload = getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
     if offload:
