@@ -12,9 +12,9 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hf_soo.engine import diagnostics, fisher
-from hf_soo.engine.capture import LossWatch
 from hf_soo.engine.comm import refuse_join
 from hf_soo.engine.layers import Layer
+from hf_soo.engine.passes.loss import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing, warn_of_what_is_left
 from hf_soo.engine.selection import Selection
