@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -31,13 +33,40 @@ def write_atomically(file: str | Path, text: str) -> None:
     path = Path(file)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8") as stream:  # never through a link that lies there
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """Digest of a file, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        ValueError: the file cannot be read, or is none.
+    """
+    with readable(file):
+        content = file.read_bytes()
+    try:
+        found = parse_json(content.decode())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no JSON object, but a {type(found).__name__}")
+    return found
 
 
 def is_broken(text: str) -> bool:
@@ -228,7 +257,7 @@ def built_beside(output: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync(partial)
+        force_tree_to_disk(partial)
         if output.exists():
             output.rename(retired)
         partial.rename(output)
@@ -279,9 +308,18 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Make sure that the files are on the disk before the folder gets its name."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+def force_tree_to_disk(folder: Path) -> None:
+    """Wait until a folder is on the disk with all that is in it: before it gets its name."""
+    for path in (*folder.rglob("*"), folder):
+        force_to_disk(path)
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    # not every system can open a folder, or force its list of files
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

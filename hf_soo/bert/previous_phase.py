@@ -6,7 +6,6 @@ optimizer's step to 0 and starts a new schedule. The factors start fresh: they b
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from hf_soo.files import read_object
 from hf_soo.integrations.checkpoints import (
     PRECONDITIONER_FILE,
     TRAINER_STATE_FILE,
@@ -77,7 +77,7 @@ class PreviousPhase:
                 "the run before, which must have kept checkpoints (save_strategy), or model_name_or_path for "
                 "weights alone."
             )
-        state = json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state = read_object(Path(checkpoint) / TRAINER_STATE_FILE)
         _check_ended(state, checkpoint, asked_for=checkpoint == folder)
         if not any(Path(checkpoint).glob("model*.safetensors")):
             raise ValueError(
@@ -92,7 +92,7 @@ class PreviousPhase:
 def _begun(output_dir: Path) -> PreviousPhase | None:
     """What a run that has begun wrote down of the phase before it; None: it has not, or has no whole checkpoint."""
     own, file = last_whole_checkpoint(output_dir), output_dir / SETTINGS_FILE
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = read_object(file) if file.is_file() else {}
     if own is None or "previous_phase" not in settings:
         return None
     return PreviousPhase(own, **settings["previous_phase"], began=settings["initial_weights"])

@@ -18,7 +18,7 @@ from hf_soo.glue.metrics import check_installed
 from hf_soo.glue.model import find_classifier
 from hf_soo.glue.task import DOMAIN, GlueFineTuning
 from hf_soo.glue.tasks import GlueTask, find_tasks
-from hf_soo.integrations.checkpoints import last_whole_checkpoint
+from hf_soo.integrations.checkpoints import last_whole_checkpoint, why_not_whole
 from hf_soo.runs import script
 from hf_soo.runs.record import RunRecord, check_same, file_name, read_runs
 from hf_soo.runs.resume import is_finished, kept_record
@@ -169,7 +169,7 @@ def _train_anew(planned: _Planned) -> RunRecord:
 
 def _drop_last_of_finished(job: Job) -> None:
     """A run that was killed between its last step and its JSON: its last part is trained again, and then measured."""
-    last = last_whole_checkpoint(job.training.folder)
+    last = last_whole_checkpoint(job.training.folder, lambda path: why_not_whole(path, hashed=False))
     if last is not None and is_finished(str(last), job.training):
         logger.warning("%s is of the last step, but the run was not measured: training that part again", last)
         shutil.rmtree(last)

@@ -79,6 +79,10 @@ class SecondOrderTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default="linear", metadata={"help": "A transformers SchedulerType, or 'poly_warmup' (LAMB's BERT recipes)."}
     )
+    hash_checkpoints: bool = field(
+        default=True,
+        metadata={"help": "Write the SHA-256 of a checkpoint's files into its manifest, and compare it on resume."},
+    )
 
     def __post_init__(self) -> None:
         """Let TrainingArguments check its own fields, and keep our values of the two that it would refuse.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
@@ -17,16 +20,20 @@ from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
     BASE_FILE,
     PRECONDITIONER_FILE,
-    last_whole_checkpoint,
+    SAVING,
+    TRAINER_STATE_FILE,
+    hashes,
     load_renamed_weights,
     load_whole,
-    save_whole,
+    manifest_mark,
+    newest_whole,
+    on_all_ranks,
+    require_whole,
     strategy_in,
-    why_not_whole,
-    write_manifest,
 )
 from hf_soo.integrations.losses import LOSS_FILE, load_loss_state, loss_state
 from hf_soo.integrations.reshard import load_base, load_weights, strategy_of
+from hf_soo.integrations.saving import begin_save, finish_save, hold, write_error
 from hf_soo.registry import METHODS
 
 logger = logging.getLogger(__name__)
@@ -42,8 +49,10 @@ class ResumingMixin(_Base):
 
     The factors are one file (``preconditioner.pt``), the same for every strategy and world size. Where the base's state
     is sharded it is written once more in whole tensors, and a run that goes on under another strategy, or on another
-    number of ranks, reads it from there.
+    number of ranks, reads it from there. How a save goes is said in ``saving``.
     """
+
+    _saving = False
 
     @property
     def second_order(self) -> PreconditionedOptimizer | None:
@@ -60,30 +69,38 @@ class ResumingMixin(_Base):
         bind(self.accelerator, self.optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a checkpoint that is not whole is refused, or passed over.
+        """As Trainer's, in a folder that no other process writes to; a checkpoint that is not whole is refused.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one in ``output_dir``.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest in ``output_dir`` that is whole.
             *args: Trainer's.
             **kwargs: Trainer's.
 
         Raises:
-            ValueError: the folder is not whole; or True, and there is no whole checkpoint.
+            ValueError: the checkpoint is not whole; or True, and none is; or another process trains in ``output_dir``.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no whole checkpoint; leave it out."
-                )
-        elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
-            reason = why_not_whole(resume_from_checkpoint)
-            if reason is not None:
-                raise ValueError(
-                    f"{resume_from_checkpoint} cannot be resumed from: {reason}; give an earlier checkpoint, or True "
-                    "for the newest whole one."
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        trial = kwargs.get("trial", args[0] if args else None)
+        lock = on_all_ranks(lambda: self._hold(trial))
+        try:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = newest_whole(self.args)
+                if resume_from_checkpoint is None:
+                    raise ValueError(
+                        f"resume_from_checkpoint=True, but {self.args.output_dir!r} has no whole checkpoint that every "
+                        "rank sees; leave it out."
+                    )
+            elif resume_from_checkpoint:
+                require_whole(self.args, resume_from_checkpoint)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _hold(self, trial: Any) -> int | None:
+        """The lock of the folder, where this process is the one that has it and checkpoints will be written."""
+        if not self.is_world_process_zero() or self.args.save_strategy == SaveStrategy.NO:
+            return None
+        return hold(Path(self._get_output_dir(trial)))
 
     def _foreign(self, checkpoint: str | None) -> str | None:
         """The strategy a checkpoint was written under if it is another one than this run's, else None."""
@@ -92,39 +109,77 @@ class ResumingMixin(_Base):
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is being written, where it is until it is whole."""
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, SAVING) if self._saving else folder
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        saved = run / SAVING / name
         try:
-            super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
-            if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in str(error):
-                raise  # neither library raises OSError for a full disk
-            raise OSError(
-                f"the checkpoint of step {self.state.global_step} in {self.args.output_dir!r} could not be written "
-                f"({error}); free space or choose another output_dir, then resume from the last whole checkpoint."
-            ) from error
+            self._in_turn(lambda: begin_save(run))
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            self._finish_save(run, saved)
+        except Exception as error:
+            failed = write_error(error, saved)
+            if failed is None:
+                raise
+            raise failed from error
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+
+    def _finish_save(self, run: Path, saved: Path) -> None:
+        """Name the best checkpoint as it will be called, and then this one."""
+        state = self.state
+        best = run / f"checkpoint-{state.best_global_step}"
+        if best.name == saved.name or best.is_dir():
+            state.best_model_checkpoint = str(best)
+        callbacks: Any = state.stateful_callbacks
+        callbacks |= manifest_mark(state.global_step)
+
+        def finish() -> None:
+            if saved.is_dir():  # with save_on_each_node: not where all nodes share one disk
+                state.save_to_json(str(saved / TRAINER_STATE_FILE))
+                finish_save(saved, strategy_of(self), state.global_step, hashed=hashes(self.args))
+
+        self.accelerator.wait_for_everyone()
+        self._in_turn(finish)
+
+    def _in_turn(self, call: Callable[[], None]) -> None:
+        """Process 0, then what other processes save (``save_on_each_node``); all wait for it."""
+        for first in (True, False):
+            if self.args.should_save and (self.args.process_index == 0) == first:
+                call()
+            self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # else it is pushed when it is whole
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         loss = loss_state(self, self._bare())  # sentence-transformers' checkpoints hold the model alone
         if loss and self.args.should_save:
-            save_whole(output_dir, LOSS_FILE, loss)
+            torch.save(loss, os.path.join(output_dir, LOSS_FILE))
         ours = self.second_order
         if ours is None or ours.carries_state:
             return
         state = ours.second_order_state()  # on every rank: they may have to exchange factors
         if self.args.should_save:
-            save_whole(output_dir, PRECONDITIONER_FILE, state)
+            state["global_step"] = self.state.global_step
+            torch.save(state, os.path.join(output_dir, PRECONDITIONER_FILE))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             base = ours.base_state(keep=self.args.should_save)
             if self.args.should_save:
-                save_whole(output_dir, BASE_FILE, base)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The last that every rank writes; then the one that saves lists it all, before ``trainer_state.json``."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(output_dir, strategy_of(self))
+                torch.save(base, os.path.join(output_dir, BASE_FILE))
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -191,6 +246,12 @@ class ResumingMixin(_Base):
             logger.warning("%s holds no optimizer state; %s starts fresh", checkpoint, ours.name)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        step = self.state.global_step
+        if saved is not None and saved.get("global_step", step) != step:
+            raise ValueError(
+                f"{checkpoint}: {PRECONDITIONER_FILE} is of step {saved['global_step']}, {TRAINER_STATE_FILE} of step "
+                f"{step}; resume from a checkpoint whose files are its own."
+            )
         # Ours first: it tells another optimizer's checkpoint in one line, before torch complains about groups.
         ours.check_second_order_state(saved)
         if self._foreign(checkpoint) is not None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soo.files import write_atomically
-from hf_soo.integrations.checkpoints import last_whole_checkpoint
+from hf_soo.files import read_object, write_atomically
+from hf_soo.integrations.checkpoints import newest_whole, require_whole
 from hf_soo.runs.callbacks import RecordCallback, kept_curve
 from hf_soo.runs.record import RunRecord, check_same, reach, read_run
 from hf_soo.runs.run_arguments import RunTrainingArguments
@@ -39,6 +39,7 @@ class OutputFolder(TrainerCallback):
             restart: begin anew, whatever is there.
         """
         self.folder = args.folder
+        self._args = args
         self.restart = restart
         self.settings = record.settings
         self._asked = args.resume_from_checkpoint
@@ -50,11 +51,12 @@ class OutputFolder(TrainerCallback):
         """The checkpoint to go on from: the one asked for, else the last whole one in the folder, else none.
 
         Raises:
-            ValueError: the folder holds checkpoints of a run with other settings.
+            ValueError: the one asked for is not whole, or the folder holds checkpoints of a run with other settings.
         """
         if self._asked is not None:
+            require_whole(self._args, self._asked)
             return str(self._asked)
-        last = None if self.restart else last_whole_checkpoint(self.folder)
+        last = None if self.restart else newest_whole(self._args)
         if last is not None:
             self._check_same()
             logger.info("Resuming from %s; --restart begins anew", last)
@@ -64,7 +66,10 @@ class OutputFolder(TrainerCallback):
         file = self.folder / SETTINGS_FILE
         if not file.is_file():  # checkpoints of another script: the Trainer's own checks must do
             return
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = read_object(file)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete that file to go on unchecked, or give --restart.") from error
         way_out = "give --restart to delete them, or another --output_dir"
         check_same(before, self.settings, f"{self.folder} holds checkpoints", way_out, self._free)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hf_soo.integrations.checkpoints import write_manifest
 from tests.compare.spread import place
 from tests.ranks.cells import RESUME_AT, STEPS
 
@@ -187,7 +188,10 @@ def drop(checkpoint: Path) -> None:
     for name in UNREAD & manifest["files"].keys():
         del manifest["files"][name]
         (checkpoint / name).unlink()
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    if "digest" in manifest:
+        write_manifest(checkpoint, manifest["strategy"], manifest["step"], hashed="sha256" in manifest)
+    else:  # written before there were hashes, and shall stay so
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def main() -> None:

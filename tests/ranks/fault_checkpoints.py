@@ -98,11 +98,12 @@ def damaged_checkpoints(rank: int, world: int, folder: str) -> dict[str, Any]:
     return found
 
 
-def folders_apart(rank: int, run: Path) -> str:
-    """The error of ranks that resume by True where each sees a disk of its own, and rank 1 has not got the last one."""
+def folders_apart(rank: int, run: Path) -> list[str]:
+    """The errors where each rank sees a disk of its own, and rank 1 has not got the last one: by True, and by name."""
     folder = run.parent / f"disk{rank}"
-    shutil.copytree(run / f"checkpoint-{4 - 2 * rank}", folder / f"checkpoint-{4 - 2 * rank}")
-    return error_of(run_trainer, str(folder), resume=True, **SETTINGS)
+    checkpoint = folder / f"checkpoint-{4 - 2 * rank}"
+    shutil.copytree(run / checkpoint.name, checkpoint)
+    return [error_of(run_trainer, str(folder), resume=resume, **SETTINGS) for resume in (True, str(checkpoint))]
 
 
 def continued(folder: Path, **settings: Any) -> dict[str, Any]:

@@ -254,8 +254,10 @@ def test_a_manifest_that_cannot_be_read_is_a_clear_error(checkpoints: Checkpoint
 
 def test_ranks_that_see_other_checkpoints_refuse_to_step(checkpoints: Checkpoints) -> None:
     for found in on_both(checkpoints.damaged):
-        assert "disagree on the run's checkpoint: rank 0 has 'checkpoint-4 " in found["apart"]
-        assert "rank 1 'checkpoint-2 " in found["apart"]
+        by_true, by_name = found["apart"]
+        assert "has no whole checkpoint that every rank sees" in by_true
+        assert "disagree on the run's checkpoint: rank 0 has 'checkpoint-4 " in by_name
+        assert "rank 1 'checkpoint-2 " in by_name
 
 
 SAYS = {

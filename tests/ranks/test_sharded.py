@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -220,19 +219,17 @@ def test_muon_over_shards_is_refused_when_it_is_built() -> None:
 
 def written_under_zero(tmp_path: Path, missing: str, added: str) -> str:
     """What resuming says of a single process's checkpoint that is made to look like ZeRO's."""
+    from hf_soo.integrations.checkpoints import write_manifest
     from tests.ranks.cells import METHODS, RESUME_AT, SINGLE, Sentences, forget, make_trainer
 
     data = Sentences()
     make_trainer(SINGLE, METHODS["mkor"], "resume", tmp_path, data).train()
     checkpoint = tmp_path / f"checkpoint-{RESUME_AT}"
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["strategy"] = "zero2 x 2"
     if missing:
-        del manifest["files"][missing]
         (checkpoint / missing).unlink()
     if added:
         (checkpoint / added).write_bytes(b"")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(checkpoint, "zero2 x 2", RESUME_AT, hashed=True)
     trainer = make_trainer(SINGLE, METHODS["mkor"], "resume", tmp_path, data)
     with pytest.raises(ValueError) as caught:
         trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_soo.bert.previous_phase import PreviousPhase
+from hf_soo.integrations.checkpoints import write_manifest
 from tests.scripts.script_runs import check_error, load_script, only_run, prepare_corpus
 
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--dropout", "0"]
@@ -156,8 +157,10 @@ def test_a_phase_1_that_has_not_ended_is_taken_only_where_it_is_asked_for(phase_
     stopped = json.loads(file.read_text())
     stopped["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = True  # at a target
     file.write_text(json.dumps(stopped))
+    write_manifest(file.parent, "whole", 2, hashed=True)
     assert PreviousPhase.find(str(folder)).steps == 2
     file.write_text(json.dumps(stopped | {"log_history": [{"loss": float("nan"), "step": 2}]}))
+    write_manifest(file.parent, "whole", 2, hashed=True)
     with pytest.raises(ValueError, match=r"the loss of .*checkpoint-2 is not finite"):
         PreviousPhase.find(str(folder / "checkpoint-2"))
 
@@ -166,7 +169,7 @@ def test_weights_in_pieces_are_refused(phase_1: Path, tmp_path: Path) -> None:
     """As FSDP2 and ZeRO-3 write them unless they are told otherwise."""
     folder = shutil.copytree(phase_1 / "checkpoint-4", tmp_path / "checkpoint-4")
     (folder / "model.safetensors").unlink()
-    (folder / "manifest.json").unlink()
+    write_manifest(folder, "fsdp2", 4, hashed=True)
     with pytest.raises(ValueError, match=r"checkpoint-4 has no whole weights .* FULL_STATE_DICT"):
         PreviousPhase.find(str(folder))
 

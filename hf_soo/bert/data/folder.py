@@ -20,6 +20,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from hf_soo.bert.data.pairs import PairBatch
+from hf_soo.files import sha256_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -141,15 +142,6 @@ def _table(pairs: PairBatch, first_id: int) -> Any:
         np.arange(first_id, first_id + len(pairs), dtype=np.int32),
     )
     return pa.table(dict(zip(COLUMNS, columns, strict=True)))
-
-
-def sha256_of(file: Path) -> str:
-    """Digest of a file, read a megabyte at a time."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_prepared(path: str | Path, *, verify: bool = False) -> Prepared:

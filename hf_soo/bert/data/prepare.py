@@ -18,13 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from hf_soo.bert.data.folder import FORMAT, MANIFEST, VOCABULARY, SplitWriter, sha256_of
+from hf_soo.bert.data.folder import FORMAT, MANIFEST, VOCABULARY, SplitWriter
 from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
 from hf_soo.bert.data.pairs import PairConfig
 from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, train_wordpiece
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
 from hf_soo.engine.checks import Bounds, Checked, Count, Portion, Whole
-from hf_soo.files import built_beside, clear_leftovers, write_atomically
+from hf_soo.files import built_beside, clear_leftovers, sha256_of, write_atomically
 from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
 
