@@ -139,8 +139,8 @@ def refuse_join(ddp: Any, method: str) -> None:
 
 
 def _default_device() -> torch.device:
-    """Where a message of the default process group has to lie."""
-    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+    """Where a message of the default process group may lie, whatever its backend; torch has no public way to ask."""
+    return torch.device(dist.distributed_c10d._get_object_coll_device())
 
 
 def _first_disagreement(everybody: Sequence[Mapping[str, str]]) -> str:

@@ -174,7 +174,7 @@ def _train_one(job: Job, task: Task) -> RunRecord:
     target = job.run.target_eval_loss
     finished = is_finished(checkpoint, args, target)
     kept = kept_record(job.results_dir / f"{record.name}.json") if finished else None
-    _compare_ranks(record, target, checkpoint, "finished" if kept is not None else "to do")
+    _compare_ranks(job, record, checkpoint, "finished" if kept is not None else "to do")
     if kept is not None:
         logger.warning("%s is finished already; --restart runs it again", record.name)
         if target is not None and target != (kept.target or {}).get("eval_loss"):
@@ -205,13 +205,14 @@ def _train_one(job: Job, task: Task) -> RunRecord:
     return record
 
 
-def _compare_ranks(record: RunRecord, target: float | None, checkpoint: str | None, state: str) -> None:
+def _compare_ranks(job: Job, record: RunRecord, checkpoint: str | None, state: str) -> None:
     """Before a Trainer is made: it, or a run that is over for some ranks alone, would be waited for.
 
     Raises:
         ValueError: the ranks were given other settings, data or initial weights, or see other files.
     """
-    what = {"name": record.name, "seed": record.seed, "target_eval_loss": target, **record.settings}
+    shared = {key: value for key, value in vars(job.run).items() if key not in ("results_dir", "traceback")}
+    what = shared | {"name": record.name, "seed": record.seed, **record.settings}
     found = {"checkpoint": "none" if checkpoint is None else Path(checkpoint).name, "state": state}
     Communicator().agree({key: text_of(value) for key, value in (what | found).items()}, "the run's", WAY_OUT)
 

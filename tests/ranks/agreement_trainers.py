@@ -13,6 +13,9 @@ from transformers import set_seed
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.runs.callbacks import RecordCallback
 from hf_soo.runs.record import RunRecord
+from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.runs.training import Job, Task, train
+from tests.ranks.agreement_runs import net
 from tests.ranks.cells import METHODS, STRATEGIES, Sentences, Strategy, forget, make_trainer
 from tests.trainer.test_trainer import Examples, arguments, bert
 
@@ -102,6 +105,7 @@ def trainers(rank: int, world: int, folder: str) -> dict[str, Any]:
     for name, changed in FREE.items():
         found[name] = trained(rank, f"{folder}/{name}", {}, data_seed=1, **(changed if rank == 1 else {}))
     found["order"] = {seed: order(rank, folder, seed) for seed in (None, 1)}
+    found["runs"] = {case: recorded(rank, f"{folder}/runs", case) for case in RUNS}
     zero = next(strategy for strategy in STRATEGIES if strategy.stage == 2)
     found["health"] = health(zero, Path(folder) / "zero")
     return found
@@ -116,6 +120,53 @@ def order(rank: int, folder: str, data_seed: int | None) -> list[int]:
     )
     set_seed(rank)
     return [int(i) for drawn in list(trainer.get_train_dataloader())[:4] for i in drawn]
+
+
+class Toy(Task):
+    """A recorded run of two steps."""
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+
+    def make_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return net()
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        return {"train_examples": self.examples}
+
+    def make_trainer(self, model: nn.Module, args: Any, callbacks: Any) -> Any:
+        raise AssertionError("the ranks were given different things, and go on")
+
+
+RUNS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "rate": ({"learning_rate": 0.5}, "name", "'mkor-lamb-lr0.01'", "'mkor-lamb-lr0.5'"),
+    "rate under one name": ({"learning_rate": 0.5, "name": "run"}, "learning_rate", "'0.01'", "'0.5'"),
+    "seed": ({"seed": 1}, "seed", "'42'", "'1'"),
+    "data": ({"examples": 9}, "train_examples", "'8'", "'9'"),
+    "target": ({"target_eval_loss": 2.0}, "target_eval_loss", "'None'", "'2.0'"),
+    "comparison": ({"compare_with": "adamw"}, "compare_with", "'None'", "'adamw'"),
+    "a checkpoint that one rank sees": ({"output_dir": "seen"}, "checkpoint", "'none'", "'checkpoint-2'"),
+}
+"""What rank 1 is given -> what the error calls it, and what it shows of the two."""
+
+
+def recorded(rank: int, folder: str, case: str) -> str:
+    """The error of a run of the commands, before a Trainer is made."""
+    given: dict[str, Any] = {"output_dir": "out", "examples": 8} | (RUNS[case][0] if rank == 1 else {})
+    place, examples = Path(folder) / given.pop("output_dir"), given.pop("examples")
+    if "name" in RUNS[case][0]:
+        given["name"] = "run"
+    run = RunArguments(**{key: given.pop(key) for key in ("name", "target_eval_loss", "compare_with") if key in given})
+    settings = {"optim": "mkor", "learning_rate": 0.01, "max_steps": 5, "report_to": "none", "use_cpu": True} | given
+    if place.name == "seen":
+        (place / "checkpoint-2").mkdir(parents=True)
+        (place / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    try:
+        train(Job(run, RunTrainingArguments(str(place), **settings)), Toy(examples))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def health(strategy: Strategy, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from hf_soo.engine import comm
 from tests.ranks.agreement_runs import ALIKE, DIFFERENT, JOINED, first_steps, joined
-from tests.ranks.agreement_trainers import ARGUMENTS, FREE, OTHERS, trainers
+from tests.ranks.agreement_trainers import ARGUMENTS, FREE, OTHERS, RUNS, trainers
 from tests.ranks.distributed import Ranks, run_ranks
 
 
@@ -86,6 +86,16 @@ def test_ranks_of_different_torch_seeds_would_draw_the_same_examples(trained: li
     apart, together = ({tuple(found["order"][seed]) for found in trained} for seed in (None, 1))
     assert set.intersection(*(set(drawn) for drawn in apart))
     assert not set.intersection(*(set(drawn) for drawn in together))
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_recorded_run_ends_before_its_trainer_is_made(case: str, trained: list[dict[str, Any]]) -> None:
+    _, name, here, there = RUNS[case]
+    first, second = (found["runs"][case] for found in trained)
+    assert first == second
+    assert first.startswith(f"the ranks disagree on the run's {name}: rank 0 has "), first
+    one, other = first.split(", rank 1 ")
+    assert here in one and there in other, first
 
 
 def test_the_record_of_a_run_under_zero_has_its_health(trained: list[dict[str, Any]]) -> None:
