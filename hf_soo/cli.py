@@ -200,14 +200,19 @@ def report_of(folder: str | Path) -> tuple[Callable[[str, str], None] | None, st
     folder = Path(folder)
     if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
         return None, reproduce_table.text_of(folder)
-    kinds = {record.kind_of(document) for document in record.read_documents(folder).values()}
+    damaged: record.Damaged = {}
+    records = record.read_runs(folder, damaged)
+    kinds = {"search" if run.search else run.kind for run in records}
+    if not records:  # of the others, benchmarks have a table
+        kinds = {record.kind_of(document) for document in record.read_documents(folder, {}).values()} & {"bench"}
     for kind, name in REPORTS.items():
         if kind in kinds:
             module = importlib.import_module(name)
             draw = getattr(module, "picture", None)
             return (partial(draw, folder) if draw else None), module.text_of(folder)
-    records = record.read_runs(folder)
-    return partial(report.picture, records), report.table(records)
+    if not records:
+        raise ValueError(": ".join(map(str, next(iter(damaged.items())))))
+    return partial(report.picture, records), report.table(records) + record.passed_over(damaged)
 
 
 if __name__ == "__main__":

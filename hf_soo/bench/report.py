@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_soo.runs.record import kind_of, read_documents
+from hf_soo.runs.markdown import plain
+from hf_soo.runs.record import Damaged, kind_of, passed_over, read_documents
 
 COLUMNS = {
     "step": "step_ratio",
@@ -27,8 +28,9 @@ def heading(results: dict[str, Any]) -> str:
     """What was measured, and the head of the table."""
     size, reference = f"{results['parameters'] / 1e6:.1f}M parameters", results["reference"]
     fused, seconds = reference["adamw_fused_ratio"], reference["adamw_foreach_seconds"]
+    where = f"{plain(results['preset'])}: {size} on {plain(results['device'])}"
     return (
-        f"{results['preset']}: {size} on {results['device']}; AdamW(foreach) {seconds * 1e3:.1f} ms a step, "
+        f"{where}; AdamW(foreach) {seconds * 1e3:.1f} ms a step, "
         f"fused {fused:.2f} of it\n\n"
         f"| {'optimizer':<16} | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
     )
@@ -38,7 +40,7 @@ def line(row: dict[str, Any]) -> str:
     """One row of the table; what an older benchmark did not measure is an empty cell."""
     cells = ("" if row.get(key) is None else f"{row[key]:.2f}" for key in COLUMNS.values())
     method = ":".join([row["optimizer"], *(f"{key}={value}" for key, value in row.get("set", {}).items())])
-    name = method if row["base"] == row["optimizer"] else f"{method}+{row['base']}"
+    name = plain(method if row["base"] == row["optimizer"] else f"{method}+{row['base']}")
     padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, COLUMNS, strict=True))
     return f"| {name:<16} | {' | '.join(padded)} |"
 
@@ -50,4 +52,12 @@ def _table(results: dict[str, Any]) -> str:
 
 def text_of(folder: Path) -> str:
     """The tables of the benchmarks among a folder's JSONs, by file name."""
-    return "\n".join(_table(found) for found in read_documents(folder).values() if kind_of(found) == "bench")
+    damaged: Damaged = {}
+    tables = []
+    for path, found in read_documents(folder, damaged).items():
+        if kind_of(found) == "bench":
+            try:
+                tables.append(_table(found))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                damaged[path] = f"no benchmark as this version reads it: {type(error).__name__} {error}"
+    return "\n".join(tables) + passed_over(damaged)

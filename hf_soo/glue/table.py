@@ -15,7 +15,8 @@ from typing import Any
 
 from hf_soo.glue.tasks import TASKS, GlueTask
 from hf_soo.runs import report
-from hf_soo.runs.record import RunRecord, differing, read_runs
+from hf_soo.runs.markdown import plain
+from hf_soo.runs.record import Damaged, RunRecord, differing, passed_over, read_runs
 
 _COMBINED = "combined_score"  # the mean of the two before it, for choosing a model; not shown
 _PER_TASK = ("weight_decay", "max_grad_norm")  # settings of a method that, like the epochs, may be a task's own
@@ -33,6 +34,11 @@ class _Row:
     rate: str
     note: str
     cells: dict[str, list[RunRecord]]
+
+    @property
+    def method(self) -> str:
+        """The optimizer and what sets the row apart."""
+        return f"{self.optimizer} ({self.note})" if self.note else self.optimizer
 
     @property
     def tasks(self) -> list[str]:
@@ -137,8 +143,10 @@ def _row(runs: Sequence[RunRecord], difference: str) -> _Row:
 
 def text_of(folder: Path) -> str:
     """The table of a folder of run JSONs; of evaluations alone, which are no fine-tuning, that of any runs."""
-    records = read_runs(folder)
-    return table(records) if any(map(_is_fine_tuning, records)) else report.table(records)
+    damaged: Damaged = {}
+    records = read_runs(folder, damaged)
+    fine_tuned = any(map(_is_fine_tuning, records)) or not records
+    return (table(records) if fine_tuned else report.table(records)) + passed_over(damaged)
 
 
 def table(records: Sequence[RunRecord]) -> str:
@@ -154,10 +162,10 @@ def table(records: Sequence[RunRecord]) -> str:
     header = ["model", "optimizer", "base", "learning rate", *(_column(TASKS[name]) for name in names), "average"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * 4 + "---:|" * (len(names) + 1)]
     for row in found:
-        optimizer = f"{row.optimizer} ({row.note})" if row.note else row.optimizer
+        method = [plain(cell) for cell in (row.model, row.method, row.base, row.rate)]
         cells = [_cell(row.cells[name]) if name in row.cells else "" for name in names]
-        lines.append("| " + " | ".join([row.model, optimizer, row.base, row.rate, *cells, _average(row)]) + " |")
-    return "\n".join([*lines, "", *_notes(found, lines), *_seeds(found)]) + "\n"
+        lines.append("| " + " | ".join([*method, *cells, _average(row)]) + " |")
+    return "\n".join([*lines, "", *_notes(found), *_seeds(found)]) + "\n"
 
 
 def _column(task: GlueTask) -> str:
@@ -184,8 +192,9 @@ def _average(row: _Row) -> str:
     return "" if row.average is None else f"{100 * row.average:.1f} ({tasks})"
 
 
-def _notes(found: Sequence[_Row], lines: Sequence[str]) -> list[str]:
+def _notes(found: Sequence[_Row]) -> list[str]:
     """What the average is over, and what the marks mean where they occur."""
+    cells = [_cell(runs) for row in found for runs in row.cells.values()]
     covered = list(dict.fromkeys(tuple(row.tasks) for row in found if row.tasks))
     sets = "; ".join(f"{len(names)}: {', '.join(TASKS[name].title for name in names)}" for names in covered)
     text = ["Dev sets, in percent, medians over seeds."]
@@ -193,9 +202,9 @@ def _notes(found: Sequence[_Row], lines: Sequence[str]) -> list[str]:
         text.append(f"Average: the mean over tasks of the mean of a task's metrics, over {sets}.")
     if len(covered) > 1:
         text.append("Averages over different tasks cannot be compared.")
-    if any(_SUBSET in line for line in lines):
+    if any(_SUBSET in cell for cell in cells):
         text.append(f"{_SUBSET} not the whole official dev set: no official score.")
-    if any(_PARTIAL in line for line in lines):
+    if any(_PARTIAL in cell for cell in cells):
         text.append(f"{_PARTIAL} not trained on the official training set as a whole.")
     return [" ".join(text)]
 
@@ -211,7 +220,7 @@ def _seeds(found: Sequence[_Row]) -> list[str]:
                     seeds = " ".join(str(run.seed) for run in runs if run.status == "completed")
                     over = f" over {row.base}" if row.base else ""
                     note = f" ({row.note})" if row.note else ""
-                    method = f"{row.model}, {row.optimizer}{over}, {row.rate}{note}"
+                    method = plain(f"{row.model}, {row.optimizer}{over}, {row.rate}{note}")
                     cells = [method, TASKS[name].title, metric, *numbers, seeds]
                     lines.append(f"| {' | '.join(cells)} |")
     header = ["", "| run | task | metric | median | lowest | highest | seeds |", "|---|---|---|---:|---:|---:|---|"]

@@ -11,7 +11,8 @@ from hf_soo.files import write_atomically
 from hf_soo.glue import table as glue_table
 from hf_soo.glue.tasks import TASKS
 from hf_soo.runs import report
-from hf_soo.runs.record import RunRecord, reach, read_runs
+from hf_soo.runs.markdown import plain
+from hf_soo.runs.record import Damaged, RunRecord, passed_over, reach, read_runs
 
 PHASE_2_FOLDER = "phase2"
 _REFERENCE = "lamb"
@@ -37,7 +38,7 @@ def write(results: Path, scale: str) -> str:
     Returns:
         The table; empty, and nothing is written, while there is no run of phase 2.
     """
-    runs = _read(results / PHASE_2_FOLDER)
+    runs = _read(results / PHASE_2_FOLDER, {})
     if not runs:
         return ""
     text = text_of(results)
@@ -49,14 +50,16 @@ def write(results: Path, scale: str) -> str:
 
 def text_of(results: Path) -> str:
     """The table, and what its numbers are of, from a folder with phase1, phase2, squad and glue."""
-    phase_2 = {record.name: record for record in _read(results / PHASE_2_FOLDER)}
-    squad = {record.name: record for record in _read(results / "squad")}
-    glue = {name: _read(results / "glue" / name) for name in phase_2}
-    return _table(phase_2, squad, glue) + _notes(_read(results / "phase1"), phase_2, squad, glue)
+    damaged: Damaged = {}
+    phase_2 = {record.name: record for record in _read(results / PHASE_2_FOLDER, damaged)}
+    squad = {record.name: record for record in _read(results / "squad", damaged)}
+    glue = {name: _read(results / "glue" / name, damaged) for name in phase_2}
+    phase_1 = _read(results / "phase1", damaged)
+    return _table(phase_2, squad, glue) + _notes(phase_1, phase_2, squad, glue) + passed_over(damaged)
 
 
-def _read(folder: Path) -> list[RunRecord]:
-    return read_runs(folder) if any(folder.glob("*.json")) else []
+def _read(folder: Path, damaged: Damaged) -> list[RunRecord]:
+    return read_runs(folder, damaged) if any(folder.glob("*.json")) else []
 
 
 def _table(
@@ -70,7 +73,7 @@ def _table(
     for name, run in sorted(phase_2.items(), key=lambda item: report.final_loss(item[1])):
         steps, f1 = PAPER.get(name, (None, None))
         cells = [
-            name,
+            plain(name),
             *_phase_2_cells(run, target),
             *_squad_cells(squad.get(name)),
             *_glue_cells(glue.get(name, ()), tasks),
@@ -105,7 +108,7 @@ def _squad_cells(run: RunRecord | None) -> list[str]:
 def _glue_cells(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[str]:
     cells, means = [], []
     for name in tasks:
-        mine = [run for run in runs if run.config["task"] == name]
+        mine = [run for run in runs if run.config.get("task") == name]
         values = list(glue_table.medians(mine).values()) if mine else []
         cells.append("/".join(f"{100 * value:.1f}" for value in values))
         means += [sum(values) / len(values)] if values else []
@@ -128,7 +131,7 @@ def _notes(
     lines += [f"Phase 2: {_pretraining(run)}." for run in list(phase_2.values())[:1]]
     lines += [f"SQuAD v1.1: {_fine_tuning(run)}." for run in list(squad.values())[:1]]
     tasks: dict[str, RunRecord] = {}
-    for run in (run for runs in glue.values() for run in runs):
+    for run in (run for runs in glue.values() for run in runs if run.config.get("task") in TASKS):
         tasks.setdefault(run.config["task"], run)
     lines += [f"{TASKS[name].title}: {_fine_tuning(run)}." for name, run in tasks.items()]
     lines.append("Fine-tuning is the same for all rows; GLUE in percent, medians over seeds where there are several.")
@@ -136,18 +139,26 @@ def _notes(
 
 
 def _pretraining(run: RunRecord) -> str:
-    data = run.config["data"]
-    return f"{run.steps:,} steps of {run.config['global_batch_size']} x {data['seq_length']} tokens"
+    data = run.config.get("data") or {}
+    batch, length = run.config.get("global_batch_size", "?"), data.get("seq_length", "?")
+    return f"{run.steps:,} steps of {plain(batch)} x {plain(length)} tokens"
 
 
 def _fine_tuning(run: RunRecord) -> str:
-    data, config = run.config["data"], run.config
-    optimizer = f"{run.optimizer} at {config['learning_rate']:g}"
-    examples = f"{_count(data, 'train'):,} training and {_count(data, 'eval'):,} dev examples"
-    batch = math.prod(config.get(key, 1) for key in _STEP)
+    data, config = run.config.get("data") or {}, run.config
+    rate = config.get("learning_rate")
+    optimizer = plain(run.optimizer) + ("" if rate is None else f" at {rate:g}")
+    examples = f"{_count(data, 'train')} training and {_count(data, 'eval')} dev examples"
+    batch = math.prod(value for key in _STEP if isinstance(value := config.get(key), int))
     return f"{examples}, {run.steps:,} steps of {batch}, {optimizer}"
 
 
-def _count(data: Mapping[str, Any], part: str) -> int:
+def _count(data: Mapping[str, Any], part: str) -> str:
     """Questions of SQuAD, examples of GLUE."""
-    return int(data[part]["questions"] if part in data else data[f"{part}_examples"])
+    return _said(data[part], "questions") if isinstance(data.get(part), Mapping) else _said(data, f"{part}_examples")
+
+
+def _said(config: Mapping[str, Any], key: str) -> str:
+    """A number of an older JSON, which may not say it."""
+    value = config.get(key)
+    return "?" if value is None else f"{value:,}" if isinstance(value, int) else plain(value)

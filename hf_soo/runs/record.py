@@ -32,14 +32,17 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from hf_soo.files import write_atomically
+from hf_soo.engine.checks import hints_of
+from hf_soo.files import parse_json, readable, write_atomically
+from hf_soo.runs.markdown import plain
+from hf_soo.runs.stored import NO_POINT, check_stored
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ LONGEST_NAME = 210
 """Bytes of a run's name: a file's has 255, with what is put after it while it is written."""
 _STATUSES: tuple[str, ...] = get_args(Status)
 CurvePoint = dict[str, Any]
+_Read = TypeVar("_Read")
 # Settings of the method itself; all others of a run are its workload.
 _METHOD = frozenset({
     "learning_rate", "optim_args", "base_optim_args", "max_grad_norm", "weight_decay", "precondition_include",
@@ -183,11 +187,15 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def read_documents(folder: str | Path) -> dict[Path, Any]:
+Damaged = dict[Path, str]  # files that cannot be read, and why
+
+
+def read_documents(folder: str | Path, damaged: Damaged | None = None) -> dict[Path, Any]:
     """Every JSON of a folder (not of folders inside it), by file name.
 
     Args:
         folder: of run JSONs, or of others.
+        damaged: takes the files that cannot be read, which are passed over then; None: the first is an error.
 
     Raises:
         ValueError: no such folder, no ``*.json`` in it, or one that is no JSON.
@@ -195,22 +203,44 @@ def read_documents(folder: str | Path) -> dict[Path, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"No folder {str(folder)!r}; give the folder that holds the run JSONs.")
-    found = {path: _read(path) for path in sorted(folder.glob("*.json"))}
-    if not found:
+    with readable(folder):
+        files = sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
+    if not files:
         raise ValueError(f"Folder {str(folder)!r} holds no *.json; give the folder that holds the run JSONs.")
-    return found
+    return _each(_read, files, damaged)
 
 
-def read_runs(folder: str | Path) -> list[RunRecord]:
+def read_runs(folder: str | Path, damaged: Damaged | None = None) -> list[RunRecord]:
     """Every run JSON of a folder, by file name.
 
     Args:
         folder: where ``RunRecord.write`` wrote.
+        damaged: as in `read_documents`.
 
     Raises:
         ValueError: no such folder, no JSON in it, or a JSON that is not a run.
     """
-    return [_upgraded(path, data) for path, data in read_documents(folder).items()]
+    documents = read_documents(folder, damaged)
+    return list(_each(lambda path: _upgraded(path, documents[path]), documents, damaged).values())
+
+
+def _each(read: Callable[[Path], _Read], paths: Iterable[Path], damaged: Damaged | None) -> dict[Path, _Read]:
+    """What is read of each file, but for the damaged ones where they are passed over."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = read(path)
+        except ValueError as error:
+            if damaged is None:
+                raise
+            damaged[path] = str(error).removeprefix(f"{path}: ")
+    return found
+
+
+def passed_over(damaged: Damaged) -> str:
+    """What a report says of the files that it could not read; nothing where there are none."""
+    said = "; ".join(plain(f"{path.name} ({reason.rstrip('.')})") for path, reason in damaged.items())
+    return f"\nDamaged, and passed over: {said}.\n" if said else ""
 
 
 def read_run(path: Path) -> RunRecord:
@@ -224,7 +254,8 @@ def read_run(path: Path) -> RunRecord:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with readable(path):
+            return parse_json(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); delete it or write it again.") from error
 
@@ -237,6 +268,8 @@ def _upgraded(path: Path, data: Any) -> RunRecord:
     if missing:
         raise ValueError(f"{path}: not a run, it lacks {', '.join(missing)}; keep other JSONs in another folder.")
     known = {field.name: data[field.name] for field in fields if field.name in data}
+    check_stored(path, known, hints_of(RunRecord) | {"status": Status})
+    known["curve"] = [NO_POINT | point for point in known.get("curve", [])]
     return RunRecord(**known | {"kind": kind_of({**data, "search": {}})})  # a trial, too, is of some task
 
 
@@ -246,8 +279,9 @@ def kind_of(document: Any) -> str:
         return "run"
     if document.get("search"):
         return "search"
-    config = document.get("config") or {}
-    keys = {*document, *config, *(config.get("data") or {})}
+    config = document.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    keys = {key for each in (document, config, data) if isinstance(each, dict) for key in each}
     return str(document.get("kind") or next((kind for kind, key in _OLD_KINDS.items() if key in keys), "run"))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.files import write_atomically
+from hf_soo.runs.markdown import label, plain
 from hf_soo.runs.record import RunRecord, differing, reach
 
 # The method the others' steps are counted against: the first of these that is there.
@@ -73,13 +74,13 @@ def table(records: Sequence[RunRecord]) -> str:
     finished = {run.optimizer: run for run in reversed(bests) if math.isfinite(final_loss(run))}
     baseline = next((finished[name] for name in _BASELINES if name in finished), None)
     target = final_loss(baseline) if baseline else math.inf
-    goal = f"{_label(baseline)}'s {target:.3f}" if baseline else "the baseline"
+    goal = f"{plain(_label(baseline))}'s {target:.3f}" if baseline else "the baseline"
     metrics = tuple(dict.fromkeys(key for run in bests for key in run.final if key not in _LOSSES))
-    header = " | ".join((*_HEADER, *metrics, *_HEADER_END)).format(goal)
+    header = " | ".join((*_HEADER, *map(plain, metrics), _HEADER_END[0].format(goal), *_HEADER_END[1:]))
     lines = [f"| {header} |", "|" + "---|" * 3 + "---:|" * (3 + len(metrics)) + "---|"]
     lines += ["| " + " | ".join(_row(run, target, metrics)) + " |" for run in bests]
     tried = [[f"{_rates(run)} → {_outcome(run)}" for run in method[1:]] for method in found]
-    if others := [f"{_label(run)}: {', '.join(each)}" for run, each in zip(bests, tried, strict=True) if each]:
+    if others := [f"{plain(_label(run))}: {', '.join(each)}" for run, each in zip(bests, tried, strict=True) if each]:
         lines += ["", "Other learning rates tried (final eval loss). " + "; ".join(others) + "."]
     return "\n".join(lines) + "\n"
 
@@ -87,8 +88,8 @@ def table(records: Sequence[RunRecord]) -> str:
 def _row(run: RunRecord, target: float, metrics: Sequence[str]) -> list[str]:
     steps = reach(run.curve, target)["steps"] if math.isfinite(target) else None
     return [
-        f"{run.optimizer}{_settings(run)}",
-        "" if run.base == run.optimizer else run.base,
+        plain(f"{run.optimizer}{_settings(run)}"),
+        "" if run.base == run.optimizer else plain(run.base),
         _rates(run),
         _outcome(run, ""),
         *("" if (value := run.final.get(metric)) is None else f"{value:.3f}" for metric in metrics),
@@ -155,7 +156,7 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, 
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(found)), frameon=False)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(label(title))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -171,7 +172,7 @@ def _draw(panels: Any, run: RunRecord, index: int) -> None:
         "color": _COLOURS[index % len(_COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4,
-        "label": f"{_label(run)}, lr {_rates(run)}: {_outcome(run)}",
+        "label": f"{label(_label(run))}, lr {_rates(run)}: {_outcome(run)}",
     }
     for axis, key in zip(panels, ("step", "seconds"), strict=True):
         axis.plot([point[key] for point in points], [point["eval_loss"] for point in points], **style)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from hf_soo.runs.record import RunRecord, read_runs
+from hf_soo.runs.markdown import plain
+from hf_soo.runs.record import Damaged, RunRecord, passed_over, read_runs
 from hf_soo.search import picture as drawing
 from hf_soo.search.claims import PLAIN, Claim, Claims, claims, said
 from hf_soo.search.groups import (
@@ -40,7 +41,8 @@ def text_of(folder: Path) -> str:
     Args:
         folder: of trials; runs that belong to no search are named and passed over.
     """
-    runs = read_runs(folder)
+    damaged: Damaged = {}
+    runs = read_runs(folder, damaged)
     trials = [run for run in runs if run.search]
     parts = [_claims_text(group, trials) for group in groups(trials, (CLAIM,))]
     parts += [_sensitivity(group) for group in groups(trials, CHOOSING)]
@@ -49,7 +51,7 @@ def text_of(folder: Path) -> str:
         "Failed or interrupted, and not counted as trials (without its JSON a search makes one again)", unfinished
     )
     notes += _named("Of no search, and passed over", [run.name for run in runs if not run.search])
-    return "\n".join([*parts, *notes])
+    return "\n".join([*parts, *notes]) + passed_over(damaged)
 
 
 def picture(folder: Path, path: str | Path, title: str = "") -> None:
@@ -60,24 +62,24 @@ def picture(folder: Path, path: str | Path, title: str = "") -> None:
         path: the file; its ending says the format.
         title: over all panels.
     """
-    drawing.picture([run for run in read_runs(folder) if run.search], path, title)
+    drawing.picture([run for run in read_runs(folder, {}) if run.search], path, title)
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    return [f"{what}: {', '.join(names)}.\n"] if names else []
+    return [f"{what}: {', '.join(map(plain, names))}.\n"] if names else []
 
 
 def _claims_text(group: Group, trials: Sequence[RunRecord]) -> str:
     """Both tables of a group of confirmed runs, with the notes that they are read by."""
     found = claims(group, trials)
     tuned = tuning(trials, group.study)
-    base = f"{found.baseline}" if found.baseline else "baseline"
+    base = plain(found.baseline) if found.baseline else "baseline"
     ranks = {id(claim): str(rank) for rank, claim in enumerate((row for row in found.rows if not row.reasons), start=1)}
     columns: dict[str, Callable[[Claim], str]] = {
         "rank": lambda claim: ranks.get(id(claim), ""),
-        "method": lambda claim: claim.setting.method,
+        "method": lambda claim: plain(claim.setting.method),
         "rate": lambda claim: number(claim.setting.rate),
-        "other settings": lambda claim: claim.setting.others,
+        "other settings": lambda claim: plain(claim.setting.others),
         "trials": lambda claim: said(tuned[claim.setting.method]),
         "seeds": lambda claim: str(len(claim.setting.losses)),
         "final loss": lambda claim: _float(claim.setting.loss, 3),
@@ -88,9 +90,9 @@ def _claims_text(group: Group, trials: Sequence[RunRecord]) -> str:
         f"minus {base}": lambda claim: "baseline" if claim.setting is claim.baseline else _difference(claim),
         "p": lambda claim: _p(claim.p),
         "p (Holm)": lambda claim: _p(claim.adjusted),
-        "why not ranked": lambda claim: "; ".join(claim.reasons),
+        "why not ranked": lambda claim: plain("; ".join(claim.reasons)),
     }
-    lines = [f"### {group.title}\n", *_table(columns, found.rows), *_over_own_base(found, columns)]
+    lines = [f"### {plain(group.title)}\n", *_table(columns, found.rows), *_over_own_base(found, columns)]
     return "\n".join([*lines, "", *_notes(group, found, trials)]) + "\n"
 
 
@@ -102,7 +104,7 @@ def _over_own_base(found: Claims, columns: dict[str, Callable[[Claim], str]]) ->
     end = ("p", "p (Holm)", "why not ranked")
     own: dict[str, Callable[[Claim], str]] = {
         **{key: columns[key] for key in kept},
-        "own base": lambda claim: str(claim.baseline),
+        "own base": lambda claim: plain(claim.baseline),
         "minus own base": _difference,
         **{key: columns[key] for key in end},
     }
@@ -156,18 +158,18 @@ def _notes(group: Group, found: Claims, trials: Sequence[RunRecord]) -> list[str
     ]
     if found.baseline:
         notes[0] += (
-            f" Target: the final loss of {found.baseline} (in the second table: of the own base) at the same seed; it "
-            f"is the best of {', '.join(PLAIN)} by mean final loss, which are not tested against it. "
+            f" Target: the final loss of {plain(found.baseline)} (in the second table: of the own base) at the same "
+            f"seed; it is the best of {', '.join(PLAIN)} by mean final loss, which are not tested against it. "
             f"{found.comparisons} comparison{'s' * (found.comparisons != 1)} in all, which Holm's p is adjusted for."
         )
     else:
         notes.append(f"No comparison: none of {', '.join(PLAIN)} is whole, with two seeds or more. Nothing is ranked.")
-    where = f" on {', '.join(devices)}" if devices else ""
+    where = f" on {plain(', '.join(devices))}" if devices else ""
     notes.append(
         f"Seconds are what these runs took{where}, where others may have shared the cores: what a step costs beside "
         "another is for `hf-soo bench` to say."
     )
-    notes += _departures(group, found, trials)
+    notes += map(plain, _departures(group, found, trials))
     return [f"- {note}" for note in notes]
 
 
@@ -211,13 +213,13 @@ def _sensitivity(group: Group) -> str:
     for best, method, settings in sorted(rows, key=lambda row: loss_or_last(row[0])):
         runs = [run for setting in settings for run in setting.runs]
         counts = [str(sum(run.status == status for run in runs)) for status in ("diverged", "stopped")]
-        chosen = [number(best.rate), _float(best.loss, 3), best.others] if best else ["", "", ""]
-        cells = [method, _by_rate(settings), *chosen, _share(runs), *counts, edges(settings)]
+        chosen = [number(best.rate), _float(best.loss, 3), plain(best.others)] if best else ["", "", ""]
+        cells = [plain(method), _by_rate(settings), *chosen, _share(runs), *counts, edges(settings)]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         "- Means over seeds; of several settings at one rate the best. Diverged and stopped runs are counted in runs."
     )
-    return "\n".join([f"### {group.title}: sensitivity to the rate\n", *lines, "", note]) + "\n"
+    return "\n".join([f"### {plain(group.title)}: sensitivity to the rate\n", *lines, "", note]) + "\n"
 
 
 def _share(runs: Sequence[RunRecord]) -> str:

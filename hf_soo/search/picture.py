@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from hf_soo.runs.markdown import label
 from hf_soo.runs.record import RunRecord
 from hf_soo.search.claims import PLAIN
 from hf_soo.search.groups import CHOOSING, CLAIM, EDGE, Group, Setting, best_of, by_method, edges, groups, loss_or_last
@@ -52,7 +53,7 @@ def picture(trials: Sequence[RunRecord], path: str | Path, title: str = "") -> N
         axis.set_axis_off()
     _legend(figure, styles, 3 * columns)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(label(title))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -83,7 +84,7 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]], columns: int) -> Non
         "diverged": {"marker": "x", "markersize": 7},
         "stopped by the rule": {"marker": "2", "markersize": 9},
     }
-    handles = [Line2D([], [], label=method, markersize=5, **style) for method, style in styles.items()]
+    handles = [Line2D([], [], label=label(method), markersize=5, **style) for method, style in styles.items()]
     handles += [Line2D([], [], label=name, color="grey", linestyle="", **sign) for name, sign in signs.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
@@ -107,7 +108,7 @@ def _draw_rates(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> N
             _draw_lost(axis, run, lost, style["color"])
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
-    axis.set_title(f"{group.title}: by rate", fontsize="medium")
+    axis.set_title(label(f"{group.title}: by rate"), fontsize="medium")
     if bests:  # what the methods differ in; of several, much worse runs leave at the top
         low, high, worst = min(bests), max(bests), max(losses)
         high = worst if high == low else min(worst, high + 1.5 * (high - low))
@@ -140,7 +141,7 @@ def _draw_curves(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> 
         lows += [min(losses[-1])] if losses else []
         highs += [loss for step, loss in zip(steps, middle, strict=True) if step >= group.budget / 4]
     axis.set_xlabel("optimizer steps")
-    axis.set_title(f"{group.title}: the best setting of each", fontsize="medium")
+    axis.set_title(label(f"{group.title}: the best setting of each"), fontsize="medium")
     if lows and highs:  # the first quarter of the steps would take all the room
         axis.set_ylim(min(lows) - 0.05 * (max(highs) - min(lows)), max(highs))
 

@@ -15,7 +15,7 @@ counted from 0. Which documents the rows come from is not known: the evaluation 
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,9 +108,9 @@ def _layout(file: Path) -> tuple[tuple[str, ...], int]:
     if missing := [name for name in names if name not in found]:
         raise ValueError(
             f"file {str(file)!r} has no data set {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(there) or 'none'}, and needs {', '.join(names)}."
+            f"{' '.join(', '.join(there).split()) or 'none'}, and needs {', '.join(names)}."
         )
-    if absent:  # HDF5 reads zeros there, or crashes
+    if absent:  # HDF5 would read zeros there, or crash
         raise ValueError(f"file {str(file)!r}: {absent[0]!r} lacks some of its chunks; copy it again.")
     for name, kind in kinds.items():
         if kind.kind not in "iu":
@@ -131,9 +131,10 @@ def _layout(file: Path) -> tuple[tuple[str, ...], int]:
 
 def _has_all_chunks(data_set: Any) -> bool:
     """Whether each chunk that a data set needs is in the file."""
-    needed = math.prod(-(-size // chunk) for size, chunk in zip(data_set.shape, data_set.chunks, strict=True))
-    # Without storage first: HDF5 crashes where it counts the chunks of an index that has lost its entries.
-    return needed == 0 or bool(data_set.id.get_storage_size() > 0 and data_set.id.get_num_chunks() == needed)
+    sides = [range(0, size, chunk) for size, chunk in zip(data_set.shape, data_set.chunks, strict=True)]
+    chunks = (data_set.id.get_chunk_info_by_coord(corner) for corner in itertools.product(*sides))
+    # Storage first: HDF5 may crash in an index that has lost its entries.
+    return not data_set.size or (data_set.id.get_storage_size() > 0 and all(c.byte_offset is not None for c in chunks))
 
 
 @contextmanager
