@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 LOSS_FILE = "loss.pt"
@@ -37,6 +39,24 @@ def loss_parameters(trainer: object, model: nn.Module) -> dict[str, tuple[nn.Mod
         for name, parameter in module.named_parameters(recurse=False)
         if id(parameter) not in models
     }
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """What DistributedDataParallel does for its model: gradients become the ranks' mean, where any rank has one.
+
+    Args:
+        parameters: the same ones on every rank.
+        accelerator: of the ranks.
+    """
+    if not parameters:
+        return
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    had = pieces[0].new_tensor([p.grad is not None for p in parameters])
+    total: Tensor = accelerator.reduce(torch.cat([*(piece.flatten() for piece in pieces), had]), "sum")
+    *summed, counts = torch.split(total, [*(piece.numel() for piece in pieces), len(pieces)])
+    for parameter, piece, count in zip(parameters, summed, counts.tolist(), strict=True):
+        mean = (piece / accelerator.num_processes).view_as(parameter).to(parameter.dtype)
+        parameter.grad = mean if count else None
 
 
 def loss_state(trainer: object, model: nn.Module) -> dict[str, Tensor]:

@@ -19,13 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
+from transformers.utils.generic import find_labels
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind
 from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments
 from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
-from hf_soo.integrations.losses import loss_parameters
+from hf_soo.integrations.losses import average_gradients, loss_parameters
 from hf_soo.integrations.mc_fisher import sampled_loss
 from hf_soo.integrations.resuming import ResumingMixin
 from hf_soo.optimizers.groups import given_groups
@@ -133,6 +134,8 @@ class SecondOrderTrainerMixin(ResumingMixin):
             ValueError: the optimizer is not the one asked for, or does not have every trainable parameter.
         """
         ours, args = self.second_order, self.args
+        if type(self).create_optimizer_and_scheduler is not Trainer.create_optimizer_and_scheduler:
+            logger.warning("transformers 5 never calls create_optimizer_and_scheduler; override create_optimizer.")
         if self._names_ours and (ours is None or ours.name != args.optim):
             what = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__ if ours is None else ours.name
             raise ValueError(
@@ -278,6 +281,12 @@ class _LoopCallback(TrainerCallback):
             # write, not print: the Trainer's progress bar stands on this line already
             tqdm.write(f"{optimizer.name}: which rule moves which parameters\n{summary(optimizer.routing())}")
 
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.second_order is not None and trainer.args.world_size > 1 and not trainer.is_deepspeed_enabled:
+            places = loss_parameters(trainer, trainer._bare()).values()
+            average_gradients([getattr(*place) for place in places], trainer.accelerator)
+
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer.second_order is not None:
             self.trainer.second_order.begin_window()
@@ -287,8 +296,9 @@ class _Factory:
     """What Trainer's ``optimizer_cls_and_kwargs`` wants: a class whose instance is called with the model."""
 
     def __call__(self, model: nn.Module, name: str, **kwargs: Any) -> PreconditionedOptimizer:
-        says_so = hasattr(bare_model(model), "accepts_loss_kwargs")
-        if not says_so and ignores_loss_kwargs(bare_model(model)):
+        bare = bare_model(model)
+        computes = find_labels(type(getattr(bare, "get_base_model", lambda: bare)()))  # type: ignore[no-untyped-call]
+        if computes and not hasattr(bare, "accepts_loss_kwargs") and ignores_loss_kwargs(bare):
             logger.warning(
                 "%s ignores num_items_in_batch, but the stock Trainer believes otherwise: with gradient accumulation "
                 "or several processes its loss is too large. Set model.accepts_loss_kwargs = False before Trainer, or "

@@ -16,7 +16,7 @@ from tests.trainer.test_trainer import Examples, arguments, bert
 SPACES: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "rates and decays": ({"optim": "mkor"}, {"learning_rate": [0.003, 0.02], "weight_decay": [0.0, 0.1]}),
     "settings": ({"optim": "mkor"}, {"optim_args": ["update_period=1", "update_period=4,history=8"]}),
-    "names": ({"optim": "mkor"}, {"optim": ["eva", "lamb", "kfac_expand"]}),
+    "names": ({"optim": "mkor"}, {"optim": ["eva", "lamb", "adamw_torch"]}),
     "bases": ({"optim": "mkor"}, {"base_optim": ["adamw", "sgd"], "learning_rate": [0.004]}),
     "fields of Adam": ({"optim": "adamw"}, {"adam_beta1": [0.5, 0.95], "adam_epsilon": [1e-3]}),
     "batches": (

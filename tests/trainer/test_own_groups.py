@@ -28,6 +28,8 @@ from hf_soo.integrations.trainer import (
     optimizer_factory,
 )
 from hf_soo.registry import METHODS
+from tests.oracles.core import assert_close_report
+from tests.ranks.distributed import run_ranks
 from tests.trainer.test_trainer import Examples, arguments, bert, logged
 
 HEAD = "seq_relationship"
@@ -379,7 +381,7 @@ class WithLoss(Trainer):
     def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, **kwargs)
         losses = self.my_losses.values() if isinstance(self.my_losses, dict) else [self.my_losses]
-        return loss + sum(loss(torch.ones(3)).sum() for loss in losses)
+        return loss + sum(loss(inputs["input_ids"][:, :3] / 100).square().mean() for loss in losses)
 
 
 class GroupsOfLoss(WithLoss):
@@ -402,6 +404,23 @@ def test_the_parameters_of_a_loss(several: bool, tmp_path: Path) -> None:
     routing = trainer.second_order.routing()
     assert routing["my_losses.a.weight" if several else "my_losses.weight"] == "Lamb"
     assert all("(unnamed)" not in name for name in routing)
+
+
+def a_loss_on_ranks(rank: int, world: int, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    loss = nn.Linear(3, 2)
+    given = {"per_device_train_batch_size": 8 // world, "max_steps": 3}
+    trainer = trained(with_mixin(GroupsOfLoss), Path(folder), loss=loss, settings=given)
+    return loss.weight.detach(), torch.cat([p.detach().flatten() for p in trainer._bare().parameters()])
+
+
+def test_the_parameters_of_a_loss_on_many_ranks(tmp_path: Path) -> None:
+    """DistributedDataParallel knows the model alone; each rank's loss would go its own way."""
+    first, second = run_ranks(2, a_loss_on_ranks, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    one = a_loss_on_ranks(0, 1, str(tmp_path))
+    for got, expected in zip(first, one, strict=True):
+        assert_close_report(got, expected, 2e-5, "two ranks against one")  # sums in another order, three steps
 
 
 class Narrow(Trainer):
@@ -427,6 +446,15 @@ class Narrow(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None) -> Any:  # type: ignore[override]
         return super().train(resume_from_checkpoint)
+
+
+def test_what_transformers_calls_no_more_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Older(Trainer):
+        def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+            raise AssertionError
+
+    trained(with_mixin(Older), tmp_path)
+    assert "never calls create_optimizer_and_scheduler; override create_optimizer" in caplog.text
 
 
 class NoReturn(Narrow):
