@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from hf_soo import preconditioners
@@ -141,6 +142,12 @@ class OptimizerSettings:
             ValueError: the learning rate is out of range, there is no batch size, no layer is selected, or the base
                 refuses the parameters.
         """
+        lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(
+                f"{lazy[0]!r} has no shape yet (a lazy module that has seen no input, one of {len(lazy)} such "
+                "parameters); run one batch through the model before the optimizer is built."
+            )
         if not any(group["params"] for group in groups):
             raise ValueError("the model has no trainable parameter; unfreeze some, or check requires_grad.")
         if self.lacks_batch_size:

@@ -107,7 +107,9 @@ class FactorRecorder:
             A = stack([buffers[layer.name][1] for layer in group]) / samples.clamp(min=1)[:, None, None]
             if not self.outputs:
                 return Statistics(samples=samples, inputs=A)
-            scale = window.unit**2 * (1 / samples.clamp(min=1) if self.published else terms.expand_as(samples))
+            scale = window.unit**2 * (
+                1 / samples.clamp(min=1) if self.published else terms.to(samples).expand_as(samples)
+            )
             B = stack([buffers[layer.name][2] for layer in group]) * scale[:, None, None]
             noise = stack([buffers[layer.name][3] for layer in group])
             is_noise = noise[:, 0] <= noise[:, 1] if self.reduce else None

@@ -20,7 +20,7 @@ from hf_soo.engine.routing import ParameterIndex, routing, warn_of_what_is_left
 from hf_soo.engine.selection import Selection
 from hf_soo.engine.state import Identity, OverBase
 from hf_soo.engine.step import Step
-from hf_soo.engine.strategy import Halves, Strategy
+from hf_soo.engine.strategy import Halves, Strategy, inner_step
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class PreconditionedOptimizer(OverBase):
         if self.external_step or self._makes_state():
             self._step_base()
         else:
-            self.step_around(self.base.step if self.halves is None else self._step_base)
+            self.step_around(self._step_base)
         return loss
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class PreconditionedOptimizer(OverBase):
                     names = self.parameter_index.parameters
                     self.halves.take(stages.strategy.local_gradients(self._linked_base(), names))
                     self._taken = True
-                rates = {layer: float(self.param_groups[group]["lr"]) for layer, group in index.items()}
+                rates = {layer: self.param_groups[group]["lr"] for layer, group in index.items()}
                 stages.transform(rates)  # G -> P, and its length
         result, self._taken = base_step(), False
         if skipped():
@@ -142,6 +142,7 @@ class PreconditionedOptimizer(OverBase):
         self._agree()
         if not self.steps and not self.external_step:
             self.parameter_index.check(self.param_groups, self.layers, self.name)
+            self.parameter_index.refuse_sparse(self.base, self.layers, self.name)
         self.parameter_index.warn_of_thawed(self.name)
         if self.layers:
             if self.preconditioner.watches_loss:
@@ -163,7 +164,10 @@ class PreconditionedOptimizer(OverBase):
     def _step_base(self) -> None:
         """The base's step, or its second half where the method has acted on what the first one made."""
         base = self._linked_base()
-        (self.halves.move if self._taken and self.halves else base.step)()
+        if self._taken and self.halves:
+            self.halves.move()
+        else:
+            inner_step(base)
 
     def _advance(self) -> None:
         """The step is done; a method that watches the loss of the global batch may be done for good."""
@@ -275,6 +279,34 @@ class PreconditionedOptimizer(OverBase):
     def health(self) -> dict[str, float]:
         """A few numbers for a log line; see ``Diagnostics.health``."""
         return self.stages.diagnostics.health([layer.name for layer in self.layers])
+
+    def train(self) -> None:
+        """Tell a base that has two sets of weights (schedule-free) that training goes on; others have nothing to do."""
+        getattr(self.base, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Tell such a base that the model is evaluated or saved now."""
+        getattr(self.base, "eval", lambda: None)()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``OverBase``; with the hooks that are registered for it."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = super().state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, saved)
+            saved = saved if replaced is None else replaced
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``OverBase``; with the hooks that are registered for it."""
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        super().load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved.get("switched", False):

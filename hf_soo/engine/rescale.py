@@ -89,6 +89,13 @@ def _in_one_unit(moved: Sequence[TransformNorms]) -> tuple[Sequence[TransformNor
     ], largest
 
 
+def rates_of(rates: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Learning rates [L], which may be tensors; none is read by the host."""
+    if not any(isinstance(rate, Tensor) for rate in rates):
+        return like.new_tensor(rates)
+    return torch.stack([torch.as_tensor(rate, dtype=like.dtype, device=like.device).view(()) for rate in rates])
+
+
 RescaleName = Literal["kl_clip", "global", "norm", "none"]
 DEFAULT_KL_CLIP = 1e-3
 

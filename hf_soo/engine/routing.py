@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
@@ -18,6 +20,7 @@ from hf_soo.engine.selection import Selection
 logger = logging.getLogger(__name__)
 
 UNNAMED = "(unnamed)"
+TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)
 ADDED = "added to the groups after construction"
 NOTHING = "nothing: frozen when the optimizer was built, thawed later and in none of its groups"
 MOST = 0.5
@@ -131,6 +134,29 @@ class ParameterIndex:
                 "deepspeed.initialize; under FSDP2 build the optimizer after fully_shard, or let accelerate prepare "
                 "model and optimizer together."
             )
+
+    def refuse_sparse(self, base: Optimizer, layers: Sequence[Layer], method: str) -> None:
+        """Name a parameter whose gradient nobody can take.
+
+        Args:
+            base: the base.
+            layers: what the method moves.
+            method: its name.
+
+        Raises:
+            ValueError: it is sparse, and the method moves it, or the base takes dense gradients alone.
+        """
+        moved = {id(layer.weight) for layer in layers}
+        for group, names in zip(base.param_groups, self.parameters, strict=True):
+            for parameter, name in zip(group["params"], names, strict=True):
+                if parameter.grad is None or not parameter.grad.is_sparse:
+                    continue
+                if id(parameter) in moved or not isinstance(base, TAKE_SPARSE):
+                    who = method if id(parameter) in moved else f"base {type(base).__name__}"
+                    raise ValueError(
+                        f"the gradient of {name!r} is sparse, and {who} takes dense ones alone; build the embedding "
+                        "with sparse=False, or leave it to base='sgd' or 'torch.optim:Adagrad'."
+                    )
 
 
 def routing(

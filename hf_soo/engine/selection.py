@@ -49,6 +49,7 @@ class Selection:
 
 
 _EMBEDDING, _DECODER, _TIED = "embedding", "vocabulary decoder", "weight tied to"
+_COMPLEX = "complex numbers"
 
 SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
@@ -135,6 +136,8 @@ def select_parameters(
         for full_name, parameter in model.named_parameters():
             name, _, attribute = full_name.rpartition(".")
             reason = None if parameter.requires_grad else "frozen"
+            if parameter.is_complex():
+                reason = reason or _COMPLEX
             if not everything and isinstance(modules[name], nn.Embedding):  # a tied decoder has the embedding's name
                 reason = reason or _EMBEDDING
             if not everything and modules[name] in decoders:
@@ -230,6 +233,8 @@ def _reason_to_leave(layer: Layer, path: str, owners: dict[int, list[str]], deco
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) and weight.is_floating_point():
         return "weight computed from other parameters"
+    if weight.is_complex():
+        return _COMPLEX
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return f"quantised weight ({getattr(weight, 'dtype', type(weight).__name__)})"
     if not weight.requires_grad:

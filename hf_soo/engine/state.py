@@ -255,7 +255,7 @@ class OverBase(Optimizer):
         groups = [dict(group) for group in state_dict["param_groups"]]
         beside = [factors for group in groups if (factors := group.pop("second_order", None)) is not None]
         rest = {key: value for key, value in state_dict.items() if key not in ("second_order", "parameters")}
-        rest["param_groups"] = groups
+        rest["param_groups"] = [self._completed(group) for group in groups]
         factors = state_dict.get("second_order", beside[0] if beside else None)
         saved = self.check_second_order_state(factors) if self.carries_state else None
         self._regroup(state_dict.get("parameters"), rest["param_groups"])
@@ -263,6 +263,11 @@ class OverBase(Optimizer):
         self._share_with_base()
         if saved is not None:
             self._restore(saved)
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A saved group with all settings that the base has: an older version of it had fewer."""
+        mine = self.base.defaults.keys() & self.base.param_groups[0].keys() - group.keys()
+        return {**group, **{key: value for key, value in self.base.defaults.items() if key in mine}}
 
     def _regroup(self, names: Names | None, groups: Sequence[Mapping[str, Any]]) -> None:
         """Put the same parameters into the groups of a checkpoint, where some came in after construction.
@@ -339,4 +344,6 @@ class OverBase(Optimizer):
 
     def load_base_state(self, saved: dict[str, Any]) -> None:
         """Continue from ``base_state()`` of a run under any strategy; ``ValueError`` for another optimizer's."""
-        self.stages.strategy.load_base_state(self._linked_base(), self.parameter_index.parameters, saved)
+        base = self._linked_base()
+        self.stages.strategy.load_base_state(base, self.parameter_index.parameters, saved)
+        base.__setstate__({})  # where torch brings what an older version of it has written up to date

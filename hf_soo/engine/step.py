@@ -19,10 +19,11 @@ from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, RowSums, TransformN
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.placement import Assignment, Grid, Placement, Replicated, make_plan
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, Updated, local_state, stacked, unstack_
+from hf_soo.engine.rescale import rates_of
 from hf_soo.engine.row_shards import RowShards
 from hf_soo.engine.strategy import Strategy, WholeTensors
 
-LearningRates = Mapping[str, float]
+LearningRates = Mapping[str, float | Tensor]
 """Layer name -> the scheduled learning rate of its weight."""
 
 
@@ -287,7 +288,7 @@ class Step:
         """Give P its length and store it; the layers' names and norms, group by group."""
         rule, norms = self.preconditioner.rescale, [each.norms for each in ready]
         learning_rates = [
-            each.norms.inner.new_tensor([rates.get(layer.name, 0.0) for layer in each.group])
+            rates_of([rates.get(layer.name, 0.0) for layer in each.group], each.norms.inner)
             for each in (ready if rule.joint else ())
         ]
         scales = rule.scales(norms, learning_rates) if ready else None

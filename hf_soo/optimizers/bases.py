@@ -110,6 +110,12 @@ def build_base(
     check_arguments(cls, {"lr": lr, **args})
     for group in groups:
         check_arguments(cls, {key: value for key, value in group.items() if key != "params"})
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base optimizer {cls.__name__} evaluates the model itself, through a closure that it calls several times "
+            f"a step; a base steps on the gradients that it is given: use another, such as one of {list(BASES)}."
+        )
     settings = {**defaults, **args}
     if "fused" not in args and (OTHER_KERNELS & args.keys() or not _fused_is_right(cls, groups)):
         settings.pop("fused", None)
@@ -150,9 +156,15 @@ def check_base(base: str | type[Optimizer], args: Mapping[str, Any], apply_to: A
 
 
 def _mend_fused_sgd(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """What torch's fused SGD cannot do (torch 2.13): DTensors, and a parameter whose first gradient comes late."""
+    """What torch's fused SGD cannot do (torch 2.13).
+
+    DTensors, sparse gradients, and a parameter whose first gradient comes late.
+    """
     for group in optimizer.param_groups:
-        if group["fused"] and any(type(p) is not nn.Parameter and is_dtensor(p) for p in group["params"]):
+        if group["fused"] and any(
+            (type(p) is not nn.Parameter and is_dtensor(p)) or (p.grad is not None and p.grad.is_sparse)
+            for p in group["params"]
+        ):
             group["fused"] = False
         if group["fused"] and group["momentum"] != 0:
             _start_late_momenta(optimizer, group)
@@ -212,7 +224,7 @@ def _fused_is_right(cls: type[Optimizer], groups: Groups) -> bool:
     parameters = [p for group in groups for p in group["params"]]
     if issubclass(cls, torch.optim.SGD) and any(p.device.type == "cpu" and p.dtype.itemsize < 4 for p in parameters):
         return False
-    return all(p.device.type in FUSED_DEVICES for p in parameters)
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
 
 
 def _resolve_base(base: str | type[Optimizer]) -> tuple[type[Optimizer], Mapping[str, Any]]:

@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from hf_soo.engine.chunks import Slot, bundles, piece_norms, piece_size, slots_of, whole_norms, wide_dtype
 from hf_soo.engine.gradients import unit_of
 from hf_soo.engine.row_shards import Job, Share, check_placement, divide
-from hf_soo.engine.strategy import Partition
+from hf_soo.engine.strategy import Partition, mend_steps
 from hf_soo.optimizers.ranges import check_arguments
 
 Turn = Callable[[list[Slot], list[Tensor], dict[str, Any]], None]
@@ -95,8 +95,14 @@ class Lamb(Optimizer):
         super().__init__(params, {**defaults, "max_grad_norm": max_grad_norm})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group whose own values have been validated."""
+        """Add a group whose own values have been validated.
+
+        Raises:
+            ValueError: a value is out of range, or a parameter is complex.
+        """
         super().add_param_group(param_group)
+        if any(param.is_complex() for param in self.param_groups[-1]["params"]):
+            raise ValueError("Lamb: a parameter of complex numbers is not supported; use base='adamw' or 'sgd'.")
         check_placement(self.param_groups[-1]["params"])
         check_arguments(Lamb, {key: value for key, value in self.param_groups[-1].items() if key != "params"})
 
@@ -130,7 +136,15 @@ class Lamb(Optimizer):
         owned = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, owned, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                self.state[param][name] = value.to(param.device)
+                if isinstance(value, Tensor):
+                    self.state[param][name] = value.to(param.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Bring a state up to date that an older version has written."""
+        super().__setstate__(state)
+        mend_steps(self.state)
+        for group in self.param_groups:
+            group.setdefault("always_adapt", False)
 
     def divided(self) -> tuple[list[Job], list[Share]]:
         """What is stepped on: whole parameters that have a gradient, and shares of others."""

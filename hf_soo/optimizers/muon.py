@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_soo.engine.strategy import inner_step, mend_steps
 from hf_soo.optimizers.polar import DTYPES, iteration_dtype, polar_factor, schedule
 from hf_soo.optimizers.ranges import check_arguments
 
@@ -92,6 +93,11 @@ class Muon(Optimizer):
         own = {name: getattr(self, name) for name in ("_lr", "_rest_lr", "_matrices", "_adamw")}
         return {**super().__getstate__(), **own}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Bring a state up to date that an older version has written."""
+        super().__setstate__(state)
+        mend_steps(self.state)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by algorithm unless it names its own.
 
@@ -116,7 +122,7 @@ class Muon(Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self.move(param, group, self.direction(param, group))
-        self.rest().step()
+        inner_step(self.rest())
         return loss
 
     def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
