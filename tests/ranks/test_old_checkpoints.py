@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from safetensors.torch import load_file
 
+from hf_soo.integrations.checkpoints import last_whole_checkpoint, strategy_in
 from tests.compare.spread import FIXTURES, KEPT, SMALL, UNDER, named, place, resume
 from tests.ranks.cells import Strategy
 
@@ -21,3 +24,13 @@ def test_a_kept_checkpoint_is_resumed(strategy: Strategy) -> None:
         assert kept.keys() == weights.keys()
         apart = {name: float((weights[name] - weight.flatten()).abs().max()) for name, weight in kept.items()}
         assert max(apart.values()) <= TOLERANCE, (method, apart)
+
+
+@pytest.mark.parametrize("strategy", UNDER, ids=lambda strategy: strategy.name)
+def test_it_is_whole_as_far_as_its_sizes_tell(strategy: Strategy, caplog: pytest.LogCaptureFixture) -> None:
+    """Its manifest has neither hashes nor a step, and that is said once."""
+    run = place(FIXTURES, strategy.name, KEPT[0])
+    checkpoint = run / "checkpoint-3"
+    assert json.loads((checkpoint / "manifest.json").read_text()).keys() == {"strategy", "files"}
+    assert last_whole_checkpoint(run) == str(checkpoint) and strategy_in(checkpoint) is not None
+    assert caplog.messages == [f"{checkpoint} has no hashes of its files: they cannot be checked against damage"]
