@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from sentence_transformers import (
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
 import hf_soo
+from hf_soo.integrations.checkpoints import write_manifest
 from hf_soo.integrations.trainer import SecondOrderTrainerMixin, SecondOrderTrainingArguments, optimizer_factory
 from tests.clients.toys import COMMON, FACTORY, METHODS, assert_exact, bert_folder, ours, sentence
 
@@ -181,9 +181,7 @@ def test_a_checkpoint_without_its_loss(folder: str, tmp_path: Path, caplog: pyte
     with pytest.raises(ValueError, match=r"loss\.pt is of another loss"):
         other.train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "loss.pt").unlink()
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["files"]["loss.pt"]
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(checkpoint, "whole", 3, hashed=True)
     with caplog.at_level(logging.WARNING):
         made("classifier", "mkor", folder, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert "has no loss.pt: the loss's own tensors (loss.classifier.weight, ...) start anew" in caplog.text
