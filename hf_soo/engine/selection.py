@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_soo.engine.checks import require, shown
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Conv1DLayer, Conv1dLayer, Conv2dLayer, Layer, LinearLayer, ParameterLayer
-from hf_soo.engine.passes.reads import ReadLayer, read_layers
+from hf_soo.engine.passes.reads import ReadLayer, read_layers, readers_of
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -22,7 +22,7 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 
 def _as_layer(name: str, module: nn.Module) -> Layer | None:
     """The module as a Layer, or None if its weight is no matrix that a Kronecker factor describes."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and getattr(module, "num_experts", None) != module.out_features:  # else a router
         return LinearLayer(name, module)
     if isinstance(module, nn.Conv2d):
         return Conv2dLayer(name, module)
@@ -79,14 +79,14 @@ def select_layers(
     Raises:
         ValueError: a pattern is no regular expression, or no layer is left.
     """
-    owners, decoders = _weight_owners(model), _decoders(model)
+    owners, decoders, readers = _weight_owners(model), _decoders(model), readers_of(model)
 
     def candidates() -> Iterator[tuple[Layer, str, str | None]]:
         for name, module in model.named_modules():
-            layer = _as_layer(name, module)
+            reader = readers.get(module)
+            layer = ReadLayer(name, module, name, reader=reader) if reader is not None else _as_layer(name, module)
             for each in read_layers(name, module) if layer is None else [layer]:
-                seen = each.known_as[0] if isinstance(each, ReadLayer) else name
-                yield each, seen, _reason_to_leave(each, name, owners, decoders)
+                yield each, each.stack or name, _reason_to_leave(each, name, owners, decoders)
 
     selection = _select(candidates(), include, exclude, skip_reason, "layers")
     embeddings = {name: _EMBEDDING for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -102,7 +102,8 @@ def _rest(model: nn.Module, layers: Sequence[Layer], skipped: Collection[str]) -
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.requires_grad and id(parameter) not in held and path not in skipped and name not in skipped:
                 shape = list(full_shape(parameter))
-                reads = f"{type(module).__name__} reads these {shape} itself: what is multiplied by them cannot be seen"
+                kind = type(module).__name__
+                reads = f"{kind} reads these {shape} itself, which is followed for experts and routers alone"
                 reasons[name] = reads if len(shape) > 1 else f"no matrix {shape}"
     return reasons
 

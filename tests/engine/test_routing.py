@@ -112,7 +112,7 @@ class Gate(nn.Module):
 def test_every_parameter_has_a_reason() -> None:
     table = hf_soo.build_optimizer("mkor", nn.Sequential(Gate(3), nn.Linear(3, 2)), lr=1e-2).routing()
     assert table == {
-        "0.scores": "Lamb: Gate reads these [3, 4] itself: what is multiplied by them cannot be seen",
+        "0.scores": "Lamb: Gate reads these [3, 4] itself, which is followed for experts and routers alone",
         "0.shift": "Lamb: no matrix [4]",
         "0.inner.weight": "mkor -> Lamb",
         "0.inner.bias": "mkor -> Lamb",

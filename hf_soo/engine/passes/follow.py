@@ -69,12 +69,11 @@ class _Follow(TorchFunctionMode):
         super().__init__()
         self.committer = committer
         self.known: dict[int, _Matrices] = {}
-        by_parameter: dict[str, list[ReadLayer]] = {}
+        by_parameter: dict[int, list[ReadLayer]] = {}
         for layer in layers:
-            by_parameter.setdefault(layer.attribute, []).append(layer)
+            by_parameter.setdefault(id(layer.weight), []).append(layer)
         for mine in by_parameter.values():
-            weight = mine[0].weight
-            self._learn(_Matrices(weight, mine, 0 if mine[0].count == 1 else None))
+            self._learn(_Matrices(mine[0].weight, mine, 0 if mine[0].count == 1 else None))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``; where it works on a matrix, remember or commit its result."""
@@ -82,7 +81,8 @@ class _Follow(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
-        found = [self.known.get(id(value)) for value in args[:2]]
+        operands = [*args, *kwargs.values()][:2]
+        found = [self.known.get(id(value)) for value in operands]
         name = _name_of(func)
         if found and found[0] is not None:
             if name in _VIEWS:
@@ -92,7 +92,8 @@ class _Follow(TorchFunctionMode):
                 self._select(found[0], args[1], result)
                 return result
         if len(found) == 2 and name in _PRODUCTS and torch.is_grad_enabled() and result.requires_grad:
-            return self._product(name, found, args, kwargs, result)
+            offsets = kwargs.get("offs", args[2] if len(args) > 2 else None) if "grouped" in name else None
+            return self._product(name, operands, offsets, result)
         return result
 
     def commit(self, layer: ReadLayer, x: Tensor, output: Tensor) -> Tensor:
@@ -112,22 +113,21 @@ class _Follow(TorchFunctionMode):
         elif isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64:
             self._learn(replace(source, tensor=result, which=index))
 
-    def _product(self, name: str, found: Sequence[_Matrices | None], args: Any, kwargs: Any, result: Tensor) -> Tensor:
+    def _product(self, name: str, operands: Sequence[Any], offsets: Tensor | None, result: Tensor) -> Tensor:
         """The result of a product of rows and a tensor of matrices, with its rows committed."""
-        left, right = found
+        left, right = (self.known.get(id(value)) for value in operands)
         matrices = left or right
         if matrices is None or (left is not None and right is not None):
             return result
         on_right = left is None
-        x = args[0 if on_right else 1].detach()
+        x = operands[0 if on_right else 1]
         # rows on the left of W: x Wᵀ, which only ``linear`` writes as W; on its right: W X with rows as columns
         if matrices.out_in != (name == "linear" or not on_right):
             return result
-        if name in ("grouped_mm", "_grouped_mm", "grouped_mm_fallback"):
-            offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
-            return (
-                result if offsets is None or matrices.which is not None else self._grouped(matrices, x, result, offsets)
-            )
+        if "grouped" in name:
+            if offsets is None or matrices.which is not None:
+                return result
+            return self._grouped(matrices, x, result, offsets)
         if not on_right:
             x, result = x.mT, result.mT
         if matrices.one is not None:
@@ -205,7 +205,7 @@ def follow(layers: Sequence[RowLayer], committer_of: Callable[[list[ReadLayer]],
     by_module: dict[nn.Module, list[ReadLayer]] = {}
     for layer in layers:
         if isinstance(layer, ReadLayer):
-            by_module.setdefault(layer.module, []).append(layer)
+            by_module.setdefault(layer.reader or layer.module, []).append(layer)
     handles: list[Any] = []
     for module, own in by_module.items():
         hook = _FollowHook(own, committer_of(own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ class ReadLayer(LinearLayer):
         index: which of the matrices.
         count: how many there are.
         transposed: whether they are stored as [d_in, d_out].
+        reader: the module that multiplies with them; None: the one that holds them.
     """
 
     in_old_checkpoints = False
@@ -35,6 +37,7 @@ class ReadLayer(LinearLayer):
     index: int = 0
     count: int = 1
     transposed: bool = False
+    reader: nn.Module | None = None
 
     @property
     def _bias_attribute(self) -> str:
@@ -91,6 +94,13 @@ class ReadLayer(LinearLayer):
         return matrix.mT if self.transposed else matrix
 
 
+def readers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Linear layers that are known not to be called -> the module that reads their weight: Mamba's step sizes."""
+    mixers = [module for module in model.modules() if hasattr(module, "A_log")]
+    steps = [(getattr(mixer, "dt_proj", None), mixer) for mixer in mixers]
+    return {layer: mixer for layer, mixer in steps if isinstance(layer, nn.Linear)}
+
+
 def read_layers(path: str, module: nn.Module) -> Iterator[ReadLayer]:
     """The matrices that a module is known to multiply with itself.
 
@@ -104,10 +114,25 @@ def read_layers(path: str, module: nn.Module) -> Iterator[ReadLayer]:
     experts = getattr(module, "num_experts", None)
     for attribute, parameter in module.named_parameters(recurse=False):
         shape = full_shape(parameter)
-        if len(shape) == 3 and shape[0] == experts and hasattr(module, "is_transposed"):  # transformers' decorator
-            yield from _matrices(path, module, attribute, f"{attribute}_bias", experts, bool(module.is_transposed))
-        elif len(shape) == 2 and shape[0] == experts and attribute == "weight":  # a router
+        if not isinstance(experts, int) or shape[:1] != (experts,):
+            continue
+        if len(shape) == 3 and (transposed := _stored_transposed(module, shape)) is not None:
+            yield from _matrices(path, module, attribute, f"{attribute}_bias", experts, transposed)
+        elif len(shape) == 2 and attribute == "weight":  # a router
             yield from _matrices(path, module, attribute, "bias", 1, False)
+
+
+def _stored_transposed(module: Any, stack: tuple[int, ...]) -> bool | None:
+    """Whether a stack's matrices are stored as [d_in, d_out], as far as its module says so; None: it does not.
+
+    A wrong answer would show: the products that are then looked for do not come, and ``routing()`` says so.
+    """
+    if hasattr(module, "is_transposed"):  # transformers' decorator of experts
+        return bool(module.is_transposed)
+    if stack[1:] == (getattr(module, "output_size", None), getattr(module, "input_size", None)):  # JetMoE
+        return False
+    hidden, own = getattr(module, "hidden_size", None), getattr(module, "expert_dim", None)  # Llama 4
+    return True if own and stack[1:] in ((hidden, 2 * own), (own, hidden)) else None
 
 
 def _matrices(
