@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -189,9 +189,11 @@ class SecondOrderTrainerMixin(ResumingMixin):
             self.second_order.report_loss(loss)
         return loss
 
-    def _padding_mask(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def _padding_mask(self, inputs: Any) -> torch.Tensor | None:
         """The attention mask [B, T], where it is that of all layers: a decoder has tokens of its own."""
-        mask = inputs.get("attention_mask")
+        mask = (
+            inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        )  # TRL's online Trainers have a list
         encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         return mask.to(self.args.device) if isinstance(mask, torch.Tensor) and not encoder_decoder else None
 

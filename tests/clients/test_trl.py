@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import hf_soo
 from hf_soo.integrations.trainer import SecondOrderTrainerMixin, SecondOrderTrainingArguments, optimizer_factory
@@ -38,6 +38,15 @@ class MySFTTrainer(SecondOrderTrainerMixin, SFTTrainer):
 
 
 class MyDPOTrainer(SecondOrderTrainerMixin, DPOTrainer):
+    """The mixin first."""
+
+
+@dataclass
+class GRPOArguments(GRPOConfig, SecondOrderTrainingArguments):
+    """The library's class first."""
+
+
+class MyGRPOTrainer(SecondOrderTrainerMixin, GRPOTrainer):
     """The mixin first."""
 
 
@@ -151,6 +160,24 @@ def test_a_reward_model(tmp_path: Path) -> None:
 
     trainer = assert_exact(make, tmp_path)
     assert ours(trainer).routing()["score.weight"].startswith("AdamW: one output")
+
+
+def test_a_policy_that_generates(tmp_path: Path) -> None:
+    """Its batches are lists; what it generates, and scores without gradients, is not captured."""
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        args = GRPOArguments(
+            str(tmp_path), num_generations=2, max_completion_length=4, **COMMON | METHODS["kfac"],
+        )  # fmt: skip
+        return MyGRPOTrainer(
+            model=llama(), args=args, train_dataset=PAIRS.select_columns("prompt"),
+            eval_dataset=PAIRS.select_columns("prompt"), processing_class=tokenizer(),
+            reward_funcs=lambda completions, **kwargs: [float(len(set(text.split()))) for text in completions],
+        )  # fmt: skip
+
+    trainer = assert_exact(make, tmp_path)
+    assert len(ours(trainer).layers) == 2 * 7
 
 
 def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
