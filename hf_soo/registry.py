@@ -19,7 +19,8 @@ from hf_soo.engine.checks import require, unknown_key
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.engine.preconditioner import Method
+from hf_soo.engine.placement import make_plan
+from hf_soo.engine.preconditioner import Method, Preconditioner
 from hf_soo.engine.selection import Selection, compile_patterns, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base
 from hf_soo.optimizers.groups import Groups, decay_groups, given_groups
@@ -130,6 +131,25 @@ class OptimizerSettings:
         assert self.config is not None
         return dataclasses.replace(self, config=dataclasses.replace(self.config, batch_size=batch_size))
 
+    def check_on(self, model: nn.Module, lr: float, weight_decay: float, ranks: int) -> None:
+        """Refuse what could not be built for a model: no layer, a base without its matrices, workers that do not fit.
+
+        Args:
+            model: on any device, the meta device too.
+            lr: learning rate.
+            weight_decay: of its matrices.
+            ranks: that will train it.
+
+        Raises:
+            ValueError: as ``build``, or workers that do not divide the ranks.
+        """
+        settings = self.with_batch_size(1) if self.lacks_batch_size else self
+        elsewhere = {key: value for key, value in self.base_args.items() if key != "fused"}  # than on that device
+        settings = dataclasses.replace(settings, base_args=elsewhere)
+        _, preconditioner, _ = settings._parts(model, decay_groups(model, weight_decay or None), lr)
+        if (workers := preconditioner.workers(ranks)) is not None:
+            make_plan({}, ranks, workers)
+
     def build(self, model: nn.Module, groups: Groups, lr: float) -> PreconditionedOptimizer:
         """The optimizer of a model.
 
@@ -156,11 +176,18 @@ class OptimizerSettings:
                 "batch_size=..., the global batch over all processes and accumulated micro-batches, never the local "
                 "one (SecondOrderTrainer fills it in)."
             )
+        inner, preconditioner, selection = self._parts(model, groups, lr)
+        config = {} if self.config is None else dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
+        return PreconditionedOptimizer(
+            inner, preconditioner, selection, name=self.name, config=config, model=model,
+            halves=halves_of(inner, self.apply_to),
+        )  # fmt: skip
+
+    def _parts(self, model: nn.Module, groups: Groups, lr: float) -> tuple[Optimizer, Preconditioner, Selection]:
+        """The base, the method, and the layers that it moves."""
         method = METHODS[self.name]
-        preconditioner = method.make(self.config)
-        selection, config = Selection([], {}), {}
+        preconditioner, selection = method.make(self.config), Selection([], {})
         if self.config is not None:
-            config = dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
             held = {id(parameter) for group in groups for parameter in group["params"]}
 
             def skip_reason(layer: Layer) -> str | None:
@@ -169,11 +196,7 @@ class OptimizerSettings:
                 return preconditioner.skip_reason(layer)
 
             selection = method.select(model, self.include, self.exclude, skip_reason)
-        inner = build_base(self.base, groups, lr, self.base_args, hidden_weights(model))
-        return PreconditionedOptimizer(
-            inner, preconditioner, selection, name=self.name, config=config, model=model,
-            halves=halves_of(inner, self.apply_to),
-        )  # fmt: skip
+        return build_base(self.base, groups, lr, self.base_args, hidden_weights(model)), preconditioner, selection
 
 
 def build_optimizer(

@@ -178,7 +178,7 @@ def make_model(model: ModelArguments, data: PretrainingData, seed: int) -> Gathe
                 "prepare shorter sequences or start from a model with more positions."
             )
     else:
-        kept = GatheredBertForPreTraining(_config(model, data))
+        kept = GatheredBertForPreTraining(_config(model, data.ids.size, data.ids.pad, data.seq_length))
     name_bias_once(kept)
     return kept
 
@@ -197,20 +197,31 @@ def _check_words(folder: str, vocab_file: str) -> None:
         )
 
 
-def _config(model: ModelArguments, data: PretrainingData) -> BertConfig:
+def sketch(model: ModelArguments, data: DataArguments) -> GatheredBertForPreTraining | None:
+    """A BERT of the same layers, before its data and weights are read; None where they come from the hub."""
+    start = model.previous_phase or model.model_name_or_path
+    if start is None:
+        return GatheredBertForPreTraining(_config(model, 30_522, 0, data.seq_length))
+    if not (Path(start) / "config.json").is_file():
+        return None
+    config, _ = BertConfig.get_config_dict(start)
+    return GatheredBertForPreTraining(BertConfig(**config)) if config.get("model_type") == "bert" else None
+
+
+def _config(model: ModelArguments, words: int, pad: int, length: int) -> BertConfig:
     sizes = SIZES[model.preset]
     multiple = model.pad_vocab_to_multiple_of
     hidden = model.hidden_size or sizes["hidden_size"]
     settings: dict[str, Any] = dict(
-        vocab_size=-(-data.ids.size // multiple) * multiple,
+        vocab_size=-(-words // multiple) * multiple,
         hidden_size=hidden,
         num_hidden_layers=model.num_hidden_layers or sizes["num_hidden_layers"],
         num_attention_heads=model.num_attention_heads or sizes["num_attention_heads"],
         intermediate_size=model.intermediate_size or 4 * hidden,
-        max_position_embeddings=max(512, data.seq_length),
+        max_position_embeddings=max(512, length),
         hidden_dropout_prob=model.dropout,
         attention_probs_dropout_prob=model.dropout,
-        pad_token_id=data.ids.pad,
+        pad_token_id=pad,
         attn_implementation=model.attn_implementation,
     )
     return BertConfig(**settings)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import BertTokenizer, TrainerCallback
 
-from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model
+from hf_soo.bert.inputs import DataArguments, ModelArguments, PretrainingData, make_model, sketch
 from hf_soo.bert.length_sampler import LengthGroupedSampler, example_lengths
 from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.metrics import METRICS, prediction_sums, pretraining_metrics
@@ -169,4 +169,4 @@ def _check_phase(model: ModelArguments, args: RunTrainingArguments) -> None:
         )
 
 
-DOMAIN = Domain("bert", PretrainingTask, (ModelArguments, DataArguments))
+DOMAIN = Domain("bert", PretrainingTask, (ModelArguments, DataArguments), sketch, smooths_labels=False)

@@ -16,7 +16,7 @@ from hf_soo.glue import table as glue_table
 from hf_soo.glue.data import GlueDataArguments
 from hf_soo.glue.metrics import check_installed
 from hf_soo.glue.model import find_classifier
-from hf_soo.glue.task import DOMAIN, GlueFineTuning
+from hf_soo.glue.task import DOMAIN, GlueFineTuning, sketch
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.integrations.checkpoints import last_whole_checkpoint, why_not_whole
 from hf_soo.runs import script
@@ -78,7 +78,7 @@ def run(flags: list[str], description: str) -> None:
     check_installed()
     tasks = find_tasks(data.names)
     job = Job(settings, training)
-    script.check(job)
+    script.check(job, lambda: sketch(model, data))
     _check_sweep(data, seeds, job, tasks)
     pretrained = find_classifier(model, data.max_seq_length)
     fine_tunings = [GlueFineTuning(task, pretrained, data, training) for task in tasks]

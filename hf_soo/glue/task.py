@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    TrainerCallback,
+)
 
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.files import Examples, digest
@@ -19,7 +24,7 @@ from hf_soo.glue.metrics import check_installed, score, write_predictions
 from hf_soo.glue.model import GlueModelArguments, check_head, find_classifier, make_classifier
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.runs.finetuning import FineTuningTrainer, best_class, check_evaluation
-from hf_soo.runs.pretrained import Pretrained, sizes
+from hf_soo.runs.pretrained import Pretrained, sizes, sketch_pretrained
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
@@ -50,6 +55,10 @@ class GlueFineTuning(Task):
             ValueError: files, a head or settings of the Trainer that cannot be used.
         """
         check_head(pretrained, task)
+        if task.regression and args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor}: {task.title} has no classes; leave it out."
+            )
         assert isinstance(pretrained.arguments, GlueModelArguments)
         self.task, self.pretrained, self.model, self.data = task, pretrained, pretrained.arguments, data
         self.title = f"{task.title}, {pretrained.name}"
@@ -180,4 +189,10 @@ def _one_task(model: GlueModelArguments, data: GlueDataArguments, args: RunTrain
     return GlueFineTuning(tasks[0], find_classifier(model, data.max_seq_length), data, args)
 
 
-DOMAIN = Domain("glue", _one_task, (GlueModelArguments, GlueDataArguments))
+def sketch(model: GlueModelArguments, data: GlueDataArguments) -> nn.Module | None:
+    """A model of the same layers, with its adapters, before its weights are read."""
+    found = sketch_pretrained(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    return found if found is None or model.lora_r is None else with_adapters(found, model)
+
+
+DOMAIN = Domain("glue", _one_task, (GlueModelArguments, GlueDataArguments), sketch)

@@ -6,17 +6,16 @@ import ast
 import copy
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_soo.engine.checks import Positive, once, require, shown, unknown_key
-from hf_soo.integrations.ranges import check_fields
+from hf_soo.engine.checks import Positive, hints_of, once, options, require, shown, unknown_key
+from hf_soo.integrations.ranges import POLY_WARMUP, check_fields, check_schedule
 from hf_soo.optimizers.bases import ADAM_FIELDS, with_adam_fields
 from hf_soo.registry import METHODS, OptimizerSettings
 
-POLY_WARMUP = "poly_warmup"
 _SCHEDULES: Any = Literal[tuple([POLY_WARMUP, *(each.value for each in SchedulerType)])]
 # The fields that are read once; whoever sets one later (a search over hyperparameters) has all of them read again.
 _READ = (
@@ -99,6 +98,11 @@ class SecondOrderTrainingArguments(TrainingArguments):
             if str(getattr(self, name)) in known
         }
         require("lr_scheduler_type", str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)), _SCHEDULES)
+        for name, hint in hints_of(TrainingArguments).items():
+            value = getattr(self, name)
+            is_mapping = dict in {get_origin(part) or part for part in options(hint)}
+            if is_mapping and isinstance(value, str) and value.startswith("{"):
+                _read(name, value)  # transformers reads it, and would not say which it is
         stand_in = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
         for name in ours:
             setattr(self, name, stand_in[name])
@@ -106,7 +110,7 @@ class SecondOrderTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, value in ours.items():
             setattr(self, name, value)
-        self.parsed  # noqa: B018 (a wrong setting shows here, not after an hour of preparing data)
+        check_schedule(self, self.parsed.lr_scheduler_kwargs)  # wrong settings show now, not after the data
 
     @property
     def parsed(self) -> _Parsed:
@@ -175,8 +179,10 @@ def parse_settings(what: str, text: str | dict[str, Any] | None) -> dict[str, An
         ValueError: the text is neither form.
     """
     require(what, text, dict[str, Any] | str | None)
-    if text is None or isinstance(text, dict):
-        return dict(text or {})
+    return _read(what, text) if isinstance(text, str) else dict(text or {})
+
+
+def _read(what: str, text: str) -> dict[str, Any]:
     try:
         if text.lstrip().startswith("{"):
             return dict(json.loads(text, object_pairs_hook=once))

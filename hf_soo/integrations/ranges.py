@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 
-from hf_soo.engine.checks import Count, NonNegative, Positive, Seed, Share, Whole, hints_of, options, require
+from hf_soo.engine.checks import Count, NonNegative, Positive, Seed, Share, Whole, hints_of, options, require, shown
+from hf_soo.optimizers.schedules import poly_warmup
 
+POLY_WARMUP = "poly_warmup"
 FIELDS: dict[str, Any] = {
     "learning_rate": NonNegative, "weight_decay": NonNegative, "max_grad_norm": NonNegative | None,
     "adam_beta1": Share, "adam_beta2": Share, "adam_epsilon": NonNegative, "label_smoothing_factor": Share,
@@ -44,5 +48,36 @@ def check_fields(given: TrainingArguments) -> None:
             continue
         if name in FIELDS or {*options(hint)} <= _PLAIN:
             require(name, value, hint)
-        elif words and isinstance(value, str) and not isinstance(value, Enum):
+        elif words and not isinstance(value, Enum):
             require(name, value, Literal[tuple(str(word.value) for word in words[0])])
+
+
+def check_schedule(args: TrainingArguments, own: Mapping[str, Any]) -> None:
+    """Make the learning rate's schedule once, and look at its rates, before it is needed.
+
+    Args:
+        args: the Trainer's, read.
+        own: the arguments of ``POLY_WARMUP``.
+
+    Raises:
+        ValueError: the schedule refuses its arguments, or gives a rate that is no number.
+    """
+    total = args.max_steps if args.max_steps > 0 else 1_000_000 + int(args.warmup_steps)
+    warmup, optimizer = args.get_warmup_steps(total), torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    name, given = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), args.lr_scheduler_kwargs
+    if name != POLY_WARMUP:
+        require("lr_scheduler_kwargs", given, dict | None)
+    steps = (0, warmup, (warmup + total) // 2, total - 1)
+    try:
+        if name == POLY_WARMUP:
+            schedule: Any = poly_warmup(optimizer, warmup, total, **own)
+        else:
+            assert not isinstance(given, str)
+            schedule = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=given)
+        for rate in (each(step) for each in getattr(schedule, "lr_lambdas", ()) for step in steps):
+            require("the rate", rate, float)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={shown(given)}, {warmup} of {total} steps of "
+            f"warm-up: {error}"
+        ) from error

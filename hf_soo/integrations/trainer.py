@@ -24,10 +24,11 @@ from transformers.utils.generic import find_labels
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind
-from hf_soo.integrations.arguments import POLY_WARMUP, SecondOrderTrainingArguments
+from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
 from hf_soo.integrations.losses import average_gradients, loss_parameters
 from hf_soo.integrations.mc_fisher import sampled_loss
+from hf_soo.integrations.ranges import POLY_WARMUP
 from hf_soo.integrations.resuming import ResumingMixin
 from hf_soo.optimizers.groups import given_groups
 from hf_soo.optimizers.schedules import poly_warmup

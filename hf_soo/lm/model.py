@@ -63,6 +63,23 @@ def make_language_model(
         ValueError: dropout is asked of the decoder, which has none.
     """
     set_seed(seed)
+    return shaped_model(given, text, data.symbols, data.mask)
+
+
+def shaped_model(
+    given: LanguageModelArguments, text: TextArguments, symbols: int, mask: int | None = None
+) -> PreTrainedModel:
+    """A model with the weights that it happens to have.
+
+    Args:
+        given: its shape.
+        text: says objective and window.
+        symbols: that there are, without the mask.
+        mask: the symbol in place of what is predicted.
+
+    Raises:
+        ValueError: dropout is asked of the decoder, which has none.
+    """
     shape: dict[str, Any] = {
         "hidden_size": given.hidden_size,
         "num_hidden_layers": given.num_hidden_layers,
@@ -79,11 +96,11 @@ def make_language_model(
         wide = given.intermediate_size or -(-given.hidden_size * 8 // 3 // 8) * 8
         tied = bool(given.tie_word_embeddings)
         return LlamaForCausalLM(
-            LlamaConfig(vocab_size=data.symbols, intermediate_size=wide, tie_word_embeddings=tied, **shape)
+            LlamaConfig(vocab_size=symbols, intermediate_size=wide, tie_word_embeddings=tied, **shape)
         )
     return BertForMaskedLM(
         BertConfig(
-            vocab_size=max(data.symbols, (data.mask or 0) + 1),
+            vocab_size=max(symbols, (mask or 0) + 1),
             intermediate_size=given.intermediate_size or 4 * given.hidden_size,
             tie_word_embeddings=given.tie_word_embeddings is not False,
             hidden_dropout_prob=given.dropout,

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.lm.data import TextArguments, TextData, Windows
-from hf_soo.lm.model import LanguageModelArguments, make_language_model
+from hf_soo.lm.model import LanguageModelArguments, make_language_model, shaped_model
 from hf_soo.runs.callbacks import EpochCallback
 from hf_soo.runs.pretrained import sizes
 from hf_soo.runs.run_arguments import RunTrainingArguments
@@ -62,4 +62,8 @@ class LanguageModelling(Task):
         )
 
 
-DOMAIN = Domain("lm", LanguageModelling, (LanguageModelArguments, TextArguments))
+def _sketch(model: LanguageModelArguments, text: TextArguments) -> nn.Module:
+    return shaped_model(model, text, 256)
+
+
+DOMAIN = Domain("lm", LanguageModelling, (LanguageModelArguments, TextArguments), _sketch)

@@ -132,6 +132,9 @@ def build_base(
     except (TypeError, ValueError, RuntimeError) as error:
         given = f" with {shown(dict(args))}" if args else ""
         raise ValueError(f"base optimizer {cls.__name__}{given}: {error}") from error
+    decays = [decay for group in groups if (decay := group.get("weight_decay"))]
+    if decays and "weight_decay" not in optimizer.defaults:
+        raise ValueError(f"weight_decay={decays[0]} has no effect with {cls.__name__}, which has none; leave it out.")
     if any(is_dtensor(p) for group in groups for p in group["params"]):
         check_row_shards(type(optimizer))
     if isinstance(optimizer, torch.optim.SGD):

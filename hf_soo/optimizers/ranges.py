@@ -41,11 +41,11 @@ def check_arguments(cls: type[Optimizer], arguments: Mapping[str, Any]) -> None:
     """
     known = inspect.signature(cls.__init__).parameters
     for name, value in arguments.items():
-        if name not in known:
+        if name not in known and name not in {"lr", "weight_decay"}:  # which every group may have
             continue
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
             value = value.item()
-        require(f"{cls.__name__}: {name}", value, _hint(cls, known[name]))
+        require(f"{cls.__name__}: {name}", value, _hint(cls, known[name]) if name in known else ARGUMENTS[name])
 
 
 def _hint(cls: type[Optimizer], parameter: inspect.Parameter) -> Any:

@@ -6,7 +6,7 @@ read. Weights are fp32 whatever the checkpoint's type: in half precision small s
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,24 @@ def find_pretrained(
     if (positions := found.positions()) is not None and max_seq_length > positions:
         raise ValueError(f"max_seq_length={max_seq_length}, but {name} has {positions} positions; give {positions}.")
     return found
+
+
+def sketch_pretrained(arguments: PretrainedArguments, kinds: Mapping[Any, Any]) -> nn.Module | None:
+    """A model of the same layers, before its weights are read; None where none is named, or it has no such head.
+
+    Args:
+        arguments: which model.
+        kinds: class of a configuration -> class of its model with the head.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    name = arguments.config_name or arguments.model_name_or_path
+    if name is None or (Path(name).is_dir() and not (Path(name) / "config.json").is_file()):
+        return None  # what loads it says so
+    config = _load(AutoConfig, "config_name" if arguments.config_name else "model_name_or_path", arguments)
+    model: nn.Module | None = kinds[type(config)](config) if type(config) in kinds else None
+    return model
 
 
 def _check_tokenizer(config: PretrainedConfig, size: int, name: str) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hf_soo.engine.checks import Checked, Count, NonNegative, Positive, require, shown
 from hf_soo.files import in_turn
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
@@ -132,6 +134,11 @@ class RunTrainingArguments(SecondOrderTrainingArguments):
     def in_turn(self) -> AbstractContextManager[None]:
         """The run's processes one after the other: the first makes what the others find, on any node."""
         return in_turn(self.folder / "processes.lock") if self.world_size > 1 else nullcontext()
+
+    def check_on(self, model: nn.Module) -> None:
+        """Refuse an optimizer that could not be built for a model; see ``OptimizerSettings.check_on``."""
+        if (settings := self.parsed.optimizer) is not None:
+            settings.check_on(model, self.learning_rate, self.weight_decay, self.world_size)
 
     def compared(self, run: RunArguments, output_dir: str) -> RunTrainingArguments:
         """The same for the second optimizer, which ``run`` names."""

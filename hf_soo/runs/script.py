@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_soo.runs import arguments, report
 from hf_soo.runs.recipes import COMMANDS
@@ -25,12 +26,16 @@ GOES_ON = "stopped; the same command goes on from the last checkpoint"
 class Domain:
     """One kind of tasks: the dataclasses of its flags, and what makes a task of them.
 
-    `make_task` is called with an object of each of `classes` and the `RunTrainingArguments`.
+    `make_task` is called with an object of each of `classes` and the `RunTrainingArguments`; `sketch`, before any data
+    are read, with those of `classes`: a model of the same layers, whatever their widths, or None where that is not
+    known. `smooths_labels`: the Trainer's label smoothing is that of this loss.
     """
 
     name: str
     make_task: Callable[..., Task]
     classes: Sequence[type]
+    sketch: Callable[..., nn.Module | None]
+    smooths_labels: bool = True
 
     def settings(self, flags: Sequence[str], description: str = "", more: Sequence[type] = ()) -> tuple[Any, ...]:
         """An object of each dataclass: those of `classes`, of `more`, the run's and the Trainer's.
@@ -50,7 +55,10 @@ class Domain:
             raise ValueError(
                 f"task={task!r}, and this trains {self.name!r}; give these recipes to hf-soo {COMMANDS[str(task)]}."
             )
-        return arguments.parse((*self.classes, *more, RunArguments, RunTrainingArguments), flags, description)
+        settings = arguments.parse((*self.classes, *more, RunArguments, RunTrainingArguments), flags, description)
+        if (factor := settings[-1].label_smoothing_factor) and not self.smooths_labels:
+            raise ValueError(f"label_smoothing_factor={factor}: the loss of {self.name!r} smooths none; leave it out.")
+        return settings
 
     def parse(self, flags: Sequence[str], description: str = "") -> tuple[Job, Callable[[], Task]]:
         """A run's settings, checked, and what makes its task: reading data is left to the second.
@@ -64,7 +72,7 @@ class Domain:
         """
         *settings, run, training = self.settings(flags, description)
         job = Job(run, training)
-        check(job)
+        check(job, lambda: self.sketch(*settings))
         return job, lambda: self.make_task(*settings, training)
 
     def run(self, flags: Sequence[str], description: str = "") -> None:
@@ -128,24 +136,25 @@ def guarded(body: Callable[[list[str]], None], flags: list[str] | None = None, s
     return 0
 
 
-def check(job: Job) -> None:
+def check(job: Job, sketch: Callable[[], nn.Module | None]) -> None:
     """Refuse, before any data is read, what could not end well.
 
+    Args:
+        job: all settings.
+        sketch: as a ``Domain``'s, of these settings.
+
     Raises:
-        ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, or processes that
-            would each train alone: what torchrun starts without a GPU, unless the Trainer is told.
+        ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, an optimizer that
+            cannot be built for the model, or processes that would each train alone: what torchrun starts without a
+            GPU, unless the Trainer is told.
     """
     if job.run.target_eval_loss is not None and job.training.eval_strategy == "no":
         raise ValueError(
             f"target_eval_loss={job.run.target_eval_loss} and nothing is evaluated while the run trains; set "
             "eval_strategy to steps or epoch."
         )
-    if job.run.compare_with is not None:
-        if find_spec("matplotlib") is None:
-            raise ValueError(
-                "compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'."
-            )
-        compared(job)  # refuses settings of the second optimizer
+    if job.run.compare_with is not None and find_spec("matplotlib") is None:
+        raise ValueError("compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != job.training.world_size:
         way_out = "--ddp_backend gloo" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "--use_cpu true"
@@ -153,6 +162,12 @@ def check(job: Job) -> None:
             f"The launcher started {started} processes, the Trainer sees {job.training.world_size}; "
             f"without GPUs add {way_out}."
         )
+    jobs = (job,) if job.run.compare_with is None else compared(job)  # refuses settings of the second optimizer
+    with torch.device("meta"):
+        model = sketch()
+    if model is not None:
+        for each in jobs:
+            each.training.check_on(model)
 
 
 def present(job: Job, records: Sequence[RunRecord], title: str) -> None:

@@ -152,7 +152,10 @@ def compared(job: Job) -> tuple[Job, Job]:
     """
     output, run = job.training.folder, dataclasses.replace(job.run, results_dir=str(job.results_dir))
     first = dataclasses.replace(job.training, output_dir=str(output / f"1-{job.training.optimizer_name}"))
-    second = job.training.compared(job.run, str(output / f"2-{job.run.compare_with}"))
+    try:
+        second = job.training.compared(job.run, str(output / f"2-{job.run.compare_with}"))
+    except ValueError as error:
+        raise ValueError(f"compare_with={job.run.compare_with!r}: {error}") from error
     jobs = (
         dataclasses.replace(job, run=run, training=first),
         # the second run is the reference: it has its whole length, and its whole curve

@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING as READERS
 from transformers import AutoModelForQuestionAnswering, EvalPrediction, Trainer, TrainerCallback
 
 from hf_soo.runs.finetuning import FineTuningTrainer, check_evaluation
-from hf_soo.runs.pretrained import PretrainedArguments, find_pretrained, sizes
+from hf_soo.runs.pretrained import PretrainedArguments, find_pretrained, sizes, sketch_pretrained
 from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
@@ -142,4 +142,8 @@ def _write(predictions: Predictions, folder: Path, prefix: str) -> None:
     logger.info("Wrote %s", ", ".join(str(path) for path in paths))
 
 
-DOMAIN = Domain("squad", SquadTask, (PretrainedArguments, QaDataArguments))
+def _sketch(model: PretrainedArguments, data: QaDataArguments) -> nn.Module | None:
+    return sketch_pretrained(model, READERS)
+
+
+DOMAIN = Domain("squad", SquadTask, (PretrainedArguments, QaDataArguments), _sketch, smooths_labels=False)

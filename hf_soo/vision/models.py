@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from transformers import (
 from hf_soo.engine.checks import Checked, Count, Share
 from hf_soo.runs.arguments import option
 from hf_soo.vision.data import ImageData
+from hf_soo.vision.images import Shape
 
 # What each takes, with its default; None follows from other settings.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -93,14 +95,28 @@ def make_image_model(config: ImageModelConfig, data: ImageData, seed: int) -> Pr
     Raises:
         ValueError: no such model can be built.
     """
-    channels, image_size, _ = data.shape
+    set_seed(seed)
+    return shaped_model(config, data.shape, data.classes)
+
+
+def shaped_model(config: ImageModelConfig, image: Shape, classes: Sequence[str]) -> PreTrainedModel:
+    """A classifier with the weights that it happens to have.
+
+    Args:
+        config: which.
+        image: its shape, [C, H, W].
+        classes: their names.
+
+    Raises:
+        ValueError: no such model can be built.
+    """
+    channels, image_size, _ = image
     shape = config.shape(image_size)
     shape |= {
         "num_channels": channels,
-        "id2label": dict(enumerate(data.classes)),
-        "label2id": {name: number for number, name in enumerate(data.classes)},
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
     }
-    set_seed(seed)
     if config.model == "resnet":
         return ResNetForImageClassification(ResNetConfig(**shape))
     dropout = shape.pop("dropout")
@@ -117,16 +133,12 @@ def _vit(full: dict[str, Any], image_size: int) -> dict[str, Any]:
         raise ValueError(
             f"num_attention_heads={full['num_attention_heads']} does not divide hidden_size={full['hidden_size']}."
         )
-    if not 0 <= full["dropout"] < 1:
-        raise ValueError(f"dropout={full['dropout']} must be 0 or more and less than 1.")
     return full
 
 
 def _resnet(full: dict[str, Any]) -> dict[str, Any]:
     if len(full["hidden_sizes"]) != len(full["depths"]):
         raise ValueError(f"hidden_sizes={full['hidden_sizes']} and depths={full['depths']} must be equally long.")
-    if full["layer_type"] not in ResNetConfig.layer_types:
-        raise ValueError(f"layer_type={full['layer_type']!r} is unknown; use {' or '.join(ResNetConfig.layer_types)}.")
     if full["layer_type"] == "bottleneck" and min(full["hidden_sizes"]) < 4:
         raise ValueError(f"hidden_sizes={full['hidden_sizes']} must be 4 or more with layer_type='bottleneck'.")
     return full

@@ -14,7 +14,7 @@ from hf_soo.runs.run_arguments import RunTrainingArguments
 from hf_soo.runs.script import Domain
 from hf_soo.runs.training import Task
 from hf_soo.vision.data import SPLIT_SEED, ImageCollator, ImageData, ImageDataConfig
-from hf_soo.vision.models import ImageModelConfig, make_image_model
+from hf_soo.vision.models import ImageModelConfig, make_image_model, shaped_model
 
 
 class VisionTask(Task):
@@ -68,4 +68,9 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}
 
 
-DOMAIN = Domain("vision", VisionTask, (ImageModelConfig, ImageDataConfig))
+def _sketch(model: ImageModelConfig, data: ImageDataConfig) -> nn.Module:
+    side = data.image_size or 4 * (model.patch_size or 8)
+    return shaped_model(model, (data.num_channels or 1, side, side), ("0", "1"))
+
+
+DOMAIN = Domain("vision", VisionTask, (ImageModelConfig, ImageDataConfig), _sketch)

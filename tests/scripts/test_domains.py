@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hf_soo.domains import DOMAINS, domain_of
 from hf_soo.runs.script import COMMANDS
 from hf_soo.runs.training import Job
 from tests.scripts.script_runs import ROOT, check_error
+from tests.tasks.glue_cases import make_model
 
 
 def recipe(folder: Path, text: str, name: str = "recipe") -> list[str]:
@@ -69,3 +71,54 @@ def test_a_single_run_of_glue_has_one_task(tmp_path: Path) -> None:
     _, make_task = domain_of(["--task", "glue"]).parse([*flags, "--use_cpu", "true"])
     with pytest.raises(ValueError, match=r"task_name=mrpc,stsb names 2 tasks, and this is one run; give one\."):
         make_task()
+
+
+@pytest.fixture(scope="module")
+def nowhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """A command line of each domain whose data are not there."""
+    folder = tmp_path_factory.mktemp("nowhere")
+    make_model(folder / "tiny")
+    pretrained, usual = (
+        ["--model_name_or_path", str(folder / "tiny")],
+        ["--use_cpu", "true", "--output_dir", str(folder)],
+    )
+    return {
+        "bert": [*usual, "--preset", "tiny", "--corpus", str(folder / "no.txt")],
+        "lm": [*usual, "--source", str(folder / "no.txt"), "--hidden_size", "16"],
+        "vision": [*usual, "--dataset", str(folder / "none")],
+        "glue": [*usual, *pretrained, "--task_name", "mrpc", "--data_dir", str(folder / "none")],
+        "squad": [*usual, *pretrained, "--train_file", str(folder / "no.json")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (["--optim", "mkor", "--precondition_include", "nothing"], "no layer selected: include=['nothing']"),
+        (
+            ["--optim", "lamb", "--compare_with", "eva", "--compare_optim_args", "damping=-1"],
+            "damping=-1 is not allowed",
+        ),
+        (["--optim", "kaisa", "--optim_args", "grad_workers=3"], "grad_workers=3 does not divide the world size 1"),
+        (["--optim", "kfac_expand", "--optim_args", "max_dim=1"], "no layer selected"),
+    ],
+)
+@pytest.mark.parametrize("name", DOMAINS)
+def test_an_optimizer_that_cannot_be_built_shows_before_data_are_read(
+    name: str, optimizer: list[str], message: str, nowhere: dict[str, list[str]]
+) -> None:
+    domain = domain_of(["--task", name])
+    domain.parse([*nowhere[name], "--optim", "mkor"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        domain.parse([*nowhere[name], *optimizer])
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_smoothed_labels_are_served_or_refused_by_name(name: str, nowhere: dict[str, list[str]]) -> None:
+    """Masked words at gathered places and answer spans are no classes of `labels`."""
+    flags = [*nowhere[name], "--label_smoothing_factor", "0.1"]
+    if name in {"lm", "vision", "glue"}:
+        assert domain_of(["--task", name]).parse(flags)[0].training.label_smoothing_factor == 0.1
+        return
+    with pytest.raises(ValueError, match=rf"label_smoothing_factor=0.1: the loss of '{name}' smooths none"):
+        domain_of(["--task", name]).parse(flags)

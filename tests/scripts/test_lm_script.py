@@ -93,6 +93,24 @@ def test_evaluation_masks_do_not_depend_on_the_seed(corpus: Path, tmp_path: Path
     assert bool((eval_1 == 256).any()) and int(eval_1.max()) == 256
 
 
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_smoothed_labels(objective: str, corpus: Path, tmp_path: Path) -> None:
+    """As torch's cross entropy smooths them, over the predicted bytes."""
+    task, given = make_task(corpus, objective=objective), [*SHAPE, *QUIET, "--output_dir", str(tmp_path)]
+    given += ["--source", str(corpus), "--objective", objective, "--label_smoothing_factor", "0.2"]
+    trainer = task.make_trainer(task.make_model(0), DOMAIN.parse(given)[0].training, [])
+    examples = [trainer.train_dataset[number] for number in range(4)]
+    tokens, labels = (torch.stack([each[key] for each in examples]) for key in ("input_ids", "labels"))
+    loss = trainer.compute_loss(trainer.model.eval(), {"input_ids": tokens, "labels": labels})
+    logits = trainer.model(input_ids=tokens).logits
+    if objective == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, label_smoothing=0.2
+    )
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize(("objective", "places"), [("causal", 23), ("masked", 4)])
 def test_the_loss_is_the_mean_over_predicted_bytes(objective: str, places: int, corpus: Path, tmp_path: Path) -> None:
     """Whatever the batches: 13 windows in batches of 8."""

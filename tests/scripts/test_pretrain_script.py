@@ -324,7 +324,7 @@ def test_a_pretrained_model_that_does_not_fit_the_data(
 ) -> None:
     model, data, args = parse("--data_dir", str(prepared), "--output_dir", str(tmp_path), "--use_cpu", "true", *MODEL)
     loaded = PretrainingData.load(data, args)
-    config = pretraining_inputs._config(model, loaded)
+    config = pretraining_inputs._config(model, loaded.ids.size, loaded.ids.pad, loaded.seq_length)
     for key, value in change.items():
         setattr(config, key, value)
     GatheredBertForPreTraining(config).save_pretrained(tmp_path / "other")

@@ -57,6 +57,12 @@ def test_an_optimizer_of_ones_own_says_what_the_workload_would(folder: Path) -> 
     assert "learning_rate" not in read(folder, "work", "learning_rate", "output_dir")  # the command line has them
 
 
+KNOWN = {
+    "seed": int, "optim": str, "learning_rate": float, "max_steps": int, "layers": list[str] | None,
+    "args": dict[str, Any] | str | None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -70,13 +76,38 @@ def test_an_optimizer_of_ones_own_says_what_the_workload_would(folder: Path) -> 
         ("{for: mkor}", "'for' must hold 'optimizer: {{key: value}}' lines."),
         ("{for: {mkor: {sed: 1}}}", "unknown key 'sed'; did you mean 'seed'?"),
         ("[seed]", "holds a list, not 'key: value' lines."),
+        (
+            "{layers: [pooler, '--restart', 'true']}",
+            "layers=['pooler', '--restart', 'true'] is not allowed; give a list, of text each or None, no item of "
+            "which begins with '-'.",
+        ),
+        ("{layers: [[a]]}", "layers=[['a']] is not allowed; give a list, of text each"),
+        ("{layers: [true]}", "layers=[True] is not allowed; give a list, of text each"),
+        ("{for: {mkor: {layers: [null]}}}", "layers=[None] is not allowed; give a list, of text each"),
+        ("{layers: {a: 1}}", "layers={{'a': 1}} is not allowed; give a list, of text each"),
+        ("{seed: [1, 2]}", "seed=[1, 2] is not allowed; give a whole number, no item"),
+        ("{seed: {a: 1}}", "seed={{'a': 1}} is not allowed; give a whole number."),
+        ("{seed: true}", "seed=True is not allowed; give a whole number."),
+        ("{optim: no}", "optim=False is not allowed; give text."),
+        ("{optim: 2024-01-31}", "optim=datetime.date(2024, 1, 31) is not allowed; give text."),
+        ("{optim: !!binary eA==}", "optim=b'x' is not allowed; give text."),
+        ("{args: {a: {1: 2}}}", "args={{'a': {{1: 2}}}} is not allowed; give a mapping or text or None."),
+        ("{args: {a: 2024-01-31}}", "is not allowed; give a mapping or text or None."),
+        ("{args: {a: 1, a: 2}}", "key 'a' stands twice in"),
+        ("{seed: &x 1, max_steps: *x}", "aliases (*name) are not read; write the value out"),
+        ("{args: &x {a: *x}}", "aliases (*name) are not read; write the value out"),
+        ("{<<: {seed: 1}}", "could not determine a constructor for the tag 'tag:yaml.org,2002:merge'"),
+        ("{optim: !!python/name:os.system x}", "could not determine a constructor"),
+        ("{optim: 2024-13-01}", "month must be in 1..12"),
+        (f"{{seed: {'9' * 5000}}}", "Exceeds the limit"),
+        ('{optim: "\\0", optim: x', "while"),
     ],
 )
 def test_a_file_that_is_refused(text: str, message: str, folder: Path) -> None:
     bad = folder / "bad.yaml"
     bad.write_text(text)
     with pytest.raises(ValueError, match=re.escape(message.format(bad=bad))) as error:
-        read_recipe([bad], known={"seed": int, "optim": str, "learning_rate": float, "max_steps": int})
+        read_recipe([bad], known=KNOWN)
     assert str(error.value).startswith("--config ") and "\n" not in str(error.value)
 
 

@@ -13,10 +13,13 @@ import torch
 
 import hf_soo
 from hf_soo.runs import machine
+from hf_soo.runs.arguments import parse
 from hf_soo.runs.record import (
     RunRecord,
     check_same,
     differing,
+    file_name,
+    is_file_name,
     jsonable,
     kind_of,
     reach,
@@ -26,6 +29,8 @@ from hf_soo.runs.record import (
     recording,
     status_of,
 )
+from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
+from hf_soo.runs.training import Job
 
 # DESIGN's result files: more keys may be added, none may go.
 KEYS = {
@@ -102,6 +107,50 @@ def test_the_kind_of_jsons_that_do_not_say_it(folder: str, kind: str) -> None:
     documents = read_documents(Path(__file__).resolve().parents[2] / "results" / folder).values()
     said = ("kind", "workload", "method")
     assert {kind_of({key: value for key, value in each.items() if key not in said}) for each in documents} == {kind}
+
+
+@pytest.mark.parametrize("name", ["a", "mkor-lamb-lr0.02", "größe", "名前", "a b", ".hidden", "x" * 210, "é" * 105])
+def test_what_a_run_may_be_called(name: str, tmp_path: Path) -> None:
+    assert is_file_name(name)
+    assert make_record(name).write(tmp_path).parent == tmp_path and read_run(tmp_path / f"{name}.json").name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "../../x", "a/b", "/x", "a\\b", "a\nb", "\0", "\ud800", "x" * 211, "é" * 106]
+)
+def test_what_no_run_is_called(name: str) -> None:
+    assert not is_file_name(name)
+    with pytest.raises(ValueError, match=r"^name=.* is not allowed; give a file's name of at most 210 bytes"):
+        RunArguments(name=name)
+
+
+@pytest.mark.parametrize("text", ["a" * 210, "a" * 211, "a" * 5000, "é" * 300, "名" * 71, "a/b" * 100, "\ud800" * 300])
+def test_a_long_name_ends_with_a_digest(text: str, tmp_path: Path) -> None:
+    """Unlike any other's, and the same every time; one that fits stays as it is."""
+    name = file_name(text)
+    assert is_file_name(name) and name == file_name(text) and name != file_name(text + "b")
+    make_record(name).write(tmp_path)
+    assert (name == text) == (len(text.encode(errors="replace")) <= 210 and "/" not in text and text.isprintable())
+
+
+def test_the_name_of_a_run_with_many_settings(tmp_path: Path) -> None:
+    settings = "update_period=11,warmup_updates=3,factor_decay=0.9,clip_value=10.5,kv_target=1.5,rank=2"
+    more = "min_steps=10,patience=5,rate_decay=0.99,rate_fraction=0.25,sides=input,update_rule=blend,history=16"
+    base = "eps=0.000001,max_grad_norm=2.5,always_adapt=true"
+    names = []
+    for decay in ("0.9", "0.91"):
+        flags = [
+            "--optim",
+            "mkor_h",
+            "--optim_args",
+            f"{settings},{more}".replace("0.9,", f"{decay},"),
+            "--use_cpu",
+            "true",
+        ]
+        flags += ["--base_optim_args", base, "--output_dir", str(tmp_path)]
+        names.append(Job(*parse((RunArguments, RunTrainingArguments), flags)).name)
+    assert names[0] != names[1] and all(len(name.encode()) == 210 and is_file_name(name) for name in names)
+    assert names[0].startswith("mkor_h-lamb-lr5e-05-update_period11-warmup_updates3-")
 
 
 def test_what_differs() -> None:

@@ -61,7 +61,7 @@ def test_each_text_is_read_once_from_the_command_line_to_the_optimizer(
     texts = ["--optim_args", "history=8", "--base_optim_args", '{"betas": [0.8, 0.9]}']
     schedule = ["--lr_scheduler_type", "poly_warmup", "--lr_scheduler_kwargs", '{"degree": 0.25}']
     job, task = parsed(tmp_path, *texts, *schedule), OneLayer()
-    check(job)
+    check(job, lambda: task.make_model(0))
     model = task.make_model(0)
     record = describe(job, task, model)
     trainer = task.make_trainer(model, job.training, [])
@@ -91,6 +91,27 @@ REFUSED = [
     (["--lr_scheduler_type", "poly_warmup", "--lr_scheduler_kwargs", '{"degre": 1}'], "Did you mean 'degree'"),
     (["--lr_scheduler_type", "poly_warmup", "--lr_scheduler_kwargs", '{"degree": 0}'], "degree=0"),
     (["--compare_with", "lamb", "--compare_optim_args", "eps=-1"], "eps=-1"),
+    (["--compare_with", "lamb", "--compare_optim_args", "beta=1"], "compare_with='lamb': 'beta' is no argument"),
+    (["--compare_with", "lamp"], "compare_with='lamp': 'lamp' is no optimizer"),
+    (["--compare_with", "eva", "--compare_base_optim", "adamw:"], "compare_with='eva': base='adamw:' cannot be"),
+    (["--compare_with", "eva", "--compare_learning_rate", "nan"], "compare_learning_rate=nan is not allowed"),
+    (["--compare_with", "lamb", "--target_eval_loss", "-1"], "target_eval_loss=-1.0 is not allowed"),
+    (["--name", "../../x"], "name='../../x' is not allowed"),
+    (["--name", "x" * 211], "of at most 210 bytes"),
+    (["--optim_args", "history=8,history=9"], "'history' stands twice"),
+    (["--optim_args", '{"history": 8, "history": 9}'], "'history' stands twice"),
+    (["--accelerator_config", "{"], "accelerator_config='{': "),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type='cosine_with_min_lr' with .*=None, 0 of 4"),
+    (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"pow": 2}'], "unexpected keyword argument 'pow'"),
+    (["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'], "lr_scheduler_type='cosine'"),
+    (["--lr_scheduler_type", "poly_warmup", "--warmup_steps", "9"], "num_warmup_steps=9 must lie in"),
+    # what only the model can tell
+    (["--precondition_include", "nothing"], "no layer selected: include="),
+    (["--optim_args", "max_dim=1", "--optim", "kfac_expand"], "no layer selected"),
+    (["--compare_with", "eva", "--precondition_exclude", "0"], "no layer selected"),
+    (["--base_optim", "torch.optim:Rprop", "--weight_decay", "0.1"], "weight_decay=0.1 has no effect with Rprop"),
+    (["--optim", "kaisa", "--optim_args", "grad_workers=3"], "grad_workers=3 does not divide the world size 1"),
+    (["--optim", "adamw", "--compare_with", "mkor", "--precondition_include", "a"], "include=.* has no effect"),
     (["--compare_with", "mkor"], "both runs are 'mkor-lamb-lr5e-05'"),
 ]
 
@@ -98,7 +119,7 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=lambda value: " ".join(value)[:40])
 def test_a_wrong_setting_shows_before_there_are_data(flags: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        check(parsed(tmp_path, *flags))
+        check(parsed(tmp_path, *flags), lambda: OneLayer().make_model(0))
 
 
 def test_right_settings_are_no_error(tmp_path: Path) -> None:
@@ -110,7 +131,7 @@ def test_right_settings_are_no_error(tmp_path: Path) -> None:
         ["--optim", "if_shampoo"],  # its batch size is filled in later
         ["--optim", "adamw_torch", "--optim_args", "a=b"],  # transformers' own reads them
     ):
-        check(parsed(tmp_path, *flags))
+        check(parsed(tmp_path, *flags), lambda: OneLayer().make_model(0))
 
 
 def test_a_setting_that_is_set_later_is_read_then(tmp_path: Path) -> None:

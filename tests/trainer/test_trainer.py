@@ -355,7 +355,7 @@ BAD_ARGUMENTS = [
     ({"optim_args": "update_period"}, "'update_period' is no 'key=value'"),
     ({"optim_args": "update_perid=3"}, "Did you mean 'update_period'"),
     ({"optim_args": "update_period=0"}, "update_period=0"),
-    ({"optim_args": '{"update_period": '}, "no JSON object"),
+    ({"optim_args": '{"update_period": '}, "optim_args=.*: Expecting value"),
     ({"optim": "adamw_torch", "base_optim": "lamb"}, "base_optim='lamb' has no effect"),
     ({"optim": "adamw_torch", "precondition_exclude": ["x"]}, "has no effect"),
 ]
