@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,25 @@ WAY_OUT = (
 )
 
 
-def compare_ranks(trainer: Any, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> None:
-    """Compare what must be the same; every rank must call it, before model and optimizer are prepared.
+def compare_arguments(args: Any, resume_from_checkpoint: str | bool | None) -> None:
+    """Compare what a run is told; every rank must call it, before they look for a checkpoint together.
+
+    Args:
+        args: the TrainingArguments.
+        resume_from_checkpoint: what ``Trainer.train`` was given.
+
+    Raises:
+        ValueError: it is not the same, on every rank.
+    """
+    given = {field.name: text_of(getattr(args, field.name)) for field in dataclasses.fields(args)}
+    shared = {name: text for name, text in given.items() if name not in _OWN}
+    resume = resume_from_checkpoint or None
+    told = {"number of processes": str(args.world_size), "resume_from_checkpoint": name_of(resume)}
+    Communicator().agree(shared | told, "the run's", WAY_OUT)
+
+
+def compare_run(trainer: Any, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> None:
+    """Compare what a run has made of that; every rank must call it, before model and optimizer are prepared.
 
     A seed may differ where it draws nothing but dropout: where ``data_seed`` orders the examples and the model was made
     before. Weights are compared where each rank shards its own (FSDP2); DDP and DeepSpeed hand out the first rank's.
@@ -46,13 +64,10 @@ def compare_ranks(trainer: Any, max_steps: int, train_dataloader: Any, checkpoin
     args, model, comm = trainer.args, trainer.model, Communicator()
     if comm.world_size == 1:
         return
-    given = {field.name: text_of(getattr(args, field.name)) for field in dataclasses.fields(args)}
     draws = args.data_seed is None or trainer.model_init is not None
     deepspeed = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     comm.agree(
         {
-            "number of processes": str(args.world_size),
-            **{name: text for name, text in given.items() if name not in _OWN},
             "max_steps, counted": str(max_steps),
             "data_seed": str(args.data_seed),
             "seed": str(args.seed) if draws else "of dropout alone",
@@ -68,6 +83,11 @@ def compare_ranks(trainer: Any, max_steps: int, train_dataloader: Any, checkpoin
         whose="the run's",
         way_out=WAY_OUT,
     )
+
+
+def name_of(checkpoint: str | os.PathLike[str] | bool | None) -> str:
+    """A checkpoint without the path under which a node sees it."""
+    return Path(checkpoint).name if isinstance(checkpoint, (str, os.PathLike)) else str(checkpoint)
 
 
 def _order(dataloader: Any) -> str:
@@ -113,7 +133,7 @@ def _checkpoint(folder: str | None) -> str:
         return "none"
     manifest = Path(folder) / MANIFEST_FILE
     content = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.is_file() else "no manifest"
-    return f"{Path(folder).name} ({content})"
+    return f"{name_of(folder)} ({content})"
 
 
 def _shards_its_own(trainer: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
-from hf_soo.integrations.agreement import compare_ranks
+from hf_soo.integrations.agreement import compare_arguments, compare_run
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
     BASE_FILE,
@@ -77,8 +77,10 @@ class ResumingMixin(_Base):
             **kwargs: Trainer's.
 
         Raises:
-            ValueError: the checkpoint is not whole; or True, and none is; or another process trains in ``output_dir``.
+            ValueError: the checkpoint is not whole; or True, and none is; or another process trains in ``output_dir``;
+                or the ranks were given different things.
         """
+        compare_arguments(self.args, resume_from_checkpoint)
         trial = kwargs.get("trial", args[0] if args else None)
         lock = on_all_ranks(lambda: self._hold(trial))
         try:
@@ -185,7 +187,7 @@ class ResumingMixin(_Base):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """DeepSpeed refuses checkpoints of others before anybody is asked, so those are read afterwards."""
-        compare_ranks(self, max_steps, train_dataloader, resume_from_checkpoint)
+        compare_run(self, max_steps, train_dataloader, resume_from_checkpoint)
         later = self.is_deepspeed_enabled and self._foreign(resume_from_checkpoint) is not None
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, None if later else resume_from_checkpoint

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_soo.engine.comm import Communicator, text_of
-from hf_soo.integrations.agreement import WAY_OUT
+from hf_soo.integrations.agreement import WAY_OUT, name_of
 from hf_soo.runs import machine
 from hf_soo.runs.callbacks import RecordCallback
 from hf_soo.runs.record import RunRecord, file_name, reach, recording
@@ -172,12 +173,13 @@ def _train_one(job: Job, task: Task) -> RunRecord:
     args = job.training
     model = task.make_model(args.seed)
     record = describe(job, task, model)
+    _compare_ranks(job, record)
     output = OutputFolder(args, record, restart=job.run.restart)
     checkpoint = output.checkpoint() if args.do_train else None
     target = job.run.target_eval_loss
     finished = is_finished(checkpoint, args, target)
     kept = kept_record(job.results_dir / f"{record.name}.json") if finished else None
-    _compare_ranks(job, record, checkpoint, "finished" if kept is not None else "to do")
+    _agree({"checkpoint": name_of(checkpoint), "finished": kept is not None})  # seen on each node's own disk
     if kept is not None:
         logger.warning("%s is finished already; --restart runs it again", record.name)
         if target is not None and target != (kept.target or {}).get("eval_loss"):
@@ -208,16 +210,20 @@ def _train_one(job: Job, task: Task) -> RunRecord:
     return record
 
 
-def _compare_ranks(job: Job, record: RunRecord, checkpoint: str | None, state: str) -> None:
-    """Before a Trainer is made: it, or a run that is over for some ranks alone, would be waited for.
+def _compare_ranks(job: Job, record: RunRecord) -> None:
+    """Before they look for a checkpoint together.
 
     Raises:
-        ValueError: the ranks were given other settings, data or initial weights, or see other files.
+        ValueError: the ranks were given other settings, data or initial weights.
     """
     shared = {key: value for key, value in vars(job.run).items() if key not in ("results_dir", "traceback")}
-    what = shared | {"name": record.name, "seed": record.seed, **record.settings}
-    found = {"checkpoint": "none" if checkpoint is None else Path(checkpoint).name, "state": state}
-    Communicator().agree({key: text_of(value) for key, value in (what | found).items()}, "the run's", WAY_OUT)
+    resume = {"resume_from_checkpoint": name_of(job.training.resume_from_checkpoint)}
+    given = shared | {"name": record.name, "seed": record.seed, "do_train": job.training.do_train} | resume
+    _agree(given | record.settings)
+
+
+def _agree(given: Mapping[str, Any]) -> None:
+    Communicator().agree({key: text_of(value) for key, value in given.items()}, "the run's", WAY_OUT)
 
 
 def _keep_model(trainer: Trainer) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from hf_soo.integrations.trainer import SecondOrderTrainer
 from hf_soo.runs.callbacks import RecordCallback
@@ -105,7 +106,7 @@ def trainers(rank: int, world: int, folder: str) -> dict[str, Any]:
     for name, changed in FREE.items():
         found[name] = trained(rank, f"{folder}/{name}", {}, data_seed=1, **(changed if rank == 1 else {}))
     found["order"] = {seed: order(rank, folder, seed) for seed in (None, 1)}
-    found["runs"] = {case: recorded(rank, f"{folder}/runs", case) for case in RUNS}
+    found["runs"] = {case: recorded(rank, Path(folder) / "runs", case) for case in RUNS}
     zero = next(strategy for strategy in STRATEGIES if strategy.stage == 2)
     found["health"] = health(zero, Path(folder) / "zero")
     return found
@@ -146,27 +147,39 @@ RUNS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "data": ({"examples": 9}, "train_examples", "'8'", "'9'"),
     "target": ({"target_eval_loss": 2.0}, "target_eval_loss", "'None'", "'2.0'"),
     "comparison": ({"compare_with": "adamw"}, "compare_with", "'None'", "'adamw'"),
-    "a checkpoint that one rank sees": ({"output_dir": "seen"}, "checkpoint", "'none'", "'checkpoint-2'"),
+    "restart": ({"restart": True}, "restart", "'False'", "'True'"),
+    "what it resumes": ({"resume_from_checkpoint": "a/checkpoint-2"}, "resume_from_checkpoint", "'None'", "point-2'"),
+    "a result that one rank sees": ({"results_dir": "own"}, "finished", "'False'", "'True'"),
 }
 """What rank 1 is given -> what the error calls it, and what it shows of the two."""
 
 
-def recorded(rank: int, folder: str, case: str) -> str:
+def recorded(rank: int, folder: Path, case: str) -> str:
     """The error of a run of the commands, before a Trainer is made."""
-    given: dict[str, Any] = {"output_dir": "out", "examples": 8} | (RUNS[case][0] if rank == 1 else {})
-    place, examples = Path(folder) / given.pop("output_dir"), given.pop("examples")
+    given: dict[str, Any] = {"examples": 8} | (RUNS[case][0] if rank == 1 else {})
+    examples, place = given.pop("examples"), folder / case.replace(" ", "_")
     if "name" in RUNS[case][0]:
         given["name"] = "run"
-    run = RunArguments(**{key: given.pop(key) for key in ("name", "target_eval_loss", "compare_with") if key in given})
-    settings = {"optim": "mkor", "learning_rate": 0.01, "max_steps": 5, "report_to": "none", "use_cpu": True} | given
-    if place.name == "seen":
-        (place / "checkpoint-2").mkdir(parents=True)
-        (place / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    if "results_dir" in RUNS[case][0]:  # the last step is there for both
+        given["results_dir"] = str(folder / f"results{rank}")
+        write_last_checkpoint(rank, place, Path(given["results_dir"]))
+    told = {key: given.pop(key) for key in vars(RunArguments()) if key in given}
+    settings = {"optim": "mkor", "learning_rate": 0.01, "max_steps": 2, "report_to": "none", "use_cpu": True} | given
     try:
-        train(Job(run, RunTrainingArguments(str(place), **settings)), Toy(examples))
+        train(Job(RunArguments(**told), RunTrainingArguments(str(place), **settings)), Toy(examples))
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+def write_last_checkpoint(rank: int, place: Path, results: Path) -> None:
+    """The last checkpoint of a run, on a disk that both see; its JSON is on the second's own."""
+    if rank == 0:
+        (place / "checkpoint-2").mkdir(parents=True)
+        TrainerState(global_step=2, max_steps=2).save_to_json(str(place / "checkpoint-2" / "trainer_state.json"))
+    else:
+        RunRecord("mkor-lamb-lr0.01", "mkor", "lamb", {}, 42, status="completed").write(results)
+    dist.barrier()
 
 
 def health(strategy: Strategy, folder: Path) -> dict[str, Any]:
