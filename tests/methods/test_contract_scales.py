@@ -12,6 +12,7 @@ from hf_soo import PreconditionedOptimizer
 from hf_soo.engine.fisher import sampled_cross_entropy
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range, norms, run_whole, unit_of
 from hf_soo.engine.rescale import KLClip, MatchNorm, make_rescale
+from hf_soo.optimizers import Lamb
 from hf_soo.optimizers.polar import polar_factor, schedule
 from hf_soo.preconditioners.eva import eva_f_product, eva_product
 from hf_soo.preconditioners.mkor import lowrank_product
@@ -148,3 +149,15 @@ def test_the_polar_factor_of_a_matrix_of_any_size(scale: float) -> None:
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30])
+def test_lamb_clips_a_gradient_of_any_size(scale: float) -> None:
+    ends = []
+    for size in (1e6, scale):
+        params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, size * (i + 1))
+        Lamb(params, lr=0.1).step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=0)

@@ -225,6 +225,25 @@ def test_a_second_train_goes_on(tmp_path: Path) -> None:
     assert optimizer.stages.capture.buffers["bert.pooler.dense"][0].item() == 0
 
 
+def test_a_base_with_two_sets_of_weights_is_told_of_evaluations(tmp_path: Path) -> None:
+    """As schedule-free ones have: they refuse to step where the model is evaluated."""
+    told: list[bool] = []
+
+    class Told(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            told.append(unwrap_optimizer(kwargs["optimizer"]).base.training)
+
+    args = arguments(
+        str(tmp_path), max_steps=4, eval_strategy="steps", eval_steps=2,
+        base_optim="tests.optimizers.test_like_any_other:Averaging",
+    )  # fmt: skip
+    trainer = SecondOrderTrainer(
+        model=bert(), args=args, train_dataset=Examples(), eval_dataset=Examples(8), callbacks=[Told()]
+    )
+    trainer.train()
+    assert told == [False, False] and trainer.state.global_step == 4
+
+
 def test_health_is_logged(tmp_path: Path) -> None:
     trainer = run_trainer(str(tmp_path))
     for key in ("soo/cos_median", "soo/cos_min", "soo/fallback_layers", "soo/noise_layers"):
