@@ -76,6 +76,11 @@ def run(config: PlanConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_model(config.model, config.seq)
     shape, methods = ModelShape.of(model), asked_methods(config, model)
+    if config.dry_run and shape.used < 1:
+        raise ValueError(
+            f"dry_run of {config.model!r}: which expert a token goes to follows from values, and a dry run has none; "
+            "leave --dry-run out."
+        )
     plan: dict[str, Any] = {
         "kind": "plan",
         "config": dataclasses.asdict(config),

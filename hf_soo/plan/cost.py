@@ -79,7 +79,10 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> _Work:
     return _Work(
         passes=passes * (1 + updates * _BACKWARD if sampled else 1),
         precondition=precondition * share,
-        statistics=updates * sum(_statistics(layer, transform, layout.tokens) for layer in method.layers),
+        statistics=updates
+        * sum(
+            _statistics(layer, transform, layout.tokens * (shape.used if layer.stack else 1)) for layer in method.layers
+        ),
         update=updates * share * sum(update for _, update, _ in flops.values()),
         inverse=refreshes * inverse,
         base=base,
@@ -89,12 +92,12 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> _Work:
 
 def _passes(shape: ModelShape, layout: Layout) -> float:
     again = layout.checkpointing
-    dense = (8 if again else 6) * (shape.count - shape.embeddings)
+    dense = (8 if again else 6) * (shape.count - shape.embeddings - shape.idle)
     attention = (16 if again else 12) * len(shape.blocks) * shape.hidden * layout.seq
     return float(layout.tokens * (dense + attention))
 
 
-def _statistics(layer: Layer, transform: Preconditioner, rows: int) -> float:
+def _statistics(layer: Layer, transform: Preconditioner, rows: float) -> float:
     """What the hooks of one layer do with so many rows."""
     recorder, (n, m) = transform.recorder, layer.matrix
     if isinstance(recorder, FactorRecorder):

@@ -163,17 +163,21 @@ def _of_shards(method: MethodOnModel, layout: Layout) -> Iterator[Message]:
     if isinstance(recorder, SumRecorder) and recorder.outputs and recorder.groups == 1:  # b = bias.grad
         biases = sum(layer.shape[0] for layer in layers if layer.bias is not None)
         yield Message("shards", "all_gather", FLOAT * biases, W, when="update")
-    sums = [each for layer in layers if (each := transform.row_sums(layer)) is not None]
-    if len(sums) < len(layers):  # it needs all rows
-        whole = FLOAT * padded_elements((layer.matrix for layer in layers), W)
-        yield Message("shards", "all_gather", whole, W)
+    thin = [layer for layer in layers if layer.rows_first and transform.row_sums(layer) is not None]
+    sums = [each for layer in thin if (each := transform.row_sums(layer)) is not None]
+    if len(thin) < len(layers):  # it needs all rows, or they lie apart: stored transposed, or an expert's
+        gathered = [layer for layer in layers if layer not in thin]
+        whole = padded_elements((layer.matrix for layer in gathered if not layer.stack), W)
+        whole += sum(math.prod(layer.matrix) for layer in gathered if layer.stack)  # an expert lies on a rank or two
+        yield Message("shards", "all_gather", FLOAT * whole, W)
         if isinstance(recorder, GradientRecorder):
-            yield Message("shards", "all_gather", whole, W, when="update")
+            yield Message("shards", "all_gather", FLOAT * whole, W, when="update")
+    if not thin:
         return
     for numbers in zip(*(each.update for each in sums), strict=True):  # all layers in one message
         yield Message("shards", "all_reduce", FLOAT * sum(numbers), W, when="update")
     if transform.measures:  # |G|, for the unit of its square
-        yield Message("shards", "all_reduce", FLOAT * len(layers), W)
+        yield Message("shards", "all_reduce", FLOAT * len(thin), W)
     for numbers in zip(*(each.every for each in sums), strict=True):
         yield Message("shards", "all_reduce", FLOAT * sum(numbers), W)
 

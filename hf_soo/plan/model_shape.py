@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from hf_soo.bert.model import SIZES
+from hf_soo.engine.passes.reads import read_layers
 from hf_soo.registry import hidden_weights
 
 BERTS = {  # the hub's names
@@ -26,6 +28,7 @@ BERTS = {  # the hub's names
     **{f"bert-{name}-uncased": SIZES[name] for name in ("base", "large")},
 }
 LONGEST = 512  # BERT's positions
+_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")  # how configs call the experts that a token passes
 
 
 def build_model(name: str, seq: int) -> nn.Module:
@@ -84,15 +87,31 @@ class ModelShape:
     hidden: int  # length of a token's vector
     intermediate: int  # the longest vector inside a block
     vocabulary: int  # entries of the vocabulary
+    used: float  # share of a stack's experts that a token passes
+    idle: int  # parameters of the experts that it does not pass
     masked: bool  # whether 15 % of the tokens alone go through the vocabulary decoder (BERT)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelShape:
-        """Look at a model."""
+        """Look at a model.
+
+        Raises:
+            ValueError: it has experts, and its config does not say how many a token passes.
+        """
         config: Any = model.config
         names = {id(p): name for name, p in model.named_parameters()}
         embedded = {id(p): p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        hidden = int(config.hidden_size)
+        hidden, used = int(config.hidden_size), 1.0
+        found = [layer for path, module in model.named_modules() for layer in read_layers(path, module)]
+        if experts := [layer for layer in found if layer.stack]:
+            each = next((getattr(config, key) for key in _PER_TOKEN if isinstance(getattr(config, key, None), int)), 0)
+            if not each:
+                raise ValueError(
+                    f"the config of this {config.model_type!r} has none of {', '.join(_PER_TOKEN)}, so the work of its "
+                    "experts cannot be told; add num_experts_per_tok."
+                )
+            used = each / experts[0].count
+        idle = round((1 - used) * sum(math.prod(layer.shape) for layer in experts))
         return cls(
             parameters={name: p.shape for name, p in model.named_parameters()},
             embeddings=sum(p.numel() for p in embedded.values()),
@@ -101,6 +120,8 @@ class ModelShape:
             hidden=hidden,
             intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
             vocabulary=int(getattr(config, "vocab_size", 0)),
+            used=used,
+            idle=idle,
             masked="bert" in config.model_type,
         )
 

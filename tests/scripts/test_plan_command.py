@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, GPT2Config, ViTConfig
+from transformers import BertConfig, GPT2Config, MixtralConfig, ViTConfig
 
 from hf_soo import cli
 from hf_soo.plan import cost as plan_cost
@@ -189,10 +189,33 @@ def test_models_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "seq=1024 is longer than the 512 positions" in too_long
 
 
+def test_experts_do_the_work_of_the_tokens_they_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A token passes 2 of 8 experts: their products and statistics are a quarter of those of dense layers."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+    }  # fmt: skip
+    plans, options = {}, {"optim": "kfac_expand", "beside": "sgd"}
+    for each in (2, 8):
+        MixtralConfig(**sizes, num_local_experts=8, num_experts_per_tok=each).save_pretrained(tmp_path / str(each))
+        _, plan = planned(capsys, tmp_path, model=str(tmp_path / str(each)), **options)
+        plans[each] = plan["methods"][0]
+    assert plans[2]["layers"] == plans[8]["layers"] == 4 + 1 + 2 * 8  # attention, router, experts
+    tokens = plans[8]["flops_per_step"]["passes"] - plans[2]["flops_per_step"]["passes"]
+    experts, per_step = 8 * 3 * 64 * 96, 6 * 64 / 8 * 128
+    assert tokens == pytest.approx(per_step * 0.75 * experts, rel=1e-6)
+    refusal = refused(capsys, model=str(tmp_path / "2"), dry_run="")
+    assert "which expert a token goes to follows from values" in refusal
+    config = MixtralConfig.from_pretrained(tmp_path / "2").to_dict()
+    config["num_experts_per_tok"] = None
+    (tmp_path / "2" / "config.json").write_text(json.dumps(config))
+    assert "has none of num_experts_per_tok" in refused(capsys, model=str(tmp_path / "2"))
+
+
 def test_a_model_that_is_nowhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def offline(name: str) -> None:
+    def offline(name: str, **settings: object) -> None:
         raise OSError("We couldn't connect to the hub.\nMore lines.")
 
     (tmp_path / "empty").mkdir()
