@@ -110,6 +110,15 @@ class GatheredBertForPreTraining(BertForPreTraining):  # type: ignore[no-untyped
             attentions=outputs.attentions,
         )
 
+    def row_masks(self, masked_positions: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Which rows of the MLM head are no padding, for statistics of its layers.
+
+        Args:
+            masked_positions: as for ``forward``; position 0, never masked, fills what a sequence has fewer.
+            **inputs: the rest of what it gets.
+        """
+        return {} if masked_positions is None else {"cls.predictions": masked_positions != 0}
+
 
 def _gather_masked(
     hidden: Tensor, labels: Tensor | None, masked_positions: Tensor | None

@@ -23,6 +23,7 @@ from hf_soo.engine.gradients import Groups, Joint
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.passes.backward import Target, is_transformed, number_of
 from hf_soo.engine.passes.follow import follow
+from hf_soo.engine.passes.padding import Padding
 from hf_soo.engine.passes.reads import ReadLayer
 from hf_soo.engine.placement import Placement
 from hf_soo.engine.strategy import Strategy
@@ -105,12 +106,9 @@ class Recorder(Protocol):
         """Zero buffers for a layer."""
 
     def commit(
-        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, padding: Padding, target: Target
     ) -> Tensor:
-        """The output, with a node behind it that adds to the buffers where the backward pass ``accumulates``.
-
-        ``token_mask`` is true for the rows of x that are no padding, x's shape without its last dimension; None: all.
-        """
+        """The output, with a node behind it that adds to the buffers where the backward pass ``accumulates``."""
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """The layers that can be updated in this step."""
@@ -132,7 +130,7 @@ class GradientRecorder:
         return []
 
     def commit(
-        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, padding: Padding, target: Target
     ) -> Tensor:
         """Not called: there are no hooks."""
         return output
@@ -155,23 +153,23 @@ class Capture:
     ``collecting`` is read by every forward pass; the optimizer sets it at the end of a step (``collect``), so that all
     micro-batches of a window, and both passes of a checkpointed one, see the same value.
 
-    ``mask`` [B, T] is false at the current micro-batch's padding, and stays until the next one's: a checkpointed layer
-    runs again in the backward pass.
+    ``padding`` keeps the masks of the current micro-batch until the next one's: a checkpointed layer runs again in the
+    backward pass.
 
     ``wrapper`` is the DistributedDataParallel in whose forward pass the layers ran last, as far as is known.
     """
 
-    def __init__(self, layers: Sequence[Layer], recorder: Recorder) -> None:
+    def __init__(self, layers: Sequence[Layer], recorder: Recorder, model: nn.Module | None = None) -> None:
         """Install the hooks.
 
         Args:
             layers: the layers to watch.
             recorder: what to keep; nothing is hooked if it needs no hooks.
+            model: what they lie in; it is asked for padding. None: there is none.
         """
         self.recorder = recorder
         self.hooks = recorder.hooks
         self.collecting = False
-        self.mask: Tensor | None = None
         self.wrapper: Callable[[], DistributedDataParallel | None] = lambda: None
         self.sampled: list[Tensor] | None = None if recorder.fisher_pass is None else []  # outputs; see fisher.py
         self._sampled_layers: set[str] = set()
@@ -179,6 +177,7 @@ class Capture:
         self.buffers: dict[str, Buffers] = {
             layer.name: [] if recorder.transient else recorder.allocate(layer) for layer in self.layers
         }
+        self.padding = Padding(model if model is not None and self.layers else nn.Identity(), self.layers)
         self._handles = [
             layer.module.register_forward_hook(_CommitHook(self, layer).commit, prepend=True, with_kwargs=True)
             for layer in self.layers
@@ -191,7 +190,7 @@ class Capture:
         if self.recorder.transient and collecting != self.collecting:
             for layer in self.layers if self.buffers else ():
                 self.buffers[layer.name] = self.recorder.allocate(layer) if collecting else []
-        self.collecting = collecting
+        self.collecting = self.padding.watching = collecting
 
     def to_weights(self, layers: Sequence[Layer]) -> None:
         """Start the buffers of layers anew whose weights were moved to another device after construction."""
@@ -205,7 +204,7 @@ class Capture:
 
         Args:
             layer: the layer that ran.
-            x: its input.
+            x: its input, as it got it.
             output: its output.
             target: its weight's.
 
@@ -224,13 +223,7 @@ class Capture:
             )
         if self.sampled is not None:
             self._keep_sampled(layer, output)
-        mask = self._token_mask(layer, x)
-        return self.recorder.commit(layer, x, output, self.buffers[layer.name], mask, target)
-
-    def _token_mask(self, layer: RowLayer, x: Tensor) -> Tensor | None:
-        """The mask where its rows are those of the layer's input: not of an image, or of positions that were chosen."""
-        fits = self.mask is not None and layer.channel_dim == -1 and x.shape[:-1] == self.mask.shape
-        return self.mask if fits else None
+        return self.recorder.commit(layer, x, output, self.buffers[layer.name], self.padding, target)
 
     def _keep_sampled(self, layer: RowLayer, output: Tensor) -> None:
         """Remember an output for the sampled loss's backward pass.
@@ -254,7 +247,7 @@ class Capture:
         """Drop what the current window has collected (a skipped step, an out-of-memory retry).
 
         Args:
-            outputs: those kept for a sampled loss, and the mask; False if the backward pass may be still to come.
+            outputs: those kept for a sampled loss, and the masks; False if the backward pass may be still to come.
         """
         tensors = [tensor for buffers in self.buffers.values() for tensor in buffers]
         if tensors:
@@ -263,7 +256,7 @@ class Capture:
             self.recorder.fisher_pass.passes = 0
         if not outputs:
             return
-        self.mask = None
+        self.padding.forget()
         if self.sampled is not None:
             self.sampled.clear()
             self._sampled_layers.clear()
@@ -272,6 +265,7 @@ class Capture:
         """Remove the hooks and free the buffers."""
         for handle in self._handles:
             handle.remove()
+        self.padding.remove()
         self._handles, self.buffers = [], {}
 
 
@@ -306,7 +300,7 @@ class _CommitHook:
             target: Target = self.numbers[layer.name]
         else:
             target = get_gradient_edge(weight).node
-        return self.capture.commit_in_backward(layer, x.detach(), output, target)
+        return self.capture.commit_in_backward(layer, x, output, target)
 
     def __reduce__(self) -> tuple[type[_CommitHook], tuple[()]]:
         return _CommitHook, ()

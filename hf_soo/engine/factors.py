@@ -23,6 +23,7 @@ from hf_soo.engine.capture import Buffers, FisherPass, Statistics, Window
 from hf_soo.engine.gradients import Groups, stack, unit_of
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.passes.backward import Target, accumulates, gate
+from hf_soo.engine.passes.padding import Padding, Shape
 from hf_soo.engine.strategy import Strategy
 from hf_soo.engine.sums import NOISE_LEVEL, SQUARES
 
@@ -72,11 +73,12 @@ class FactorRecorder:
         return [zeros(2), zeros(m, m), zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
 
     def commit(
-        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, padding: Padding, target: Target
     ) -> Tensor:
         """See ``Recorder``; padding is told by its output gradient here (``row_filter``)."""
-        x = x.to(output.dtype)  # under autocast half of the memory, and what the layer computes with
-        return cast(Tensor, _CommitFactors.apply(output, x, target, layer, self, *buffers))  # type: ignore[no-untyped-call]
+        shape, swapped = padding.examples(layer, x) if self.reduce else (None, False)
+        x = x.detach().to(output.dtype)  # under autocast half of the memory, and what the layer computes with
+        return cast(Tensor, _CommitFactors.apply(output, x, target, layer, self, shape, swapped, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -130,22 +132,33 @@ class _CommitFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, target: Target, layer: RowLayer, recorder: FactorRecorder, *buffers: Tensor
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        target: Target,
+        layer: RowLayer,
+        recorder: FactorRecorder,
+        shape: Shape | None,
+        swapped: bool,
+        *buffers: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x)  # not its rows: a convolution's patches are some times the image
         ctx.target, ctx.layer, ctx.recorder, ctx.buffers = target, layer, recorder, buffers
+        ctx.shape, ctx.swapped = shape, swapped
         return output.detach()  # see _CommitSums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        done = (grad, *[None] * (4 + len(ctx.buffers)))
+        done = (grad, *[None] * (6 + len(ctx.buffers)))
         recorder: FactorRecorder = ctx.recorder
         which = "both" if recorder.fisher_pass is None else recorder.fisher_pass.which
         keep = which == "outputs" or accumulates(ctx.target, grad)  # a sampled loss's pass stops at the outputs
         if keep is False:
             return done
         saved, g = gate(keep, *ctx.saved_tensors, grad.detach())
+        if ctx.shape is not None or ctx.swapped:  # examples first, as rows are read
+            saved, g = (_examples_first(each, ctx.shape, ctx.swapped) for each in (saved, g))
         x = ctx.layer.input_rows(saved)
         counts, A, B, noise = ctx.buffers
         g = g.movedim(ctx.layer.channel_dim, -1)
@@ -163,6 +176,12 @@ class _CommitFactors(torch.autograd.Function):
             if recorder.reduce:
                 noise.add_(torch.stack([rows.square().sum(), level * g.square().sum()]))
         return done
+
+
+def _examples_first(rows: Tensor, shape: Shape | None, swapped: bool) -> Tensor:
+    """Rows [*rows, d] as [examples, positions, d]; see ``Padding.examples``."""
+    rows = rows if shape is None else rows.reshape(*shape, rows.shape[-1])
+    return rows.transpose(0, 1) if swapped else rows
 
 
 def _commit_inputs(

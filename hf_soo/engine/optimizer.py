@@ -69,7 +69,7 @@ class PreconditionedOptimizer(OverBase):
         self.parameter_index = ParameterIndex.of(base.param_groups, model, selection.layers)
         if selection.skipped:
             warn_of_what_is_left(self.parameter_index, selection, name, type(base).__name__)
-        self.stages = Step(preconditioner, selection.layers)
+        self.stages = Step(preconditioner, selection.layers, model)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.external_step = self.switched = self.ranks_checked = False
         self.carries_state, self.steps = True, 0
@@ -198,13 +198,14 @@ class PreconditionedOptimizer(OverBase):
     def mask_rows(self, mask: Tensor | None) -> None:
         """Leave padding out of the means of layer inputs, in the forward and backward passes until the step ends.
 
-        A layer whose input is [B, T, d] for a mask of [B, T] counts the rows where it is not zero; all others count
-        every row. Methods that keep factors (K-FAC, FOOF) tell padding by its gradient and need no mask.
+        A model whose forward takes an ``attention_mask`` (or torch's ``src_key_padding_mask``) needs no call. Where it
+        takes none, layers with an input [B, T, d], [T, B, d] or [B * T, d] count the rows where this mask is not zero;
+        where it does, rows count by both. Methods that keep factors (K-FAC, FOOF) tell padding by its gradient.
 
         Args:
-            mask: the micro-batch's attention mask [B, T], 1 for tokens and 0 for padding; None: there is no padding.
+            mask: the micro-batch's attention mask [B, T], 1 for tokens and 0 for padding; None: as the model is told.
         """
-        self.stages.capture.mask = None if mask is None else mask != 0
+        self.stages.capture.padding.explicit = None if mask is None else mask != 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what the window has collected (a step may have been skipped).

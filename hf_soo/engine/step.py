@@ -43,14 +43,15 @@ class Step:
             and for methods whose factors are too large to be stacked.
     """
 
-    def __init__(self, preconditioner: Preconditioner, layers: list[Layer]) -> None:
+    def __init__(self, preconditioner: Preconditioner, layers: list[Layer], model: nn.Module) -> None:
         """Start the states, and hook the layers.
 
         Args:
             preconditioner: the method.
             layers: what it moves.
+            model: what they lie in.
         """
-        self.preconditioner, self.layers = preconditioner, layers
+        self.preconditioner, self.layers, self._model = preconditioner, layers, model
         self.comm = Communicator()
         self._shares_work = preconditioner.workers(1) is not None
         self.strategy: Strategy = WholeTensors()
@@ -60,7 +61,7 @@ class Step:
         self._groups_of: dict[tuple[object, ...], Groups] = {}
         self._follow_sharding()
         self.assign()
-        self.capture = Capture(layers, preconditioner.recorder)
+        self.capture = Capture(layers, preconditioner.recorder, model)
 
     # ---- who does what -----------------------------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class Step:
         """Give layers up before the first step: their hooks and factors go."""
         self.capture.remove()
         self.layers = [layer for layer in self.layers if layer.name not in names]
-        self.capture = Capture(self.layers, self.preconditioner.recorder)
+        self.capture = Capture(self.layers, self.preconditioner.recorder, self._model)
         self.assign()
 
     # ---- the five lines ----------------------------------------------------------------------------------------------

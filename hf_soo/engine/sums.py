@@ -16,6 +16,7 @@ from hf_soo.engine.capture import Buffers, Statistics, Window
 from hf_soo.engine.gradients import Groups, stack, unit_of
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
 from hf_soo.engine.passes.backward import Target, accumulates, gate
+from hf_soo.engine.passes.padding import Padding, first_without_gradient
 from hf_soo.engine.strategy import Strategy
 
 NOISE_LEVEL = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7, torch.float32: 2.0**-9, torch.float64: 2.0**-43}
@@ -87,16 +88,19 @@ class SumRecorder:
         ]
 
     def commit(
-        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, token_mask: Tensor | None, target: Target
+        self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, padding: Padding, target: Target
     ) -> Tensor:
         """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
-        if token_mask is None:
+        masks, x = padding.masks(layer, x), x.detach()
+        if masks is None:
             inputs, count = layer.input_sums(x, self.groups)
             samples = _group_sizes(count, self.groups, buffers[0])
         else:
-            inputs, _ = layer.input_sums(x * token_mask[..., None].to(x.dtype), self.groups)
-            samples = group_sums(token_mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0]
-        return cast(Tensor, _CommitSums.apply(output, inputs, samples, target, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
+            each = [layer.input_sums(x * mask[..., None].to(x.dtype), self.groups)[0] for mask in masks]
+            counts = [group_sums(mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0] for mask in masks]
+            inputs, samples = (each[0], counts[0]) if len(masks) == 1 else (torch.stack(each), torch.stack(counts))
+            masks = None if len(masks) == 1 else masks
+        return cast(Tensor, _CommitSums.apply(output, inputs, samples, masks, target, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -141,9 +145,20 @@ class _CommitSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, inputs: Tensor, samples: Tensor, target: Target, channel_dim: int, *buffers: Tensor
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        samples: Tensor,
+        masks: Tensor | None,
+        target: Target,
+        channel_dim: int,
+        *buffers: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(inputs, samples)
+        # Not saved but where a compiler asks for it: a checkpoint would sum anew what it saved, by the masks of then.
+        sums = (inputs, samples) if masks is None else (inputs, samples, masks)
+        ctx.sums = None if torch.compiler.is_compiling() else sums
+        if ctx.sums is None:
+            ctx.save_for_backward(*sums)
         ctx.target, ctx.channel_dim, ctx.buffers = target, channel_dim, buffers
         # detach, not view_as: an output that is a view of a custom function could not be modified in place (relu_).
         return output.detach()
@@ -151,17 +166,22 @@ class _CommitSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        done = (grad, *[None] * (4 + len(ctx.buffers)))
+        done = (grad, *[None] * (5 + len(ctx.buffers)))
         if (keep := accumulates(ctx.target, grad)) is False:
             return done
         # detached: under create_graph the buffers would join the graph of the second backward pass
-        inputs, samples, g = gate(keep, *ctx.saved_tensors, grad.detach())
+        g = grad.detach().movedim(ctx.channel_dim, -1)
+        inputs, samples, *masks = ctx.saved_tensors if ctx.sums is None else ctx.sums
+        if masks:
+            index = first_without_gradient(masks[0], g)
+            inputs, samples = inputs.index_select(0, index)[0], samples.index_select(0, index)[0]
+        inputs, samples, g = gate(keep, inputs, samples, g)
         sample_buffer, input_buffer, output_buffer, noise_buffer = ctx.buffers
         sample_buffer.add_(samples)
         if input_buffer.numel():
             input_buffer.add_(inputs)
         if output_buffer.numel() or noise_buffer.numel():
-            _commit_outputs(g.movedim(ctx.channel_dim, -1), output_buffer, noise_buffer)
+            _commit_outputs(g, output_buffer, noise_buffer)
         return done
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -181,22 +181,11 @@ class SecondOrderTrainerMixin(ResumingMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """As Trainer's; tells the optimizer what is padding, and the loss."""
-        # only where it will be read: on a GPU the mask is a copy of its own to the device, in every micro-batch
-        if self.second_order is not None and self.second_order.stages.capture.collecting:
-            self.second_order.mask_rows(self._padding_mask(inputs))
+        """As Trainer's; tells the optimizer the loss."""
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self.second_order is not None and not self.is_deepspeed_enabled:  # its engine has reported it, and stepped
             self.second_order.report_loss(loss)
         return loss
-
-    def _padding_mask(self, inputs: Any) -> torch.Tensor | None:
-        """The attention mask [B, T], where it is that of all layers: a decoder has tokens of its own."""
-        mask = (
-            inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        )  # TRL's online Trainers have a list
-        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        return mask.to(self.args.device) if isinstance(mask, torch.Tensor) and not encoder_decoder else None
 
     def _settings(self) -> OptimizerSettings:
         """The optimizer's settings; the batch size is filled in for methods that need one."""
