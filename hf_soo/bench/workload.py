@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class BenchConfig(Checked):
     def __post_init__(self) -> None:
         """Check the values before a model is built."""
         super().__post_init__()
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device={self.device!r} is not allowed; give cpu or cuda.")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}, but torch {torch.__version__} sees no GPU; use --device cpu.")
 

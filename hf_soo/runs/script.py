@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from hf_soo.runs import arguments, report
 from hf_soo.runs.recipes import COMMANDS
@@ -162,6 +163,10 @@ def check(job: Job, sketch: Callable[[], nn.Module | None]) -> None:
             f"The launcher started {started} processes, the Trainer sees {job.training.world_size}; "
             f"without GPUs add {way_out}."
         )
+    try:
+        get_reporting_integration_callbacks(job.training.report_to)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ValueError(f"report_to={job.training.report_to}: {error}") from error
     jobs = (job,) if job.run.compare_with is None else compared(job)  # refuses settings of the second optimizer
     with torch.device("meta"):
         model = sketch()

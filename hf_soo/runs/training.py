@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import Enum
@@ -130,7 +131,7 @@ def train(job: Job, task: Task) -> list[RunRecord]:
     if job.run.compare_with is None:
         return [_train_one(job, task)]
     first, second = compared(job)
-    task.describe_start(second.training)  # refuses what it must before the first run has taken its hours
+    _begin(second, task)  # refuses what it must before the first run has taken its hours
     records = [_train_one(first, task), _train_one(second, task)]
     hashes = [record.config["initial_weights"] for record in records]
     if hashes[0] != hashes[1]:
@@ -168,14 +169,30 @@ def compared(job: Job) -> tuple[Job, Job]:
     return jobs
 
 
-def _train_one(job: Job, task: Task) -> RunRecord:
-    """Train, resuming where there is a checkpoint, and write the run's JSON, however it ends."""
+def _begin(job: Job, task: Task) -> tuple[nn.Module, RunRecord, OutputFolder, str | None]:
+    """The model, the record, the folder, and the checkpoint to go on from.
+
+    Raises:
+        ValueError: the settings are not the task's, or the folder holds checkpoints of another run.
+        OSError: nothing can be written where the record goes.
+    """
     args = job.training
     model = task.make_model(args.seed)
     record = describe(job, task, model)
     _compare_ranks(job, record)
     output = OutputFolder(args, record, restart=job.run.restart)
     checkpoint = output.checkpoint() if args.do_train else None
+    if args.process_index == 0:
+        job.results_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(job.results_dir, os.W_OK):
+            raise OSError(f"results_dir={str(job.results_dir)!r} cannot be written to; give another folder.")
+    return model, record, output, checkpoint
+
+
+def _train_one(job: Job, task: Task) -> RunRecord:
+    """Train, resuming where there is a checkpoint, and write the run's JSON, however it ends."""
+    args = job.training
+    model, record, output, checkpoint = _begin(job, task)
     target = job.run.target_eval_loss
     finished = is_finished(checkpoint, args, target)
     kept = kept_record(job.results_dir / f"{record.name}.json") if finished else None

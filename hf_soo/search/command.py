@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_soo.domains import domain_of
+from hf_soo.engine.checks import Positive, require
 from hf_soo.runs.script import guarded
 from hf_soo.search.evidence import Evidence
 from hf_soo.search.queue import make_stage, read_queue
@@ -101,6 +102,7 @@ def _deadline(given: argparse.Namespace) -> float | None:
     if given.until is not None and given.hours is not None:
         raise ValueError("--until and --hours; give one.")
     if given.hours is not None:
+        require("hours", given.hours, Positive)
         return time.time() + 3600 * float(given.hours)
     if given.until is None:
         return None

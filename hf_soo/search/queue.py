@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_soo.engine.checks import Count, Seed, require
 from hf_soo.runs.recipes import read_recipe, unknown_name
 from hf_soo.search.spaces import Space
 from hf_soo.search.stages import STAGES, Stage
@@ -31,9 +32,10 @@ def make_stage(
     Raises:
         ValueError: numbers that cannot be, or a space that cannot be read.
     """
+    require("trials", trials, Count | None)
+    require("seeds", seeds, list[Seed] | None)
+    require("whole", whole, bool)
     number = _SETTINGS[name] if trials is None else trials
-    if number < 1:
-        raise ValueError(f"trials={number} must be 1 or more.")
     chosen = tuple(_SEEDS[name] if seeds is None else seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds={list(chosen)} must be given, each once.")
@@ -67,10 +69,11 @@ def _job(file: Path, number: int, job: dict[str, Any]) -> Stage:
     name, trials, seeds = job.get("stage", "wide"), job.get("trials"), job.get("seeds")
     if name not in STAGES:
         raise ValueError(f"{where}: stage={name!r} is none of {', '.join(STAGES)}.")
-    if not isinstance(trials, int | None) or not isinstance(seeds, list | None):
-        raise ValueError(f"{where}: trials={trials!r} and seeds={seeds!r} must be a number and a list of them.")
     workload, space = (
         file.parent / (text if text.endswith(".yaml") else f"{folder}{text}.yaml")
         for text, folder in ((str(job["workload"]), "../workloads/"), (str(job["space"]), ""))
     )
-    return make_stage(workload, space, name, trials, seeds, bool(job.get("whole", False)))
+    try:
+        return make_stage(workload, space, name, trials, seeds, job.get("whole", False))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

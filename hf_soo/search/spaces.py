@@ -31,7 +31,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import QMCSampler
 
-from hf_soo.engine.checks import unknown_key
+from hf_soo.engine.checks import fits, unknown_key
 from hf_soo.runs.recipes import read_recipe
 
 Params = dict[str, Any]
@@ -81,7 +81,7 @@ class Range:
                 raise ValueError(f"{where}: choices={list(self.values)} names one twice; leave it out.")
             return
         for value in (*self.values, *self.grid):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not fits(value, float):
                 raise ValueError(f"{where}: {value!r} is no number; YAML wants 1.0e-4, not 1e-4.")
         if len(self.values) != 2 or not self.values[0] < self.values[1]:
             raise ValueError(f"{where}: {self.kind}={list(self.values)} must be [low, high] with low below high.")

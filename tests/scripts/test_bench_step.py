@@ -181,6 +181,8 @@ def test_peak_memory_holds_parameters_gradients_and_state() -> None:
         ({"preset": "huge"}, "preset='huge' is not allowed"),
         ({"rounds": 0}, "rounds=0"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "gpu"}, "device='gpu' is not allowed; give cpu or cuda"),
+        ({"device": "cuda:x"}, "device='cuda:x' is not allowed"),
     ],
 )
 def test_bad_values_are_named(bad: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,23 @@ def test_evaluation_masks_do_not_depend_on_the_seed(corpus: Path, tmp_path: Path
     (train_1, eval_1), (train_2, eval_2) = found
     assert torch.equal(eval_1, eval_2) and not torch.equal(train_1, train_2)
     assert bool((eval_1 == 256).any()) and int(eval_1.max()) == 256
+
+
+def test_a_comparison_looks_at_both_folders_first(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would stop the second run is said before the first is trained."""
+    where = ["--source", str(corpus), "--window", "24", "--output_dir", str(tmp_path), "--max_steps", "3"]
+    given = ["pretrain", *SHAPE, *where, *STEPS, *QUIET, *MKOR, "--compare_with", "lamb", "--compare_learning_rate"]
+    assert cli.main([*given, "0.01"]) == 0
+    shutil.rmtree(tmp_path / "1-mkor")
+    capsys.readouterr()
+    assert cli.main([*given, "0.02"]) == 1
+    check_error(capsys, "2-lamb holds checkpoints of a run with learning_rate=0.01, now 0.02; give --restart")
+    (tmp_path / "file").write_text("")
+    assert cli.main([*given, "0.01", "--results_dir", str(tmp_path / "file")]) == 1
+    check_error(capsys, str(tmp_path / "file"))
+    assert not (tmp_path / "1-mkor").exists()
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])

@@ -232,6 +232,9 @@ def test_a_dry_run_says_space_number_and_cost(tmp_path: Path, capsys: Any) -> No
     [
         ("{log_uniform: [0.1, 0.01]}", r"log_uniform=\[0.1, 0.01\] must be \[low, high\] with low below high"),
         ("{log_uniform: [0, 0.01]}", "must be above 0"),
+        ("{log_uniform: [1, .inf]}", "inf is no number"),
+        ("{uniform: [.nan, 1]}", "nan is no number"),
+        ("{uniform: [true, 2]}", "True is no number"),
         ("{log_uniform: [1e-4, 0.01]}", "'1e-4' is no number; YAML wants 1.0e-4"),
         ("{log_unifrom: [0.1, 0.2]}", "'log_unifrom' is no key. Did you mean 'log_uniform'"),
         ("{choices: [1, 1]}", "names one twice"),
@@ -283,7 +286,12 @@ def test_an_unknown_flag_of_a_space_is_named_before_anything_runs(tmp_path: Path
         ("{workload: toy, space: sgd, stge: wide}", "job 1: unknown key 'stge'; did you mean 'stage'?"),
         ("{workload: toy}", "job 1: no space."),
         ("{workload: toy, space: sgd, stage: last}", "stage='last' is none of wide, narrow, confirm"),
-        ("{workload: toy, space: sgd, seeds: 3}", "must be a number and a list"),
+        ("{workload: toy, space: sgd, seeds: 3}", "job 1: seeds=3 is not allowed; give a list, of a whole number in"),
+        ("{workload: toy, space: sgd, seeds: [1, -1]}", "job 1: seeds=[1, -1] is not allowed"),
+        ("{workload: toy, space: sgd, seeds: [1, 2.5]}", "job 1: seeds=[1, 2.5] is not allowed"),
+        ("{workload: toy, space: sgd, trials: true}", "job 1: trials=True is not allowed; give a whole number >= 1"),
+        ("{workload: toy, space: sgd, trials: 0}", "job 1: trials=0 is not allowed"),
+        ("{workload: toy, space: sgd, whole: 'false'}", "job 1: whole='false' is not allowed; give True or False."),
     ],
 )
 def test_jobs_that_cannot_be(job: str, message: str, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ REFUSED = [
     (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"pow": 2}'], "unexpected keyword argument 'pow'"),
     (["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'], "lr_scheduler_type='cosine'"),
     (["--lr_scheduler_type", "poly_warmup", "--warmup_steps", "9"], "num_warmup_steps=9 must lie in"),
+    (["--report_to", "paper"], r"report_to=\['paper'\]: paper is not supported, only"),
     # what only the model can tell
     (["--precondition_include", "nothing"], "no layer selected: include="),
     (["--optim_args", "max_dim=1", "--optim", "kfac_expand"], "no layer selected"),
