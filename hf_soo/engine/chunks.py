@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.dtensors import local
-from hf_soo.engine.gradients import norms
+from hf_soo.engine.gradients import norms, unit_of
 from hf_soo.engine.strategy import Partition
 
 # Elements per thread. One LAMB step over 59M parameters, relative to AdamW(foreach): 2¹⁴ 1.0, 2¹⁶ .63, 2¹⁷ .53,
@@ -128,12 +128,37 @@ def _flat(tensor: Tensor) -> Tensor:
 def piece_norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """Norms of gradients, piece by piece: one fp32 reduction over 31M elements comes out 1.6e-3 too small on a CPU."""
     size = piece_size(grads[0])
-    pieces = [piece for grad in grads for piece in torch.split(_flat(grad), size)]
-    dtype, device = wide_dtype(grads[0]), grads[0].device
-    found = torch._foreach_norm(pieces, 2, dtype=torch.float64 if device.type == "cuda" else dtype)
+    return tensor_norms([piece for grad in grads for piece in torch.split(_flat(grad), size)])
+
+
+def tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Norms of tensors of one device and dtype, at least in fp32; finite for what is."""
+    dtype, device = wide_dtype(tensors[0]), tensors[0].device
+    found = torch._foreach_norm(tensors, 2, dtype=torch.float64 if device.type == "cuda" else dtype)
     if device.type == "cpu" and not all(norm < math.inf for norm in torch.stack(list(found)).tolist()):
-        return [norms(piece.to(dtype)[None])[0] for piece in pieces]  # the square of a finite one may not be finite
+        return [norms(tensor.to(dtype)[None])[0] for tensor in tensors]  # the square of a finite one may not be finite
     return [norm.to(dtype) for norm in found]
+
+
+def total_norm(each: Tensor) -> Tensor:
+    """The norm of several tensors from the norms of each, 0-d."""
+    unit = unit_of(each.max())
+    total: Tensor = torch.linalg.vector_norm(each / unit) * unit
+    return total
+
+
+FAR = 2.0**-64
+
+
+def squares(each: Tensor) -> Tensor:
+    """What ranks sum to know the norm of tensors that lie apart: Σ norm², and the same of norms 2⁻⁶⁴ as large, [2]."""
+    return torch.stack([each.square().sum(), (each * FAR).square().sum()])
+
+
+def root(summed: Tensor) -> Tensor:
+    """The norm, 0-d, from the sum of ``squares`` over ranks: from the second where the first is no number."""
+    near, far = summed.sqrt()
+    return torch.where(near.isfinite(), near, far / FAR)
 
 
 def whole_norms(pieces: Iterable[tuple[list[Slot], Tensor]], partition: Partition, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_soo.engine.chunks import piece_norms, wide_dtype
+from hf_soo.engine.chunks import piece_norms, root, squares, total_norm, wide_dtype
 from hf_soo.engine.comm import Communicator, Group
 from hf_soo.engine.dtensors import full_shape, is_dtensor, local, sharded_dim
 from hf_soo.engine.fragments import Fragment, Fragments, Span
@@ -78,9 +78,9 @@ class _MeshPartition:
     def grad_norm(self) -> Tensor:
         """‖g‖ over all parameters and shards, 0-d."""
         grads = [local(param.grad) for param in self._params if param.grad is not None]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(piece_norms(grads))).square_()
-        self.sum_norms_(total)
-        return total.sqrt_()
+        summed = squares(total_norm(torch.stack(piece_norms(grads)))[None])
+        self.sum_norms_(summed)
+        return root(summed)
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_soo.engine.chunks import root, squares, tensor_norms
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.fragments import Fragment, Fragments, Span
@@ -108,10 +109,11 @@ class ZeroFragments(Fragments):
     def measure(self) -> Tensor:
         """|g| over all whole gradients now, free of the loss scale; 0-d."""
         pieces = self.gradients()
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32) if pieces else []
-        total = torch.stack(list(norms)).square().sum() if norms else self.parameters[0].new_zeros(()).float()
-        self.comm.sum_([total])
-        self._norm = total.sqrt() / self.loss_scale
+        summed = (
+            squares(torch.stack(tensor_norms(pieces)).float()) if pieces else self.parameters[0].new_zeros(2).float()
+        )
+        self.comm.sum_([summed])
+        self._norm = root(summed) / self.loss_scale
         return self._norm
 
     def grad_norm(self) -> Tensor:

@@ -38,8 +38,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.chunks import Slot, bundles, piece_norms, piece_size, slots_of, whole_norms, wide_dtype
-from hf_soo.engine.gradients import unit_of
+from hf_soo.engine.chunks import (
+    Slot,
+    bundles,
+    piece_norms,
+    piece_size,
+    slots_of,
+    total_norm,
+    whole_norms,
+    wide_dtype,
+)
 from hf_soo.engine.row_shards import Job, Share, check_placement, divide
 from hf_soo.engine.strategy import Partition, mend_steps
 from hf_soo.optimizers.ranges import check_arguments
@@ -160,9 +168,7 @@ class Lamb(Optimizer):
         norms += [share.partition.grad_norm() for share in shares]
         if not norms:
             return None
-        each = torch.stack([norm.to(norms[0].device) for norm in norms])
-        unit = unit_of(each.max())
-        total = torch.linalg.vector_norm(each / unit) * unit
+        total = total_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return torch.clamp(total / limit, min=1.0)
 
     def move(self, turn: Turn, divided: tuple[list[Job], list[Share]]) -> None:

@@ -183,7 +183,7 @@ def _of_shards(method: MethodOnModel, layout: Layout) -> Iterator[Message]:
 
 
 def _of_base(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Iterator[Message]:
-    """LAMB's norms: room for |w|² and |u|² of each tensor, and one number for its clip."""
+    """LAMB's norms: room for |w|² and |u|² of each tensor, and two numbers for its clip."""
     if method.base == "lamb":
         yield Message("base", "all_reduce", FLOAT * 2 * len(shape.parameters), layout.ranks)
-        yield Message("base", "all_reduce", FLOAT, layout.ranks)
+        yield Message("base", "all_reduce", FLOAT * 2, layout.ranks)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_soo import PreconditionedOptimizer
+from hf_soo.engine.chunks import root, squares, tensor_norms, total_norm
 from hf_soo.engine.fisher import sampled_cross_entropy
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range, norms, run_whole, unit_of
 from hf_soo.engine.rescale import KLClip, MatchNorm, make_rescale
@@ -161,3 +162,14 @@ def test_lamb_clips_a_gradient_of_any_size(scale: float) -> None:
         Lamb(params, lr=0.1).step()
         ends.append(torch.cat([p.detach().flatten() for p in params]))
     torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
+
+
+@given(power=st.integers(-100, 110), parts=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_the_norm_of_what_lies_on_several_ranks(power: int, parts: int) -> None:
+    x = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2.0**power
+    each = [squares(torch.stack(tensor_norms(list(part.split(2))))) for part in x.tensor_split(parts)]
+    expected = x.double().norm()
+    if power > -40:  # a clip never asks how small it is
+        torch.testing.assert_close(root(torch.stack(each).sum(0)).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(total_norm(x.abs()).double(), expected, rtol=1e-6, atol=0)

@@ -202,7 +202,7 @@ def test_every_strategy_sends_what_it_says(mini: nn.Module) -> None:
         for m in messages(method, shape, layout):
             total[m.kind] += m.bytes * (3 if m.when == "micro_batch" else 1)
         assert (total["gradients"], total["parameters"]) == (gradients, parameters)
-        assert total["base"] == (4 * (2 * len(shape.parameters) + 1) if layout.sharded else 0)
+        assert total["base"] == (4 * (2 * len(shape.parameters) + 2) if layout.sharded else 0)
     one, layout = asked(mini, "mkor", gpus=1, batch=16)
     assert messages(one, shape, layout) == []
 
