@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hf_soo.engine.checks import Bounds, Checked, Count
+from hf_soo.files import readable
 from hf_soo.glue.files import SUFFIXES, Examples, Row, collect, read_examples
 from hf_soo.glue.tasks import DIAGNOSTIC, GlueTask
 from hf_soo.runs.arguments import option
@@ -93,7 +94,9 @@ def load_part(task: GlueTask, part: str, data: GlueDataArguments) -> Examples | 
         return _hub(task, data.dataset_name, task.name, part, labelled=labelled)
     if data.data_dir is None:
         return _hub_diagnostic(task, data.dataset_name)
-    folder = _folder(task, Path(data.data_dir).expanduser())
+    root = Path(data.data_dir).expanduser()
+    with readable(root):
+        folder = _folder(task, root)
     for stem in FILE_STEMS[part]:
         for suffix in SUFFIXES:
             if (file := Path(normpath(folder / f"{stem}{suffix}"))).is_file():

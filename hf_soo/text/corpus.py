@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf_soo.files import readable
 from hf_soo.text.cleaning import Cleaner, Cleaning, CorpusCounts, RawDocument
 from hf_soo.text.readers import read_embedded, read_hub, read_path
 
@@ -104,7 +105,9 @@ class Corpus:
         path = Path(self.source).expanduser()
         if self.source == "embedded":
             return read_embedded()
-        if path.exists():
+        with readable(path):
+            here = path.exists()
+        if here:
             return read_path(path, self.text_column)
         if not self.on_hub:
             raise ValueError(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_soo.bert.data import workers
 from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds, load_tokenizer, read_vocabulary, train_wordpiece
 from hf_soo.text.corpus import Corpus, sentences_of
 
@@ -262,3 +263,21 @@ def test_bad_vocabulary_is_refused(tmp_path: Path, content: bytes | None, messag
         (tmp_path / "v.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path / "v.txt")
+
+
+def test_long_sentences_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v.txt").write_text("\n".join([*SPECIAL_TOKENS, *"abcσς日é,", *(f"##{c}" for c in "abcς")]))
+    tokenizer = load_tokenizer(tmp_path / "v.txt")
+    text = "Abc cab  ΑΒΣ σας, ab日cd,é \t x" + " ba" * 50 + " " + "a" * 300 + " b "
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    for longest in (1, 2, 5, 17, 100, 1000):
+        monkeypatch.setattr(workers, "LONGEST_PIECE", longest)
+        found = list(workers._token_ids(tokenizer, ["ab", text, "", "c"]))
+        assert (
+            [list(ids) for ids in found]
+            == [tokenizer.encode(each, add_special_tokens=False).ids for each in ("ab", text, "", "c")]
+            and list(found[1]) == whole
+            and len(whole) > 70
+        )
+    monkeypatch.setattr(workers, "SENTENCES", 2)
+    assert len(list(workers._token_ids(tokenizer, ["a", "b", "c"]))) == 3

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
+from hf_soo.bert.data.prepare import PrepareConfig, prepare
 from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds
 from hf_soo.cli import report_of
 from hf_soo.glue.files import read_examples
@@ -202,6 +204,32 @@ def test_damaged_data_are_named_or_right(tmp_path: Path, kind: str) -> None:
             assert found == (right if says is None else says(bad)), number
             ends["same" if found == right else "other"] += 1
     assert ends["named"] > COUNT // 3, ends
+
+
+def test_damaged_prepared_folders_are_named(tmp_path: Path) -> None:
+    """Any file of it, with its checksums compared; the manifest's own numbers are what they are compared with."""
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{text} " * 3 for text in TEXTS for _ in range(3)), encoding="utf-8")
+    settings = {"vocab_size": 120, "keep_duplicates": True, "eval_documents": 0.2, "max_seq_length": 32}
+    prepare(PrepareConfig(source=str(tmp_path / "a.txt"), output=str(tmp_path / "out"), **settings))  # type: ignore[arg-type]
+    files = sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
+    right = load_prepared(tmp_path / "out", verify=True)
+    rows = {split: right[split].to_list() for split in ("train", "eval")}  # type: ignore[literal-required]
+    named = 0
+    for number in range(COUNT):
+        file = files[number % len(files)]
+        content = file.read_bytes()
+        file.write_bytes(damaged(content, number))
+        try:
+            found = load_prepared(tmp_path / "out", verify=True)
+        except ValueError as error:
+            named += 1
+            message = str(error)
+            assert str(tmp_path / "out") in message and "\n" not in message and len(message) < 500, (number, message)
+        else:
+            assert file.name == "manifest.json" or file.read_bytes() == content, number
+            assert {split: found[split].to_list() for split in rows} == rows, number  # type: ignore[literal-required]
+        file.write_bytes(content)
+    assert named > COUNT // 2
 
 
 def stored() -> RunRecord:

@@ -20,7 +20,8 @@ from typing import Any, TypedDict
 import numpy as np
 
 from hf_soo.bert.data.pairs import PairBatch
-from hf_soo.files import sha256_of
+from hf_soo.engine.checks import allowed, fits
+from hf_soo.files import parse_json, readable, sha256_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -29,6 +30,11 @@ COLUMNS = ("input_ids", "segment_b_start", "next_sentence_label", "length", "exa
 MOST_BYTES = 512_000_000  # of one Arrow file
 
 _QUANTILES = ("0", "0.05", "0.25", "0.5", "0.75", "0.95", "1")
+# What is asked of the manifest.
+_MANIFEST = {"config": dict, "counts": dict, "files": dict, "vocab_sha256": str}
+_CONFIG = {"source": str, "max_seq_length": int}
+_COUNTS = {"examples": int}
+_FILE = {"bytes": int, "sha256": str}
 _AGAIN = "prepare it again with scripts/prepare_pretraining.py"
 
 
@@ -161,25 +167,52 @@ def load_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
 
     folder = Path(path)
     name = repr(str(folder))
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{name} is no finished data set, it has no {MANIFEST}; {_AGAIN}.")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name} has a {MANIFEST} that is no JSON ({error}); {_AGAIN}.") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{name} has format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}.")
-    if sha256_of(folder / VOCABULARY) != manifest["vocab_sha256"]:
-        raise ValueError(f"{name} holds another {VOCABULARY} than its data were made with; {_AGAIN}.")
+    manifest = _read_manifest(folder)
+    with readable(folder / VOCABULARY):
+        if sha256_of(folder / VOCABULARY) != manifest["vocab_sha256"]:
+            raise ValueError(f"{name} holds another {VOCABULARY} than its data were made with; {_AGAIN}.")
     for file, wanted in manifest["files"].items():
         _check_file(folder / file, wanted, verify)
     splits: dict[str, Any] = {}
     for split, counts in manifest["counts"].items():
-        splits[split] = datasets.load_from_disk(str(folder / split)) if counts["examples"] else None
+        try:
+            splits[split] = datasets.load_from_disk(str(folder / split)) if counts["examples"] else None
+        except Exception as error:  # Arrow raises whatever damage leads it to
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{str(folder / split)!r} cannot be read ({reason}); copy it again, or {_AGAIN}."
+            ) from error
         if splits[split] is not None and len(splits[split]) != counts["examples"]:
             found = len(splits[split])
             raise ValueError(f"{name} has {found} {split} examples, its manifest says {counts['examples']}; {_AGAIN}.")
     return Prepared(train=splits["train"], eval=splits["eval"], manifest=manifest, vocab_file=str(folder / VOCABULARY))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What a prepared folder says of itself, with all that is asked of it."""
+    name = repr(str(folder))
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{name} is no finished data set, it has no {MANIFEST}; {_AGAIN}.")
+    try:
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} has a {MANIFEST} that is no JSON ({error}); {_AGAIN}.") from error
+    made = manifest.get("format") if isinstance(manifest, dict) else None
+    if made != FORMAT:
+        raise ValueError(f"{name} has format {made!r:.60}, this version reads {FORMAT}; {_AGAIN}.")
+    _require(name, manifest, _MANIFEST)
+    _require(name, manifest["config"], _CONFIG)
+    _require(name, manifest["counts"], {"train": dict, "eval": dict})
+    for key, hints in (("counts", _COUNTS), ("files", _FILE)):
+        for each in manifest[key].values():
+            _require(name, each, hints)
+    return dict(manifest)
+
+
+def _require(name: str, values: Any, hints: dict[str, Any]) -> None:
+    for key, hint in hints.items():
+        if not isinstance(values, dict) or not fits(values.get(key), hint):
+            raise ValueError(f"{name} has a {MANIFEST} in which a {key!r} is not {allowed(hint)}; {_AGAIN}.")
 
 
 def _check_file(file: Path, wanted: dict[str, Any], verify: bool) -> None:

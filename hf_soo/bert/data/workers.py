@@ -9,13 +9,15 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
@@ -32,6 +34,7 @@ MOST_DOCUMENTS = 256
 MOST_CHARACTERS = 4_000_000
 LEAST_DOCUMENTS = 16
 SENTENCES = 4096  # of a document that are encoded at once
+LONGEST_PIECE = 100_000  # characters of a sentence that are encoded at once
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -147,10 +150,29 @@ class ShardWorker:
         """Token ids of the documents, some sentences at a time: an encoding takes 100 bytes a token."""
         tokenizer = _tokenizer(self.vocab_file)
         for document in documents:
-            sentences = sentences_of(document)
-            batches = (sentences[first : first + SENTENCES] for first in range(0, len(sentences), SENTENCES))
-            encoded = (tokenizer.encode_batch_fast(batch, add_special_tokens=False) for batch in batches)
-            yield TokenDocument.from_sentences(encoding.ids for batch in encoded for encoding in batch)
+            yield TokenDocument.from_sentences(_token_ids(tokenizer, sentences_of(document)))
+
+
+def _token_ids(tokenizer: Any, sentences: list[str]) -> Iterator[Sequence[int]]:
+    """The token ids of each sentence; a long one is cut between words, which changes none of them."""
+    for first in range(0, len(sentences), SENTENCES):
+        batch = sentences[first : first + SENTENCES]
+        if max(map(len, batch)) <= LONGEST_PIECE:
+            yield from (encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+            continue
+        for sentence in batch:
+            encoded = (tokenizer.encode(piece, add_special_tokens=False) for piece in _pieces(sentence))
+            yield array("i", chain.from_iterable(encoding.ids for encoding in encoded))
+
+
+def _pieces(sentence: str) -> Iterator[str]:
+    """A sentence, cut at the first space behind so many characters."""
+    start = 0
+    while start < len(sentence):
+        space = sentence.find(" ", start + LONGEST_PIECE)
+        stop = space if space >= 0 else len(sentence)
+        yield sentence[start:stop]
+        start = stop
 
 
 @lru_cache(maxsize=1)
