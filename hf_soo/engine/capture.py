@@ -302,6 +302,16 @@ class _CommitHook:
             target = get_gradient_edge(weight).node
         return self.capture.commit_in_backward(layer, x, output, target)
 
+    def tokens(self, layer: RowLayer, x: Tensor) -> Tensor | None:
+        """Which rows of a module's input are no padding, [rows], as far as anybody has said; batches come first."""
+        masks = None if self.capture is None else self.capture.padding.masks_around(layer, x)
+        return None if masks is None else masks[0].flatten()
+
+    def declare(self, layer: RowLayer, tokens: Tensor | None) -> None:
+        """Say which of the rows are no padding that come next, [rows]; None: it is not known."""
+        assert self.capture is not None
+        self.capture.padding.places[layer.name].declared = tokens
+
     def __reduce__(self) -> tuple[type[_CommitHook], tuple[()]]:
         return _CommitHook, ()
 

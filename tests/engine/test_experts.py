@@ -179,3 +179,41 @@ def test_a_stack_is_worked_on_in_place() -> None:
             stack, bias = getattr(experts, name).grad, getattr(experts, f"{name}_bias").grad
             assert grad.weight.data_ptr() == stack.data_ptr() and torch.equal(grad.weight, stack.mT)
             assert grad.bias is not None and grad.bias.data_ptr() == bias.data_ptr() and torch.equal(grad.bias, bias)
+
+
+def after_padding_to(width: int, kind: str, implementation: str, method: str, told: bool = True) -> list[Tensor]:
+    """The weights after two steps on three sequences of 8, 5 and 2 tokens."""
+    model = model_of(kind, implementation)
+    optimizer = hf_soo.build_optimizer(method, model, lr=0.01, base="sgd", weight_decay=0.0)
+    if not told:
+        optimizer.stages.capture.padding.remove()
+    tokens = torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(width) < torch.tensor([8, 5, 2])[:, None]).long()
+    padded = F.pad(tokens, (0, width - 8)) * mask
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = model(padded, attention_mask=mask).logits
+        F.cross_entropy(logits[mask.bool()], padded[mask.bool()]).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+PADDED = [
+    *(("gpt_oss", way, "eva") for way in IMPLEMENTATIONS),
+    *(("gpt_oss", "eager", method) for method in ("mkor", "eva_f", "kfac_expand")),
+    ("mixtral", "grouped_mm", "mkor"),
+]
+
+
+@pytest.mark.parametrize("kind, implementation, method", PADDED)
+def test_padding_is_no_expert_s_sample(
+    kind: str, implementation: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation == "grouped_mm":
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
+    narrow, wide = (after_padding_to(width, kind, implementation, method) for width in (8, 16))
+    far = after_padding_to(16, kind, implementation, method, told=False)
+    told, unknown = (
+        max(((a - b).norm() / a.norm()).item() for a, b in zip(narrow, each, strict=True)) for each in (wide, far)
+    )
+    assert told < 1e-12 and (method == "kfac_expand" or unknown > 1e-4), (told, unknown)  # K-FAC tells it by gradients

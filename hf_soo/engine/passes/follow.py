@@ -28,6 +28,12 @@ class _Committer(Protocol):
     def rows(self, layer: RowLayer, x: Tensor, output: Tensor) -> Tensor | None:
         """The output of a layer's rows x, with a node that commits both; None: this pass does not train the layer."""
 
+    def tokens(self, layer: RowLayer, x: Tensor) -> Tensor | None:
+        """Which rows of a module's input are no padding, [rows], as far as anybody has said."""
+
+    def declare(self, layer: RowLayer, tokens: Tensor | None) -> None:
+        """Say which of the rows are no padding that come next, [rows]; None: it is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Matrices:
@@ -59,15 +65,19 @@ class _Matrices:
 class _Follow(TorchFunctionMode):
     """Active while one module runs: finds the products with its matrices and commits their rows."""
 
-    def __init__(self, layers: Sequence[ReadLayer], committer: _Committer) -> None:
+    def __init__(self, layers: Sequence[ReadLayer], committer: _Committer, x: object) -> None:
         """Start with the parameters themselves.
 
         Args:
             layers: those of one module.
             committer: takes their rows.
+            x: the module's input: experts choose rows of it.
         """
         super().__init__()
         self.committer = committer
+        self.input = {id(x): x} if isinstance(x, Tensor) and layers[0].stack else {}
+        self.tokens = committer.tokens(layers[0], x) if isinstance(x, Tensor) and self.input else None
+        self.chosen: Tensor | None = None  # those of the rows that were chosen last
         self.known: dict[int, _Matrices] = {}
         by_parameter: dict[int, list[ReadLayer]] = {}
         for layer in layers:
@@ -82,6 +92,8 @@ class _Follow(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return result
         operands = [*args, *kwargs.values()][:2]
+        if self.tokens is not None and operands and id(operands[0]) in self.input:
+            self._choose(_name_of(func), operands, result)
         found = [self.known.get(id(value)) for value in operands]
         name = _name_of(func)
         if found and found[0] is not None:
@@ -96,8 +108,20 @@ class _Follow(TorchFunctionMode):
             return self._product(name, operands, offsets, result)
         return result
 
-    def commit(self, layer: ReadLayer, x: Tensor, output: Tensor) -> Tensor:
+    def _choose(self, name: str, operands: Sequence[Any], result: Tensor) -> None:
+        """Follow the module's input: under another shape or dtype, and to the rows that are chosen of it."""
+        assert self.tokens is not None
+        if name in ("view", "reshape", *_SAME) and result.shape[:1] == self.tokens.shape:
+            self.input[id(result)] = result
+        elif name == "repeat_interleave" and isinstance(operands[1], int):
+            self.chosen = self.tokens.repeat_interleave(operands[1])
+        elif name == "__getitem__" and isinstance(operands[1], Tensor) and operands[1].ndim == 1:
+            self.chosen = self.tokens[operands[1]]
+
+    def commit(self, layer: ReadLayer, x: Tensor, output: Tensor, chosen: Tensor | None) -> Tensor:
         """The output with its rows committed, or as it is."""
+        if layer.stack:
+            self.committer.declare(layer, chosen if chosen is not None and len(chosen) == len(x) else None)
         committed = self.committer.rows(layer, x, output)
         return output if committed is None else committed
 
@@ -131,7 +155,7 @@ class _Follow(TorchFunctionMode):
         if not on_right:
             x, result = x.mT, result.mT
         if matrices.one is not None:
-            committed = self.commit(matrices.one, x, result)
+            committed = self.commit(matrices.one, x, result, self.chosen)
         elif x.ndim == 3:
             committed = self._batched(matrices, x, result)
         else:
@@ -142,24 +166,29 @@ class _Follow(TorchFunctionMode):
         """Rows [n, d_in] sorted by matrix; those of matrix i end before ``offsets[i]``, others belong to none."""
         ends = offsets.tolist()
         counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        return self._sorted(matrices.layers, counts, x, result)
+        return self._sorted(matrices.layers, counts, x, result, self.chosen)
 
     def _batched(self, matrices: _Matrices, x: Tensor, result: Tensor) -> Tensor:
         """Some rows for each of a list of matrices, [S, k, d_in]; one matrix may stand there several times."""
         every = len(matrices.layers)
         if not isinstance(matrices.which, Tensor):
-            return self._sorted(matrices.layers, [1] * every, x, result)
+            return self._sorted(matrices.layers, [1] * every, x, result, None)
         order = matrices.which.argsort(stable=True)
         counts = matrices.which.bincount(minlength=every).tolist()
-        return self._sorted(matrices.layers, counts, x[order], result[order])[order.argsort()]
+        chosen = self.chosen[order] if self.chosen is not None and len(self.chosen) == len(x) else None
+        return self._sorted(matrices.layers, counts, x[order], result[order], chosen)[order.argsort()]
 
-    def _sorted(self, layers: Sequence[ReadLayer], counts: list[int], x: Tensor, result: Tensor) -> Tensor:
+    def _sorted(
+        self, layers: Sequence[ReadLayer], counts: list[int], x: Tensor, result: Tensor, chosen: Tensor | None
+    ) -> Tensor:
         """Commit parts of x and of the result to the layers that they belong to."""
         parts, start = [], 0
         for layer, count in zip(layers, counts, strict=True):
-            rows, made = x[start : start + count], result[start : start + count]
+            part = slice(start, start + count)
+            rows, made = x[part], result[part]
             if count:
-                made = self.commit(layer, rows.flatten(0, -2), made.flatten(0, -2)).view(made.shape)
+                tokens = None if chosen is None else chosen[part]
+                made = self.commit(layer, rows.flatten(0, -2), made.flatten(0, -2), tokens).view(made.shape)
             parts.append(made)
             start += count
         return torch.cat([*parts, result[start:]])
@@ -181,12 +210,13 @@ def _same(args: Sequence[Any]) -> bool:
     return False
 
 
+_SAME = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
 _VIEWS: dict[str, Callable[[Sequence[Any]], bool]] = {
     "transpose": _swaps_last,
     "mT": lambda args: True,
     "T": lambda args: True,
     "t": lambda args: True,
-    **dict.fromkeys(("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"), _same),
+    **dict.fromkeys(_SAME, _same),
 }
 """What makes the same matrices of matrices -> whether it swaps their two dimensions."""
 
@@ -210,7 +240,7 @@ def follow(layers: Sequence[RowLayer], committer_of: Callable[[list[ReadLayer]],
     for module, own in by_module.items():
         hook = _FollowHook(own, committer_of(own))
         handles += [
-            module.register_forward_pre_hook(hook.start),
+            module.register_forward_pre_hook(hook.start, with_kwargs=True),
             module.register_forward_hook(hook.end, always_call=True),  # also where the module fails
         ]
     return handles
@@ -229,10 +259,10 @@ class _FollowHook:
         self.layers, self.committer = layers, committer
         self._running: list[_Follow] = []
 
-    def start(self, module: nn.Module, args: Any) -> None:
+    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module."""
         if self.committer is not None and self.committer.active(module):
-            self._running.append(_Follow(self.layers, self.committer))
+            self._running.append(_Follow(self.layers, self.committer, next(iter((*args, *kwargs.values())), None)))
             self._running[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

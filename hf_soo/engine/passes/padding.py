@@ -181,11 +181,16 @@ class Padding:
             layer: the layer.
             x: its input [*rows, d_in], as the layer got it.
         """
-        place = self.places[layer.name]
-        if layer.channel_dim != -1 or layer.stack is not None:  # a router has chosen an expert's rows
+        declared = self.places[layer.name].declared
+        if layer.channel_dim != -1 or (layer.stack is not None and declared is None):  # a router chose an expert's rows
             return None
-        if place.declared is not None:
-            return place.declared[None] if place.declared.shape == x.shape[:-1] else None
+        if declared is not None:
+            return declared[None] if declared.shape == x.shape[:-1] else None
+        return self.masks_around(layer, x)
+
+    def masks_around(self, layer: RowLayer, x: Tensor) -> Tensor | None:
+        """The same of rows x that come to the module of a layer; the layer may choose of them."""
+        place = self.places[layer.name]
         mask = self._mask(place, x)
         if mask is None or (place.head and _were_chosen(x)):
             return None
