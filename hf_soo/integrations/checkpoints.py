@@ -197,7 +197,7 @@ def _hashes(root: Path, names: Iterable[str]) -> dict[str, str]:
         try:
             return sha256_of(root / name)
         except OSError as error:
-            raise OSError(f"{name} cannot be read ({error})") from error
+            raise ValueError(f"{name} cannot be read ({error})") from error
 
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
         return dict(zip(names, pool.map(read, names), strict=True))
@@ -286,9 +286,6 @@ def _newest_first(folder: str | os.PathLike[str]) -> list[Path]:
 def on_all_ranks(call: Callable[[], _T]) -> _T:
     """What it returns, on each rank; what one refuses, all refuse, so that none waits for another.
 
-    Args:
-        call: what each rank does.
-
     Raises:
         ValueError: the first rank's.
     """
@@ -322,6 +319,22 @@ def require_whole(args: TrainingArguments, checkpoint: str | os.PathLike[str]) -
             f"{checkpoint} cannot be resumed from: {reason}; give an earlier checkpoint, or True for the newest whole "
             "one."
         )
+
+
+def require_weights(args: TrainingArguments, checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse weights that are not what was written, whatever has become of the other files; all ranks must call it."""
+
+    def compare() -> None:
+        manifest = _manifest_of(Path(checkpoint))
+        if manifest is not None:
+            weights = {name: size for name, size in manifest["files"].items() if "model" in name}
+            hashed = args.local_process_index == 0 and hashes(args)
+            try:
+                _compare(Path(checkpoint), manifest | {"files": weights}, hashed=hashed)
+            except ValueError as error:
+                raise ValueError(f"the weights of {checkpoint} cannot be loaded: {error}.") from error
+
+    on_all_ranks(compare)
 
 
 def hashes(args: TrainingArguments) -> bool:

@@ -28,6 +28,7 @@ from hf_soo.integrations.checkpoints import (
     manifest_mark,
     newest_whole,
     on_all_ranks,
+    require_weights,
     require_whole,
     strategy_in,
 )
@@ -208,6 +209,7 @@ class ResumingMixin(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_best_model(self) -> None:
+        require_weights(self.args, str(self.state.best_model_checkpoint))
         if not self._load_renamed(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 

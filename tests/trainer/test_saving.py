@@ -71,7 +71,8 @@ def content(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("optim", ["mkor", "lamb", "adamw_torch"])
 def test_a_checkpoint_that_is_written_twice_is_resumed_from(optim: str, tmp_path: Path) -> None:
     whole = run(tmp_path, optim=optim)
-    run(tmp_path, resume=str(tmp_path / "checkpoint-2"), optim=optim)  # writes 4 and 6 again
+    settings = {"optim": optim, "restore_callback_states_from_checkpoint": True}
+    run(tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)  # writes 4 and 6 again
     assert [why_not_whole(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)] == [None, None, None]
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert torch.equal(run(tmp_path, resume=True, optim=optim), whole)
@@ -207,6 +208,13 @@ def test_the_best_checkpoint_has_its_own_name(tmp_path: Path) -> None:
         assert torch.equal(trainer.model.state_dict()[name], tensor)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [best.name]
     assert why_not_whole(best) is None
+    (best / "optimizer.pt").unlink()  # of no use at the end
+    trainer._load_best_model()
+    weights = best / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"the weights of {best} cannot be loaded: model\.safetensors is damaged"):
+        trainer._load_best_model()
 
 
 def test_it_is_pushed_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
