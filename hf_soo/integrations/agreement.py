@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_soo.engine.comm import Communicator, checksums, text_of
+from hf_soo.files import read_object
 from hf_soo.integrations.checkpoints import MANIFEST_FILE
 
 _OWN = frozenset({
@@ -128,12 +129,14 @@ def _dropout(model: nn.Module) -> dict[str, float]:
 
 
 def _checkpoint(folder: str | None) -> str:
-    """A checkpoint's name and what its manifest lists; nodes may see it under other paths."""
+    """A checkpoint's name and its whole weights; nodes may see it under other paths, and each have files of its own."""
     if folder is None:
         return "none"
-    manifest = Path(folder) / MANIFEST_FILE
-    content = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.is_file() else "no manifest"
-    return f"{name_of(folder)} ({content})"
+    file = Path(folder) / MANIFEST_FILE
+    manifest = read_object(file) if file.is_file() else {}
+    files = manifest.get("sha256", manifest.get("files", {}))
+    weights = {name: found for name, found in files.items() if "model" in name and "/" not in name}
+    return f"{name_of(folder)} ({hashlib.sha256(text_of(weights).encode()).hexdigest()[:16]})"
 
 
 def _shards_its_own(trainer: Any) -> bool:
