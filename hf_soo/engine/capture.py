@@ -304,8 +304,8 @@ class _CommitHook:
 
     def tokens(self, layer: RowLayer, x: Tensor) -> Tensor | None:
         """Which rows of a module's input are no padding, [rows], as far as anybody has said; batches come first."""
-        masks = None if self.capture is None else self.capture.padding.masks_around(layer, x)
-        return None if masks is None else masks[0].flatten()
+        masks = [] if self.capture is None else self.capture.padding.masks_around(layer, x)
+        return masks[0].flatten() if masks else None
 
     def declare(self, layer: RowLayer, tokens: Tensor | None) -> None:
         """Say which of the rows are no padding that come next, [rows]; None: it is not known."""

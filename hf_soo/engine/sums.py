@@ -92,15 +92,15 @@ class SumRecorder:
     ) -> Tensor:
         """See ``Recorder``; output gradients of padding are zero, so their sum is that of the real rows."""
         masks, x = padding.masks(layer, x), x.detach()
-        if masks is None:
+        if not masks:
             inputs, count = layer.input_sums(x, self.groups)
             samples = _group_sizes(count, self.groups, buffers[0])
         else:
             each = [layer.input_sums(x * mask[..., None].to(x.dtype), self.groups)[0] for mask in masks]
             counts = [group_sums(mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0] for mask in masks]
             inputs, samples = (each[0], counts[0]) if len(masks) == 1 else (torch.stack(each), torch.stack(counts))
-            masks = None if len(masks) == 1 else masks
-        return cast(Tensor, _CommitSums.apply(output, inputs, samples, masks, target, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
+        several = torch.stack(masks) if len(masks) > 1 else None
+        return cast(Tensor, _CommitSums.apply(output, inputs, samples, several, target, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""

@@ -319,15 +319,15 @@ def test_xlnet_is_sequence_first_inside() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, reentrant: bool = False) -> None:
         super().__init__()
-        self.one, self.two = nn.Linear(D, D), nn.Linear(D, CLASSES)
+        self.one, self.two, self.reentrant = nn.Linear(D, D), nn.Linear(D, CLASSES), reentrant
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         def body(x: Tensor) -> Tensor:
             return self.two(torch.tanh(self.one(x)))
 
-        result = checkpoint(body, x, use_reentrant=False)
+        result = checkpoint(body, x, use_reentrant=self.reentrant)
         assert isinstance(result, Tensor)
         return result
 
@@ -344,6 +344,19 @@ def test_two_passes_before_one_backward_pass_under_checkpointing() -> None:
         return token_loss(model(x, first), first) + token_loss(model(x, second), second)
 
     check(Checkpointed().double(), run, lambda name, _: remaining.pop(0))
+
+
+def test_reentrant_checkpointing_cannot_tell_two_passes() -> None:
+    first, second = lengths_mask(4, 6), lengths_mask(4, 6).flip(0)
+    x = torch.randn(4, 6, D, dtype=torch.float64, requires_grad=True)
+    model = Checkpointed(reentrant=True).double()
+    optimizer = hf_soo.build_optimizer("eva", model, lr=0.1)
+    for mask in (first, second):  # each with its backward pass: as ever
+        token_loss(model(x, mask), mask).backward()
+    assert optimizer.stages.capture.buffers["one"][0].item() == first.sum() + second.sum()
+    loss = token_loss(model(x, first), first) + token_loss(model(x, second), second)
+    with pytest.raises(NotImplementedError, match=r"2 forward passes with masks before one.*use_reentrant=False"):
+        loss.backward()
 
 
 # ---- the mean over an example's positions ----------------------------------------------------------------------------
@@ -397,6 +410,6 @@ def test_reduce_refuses_what_it_cannot_tell(caplog: pytest.LogCaptureFixture) ->
     reduced(Tagger(False).double(), x, mask, exclude=["enter", "head"])
     assert not caplog.text
     reduced(Flat(True).double(), x, mask)
-    assert "'reduce' in one, whose input is rows without their examples" in caplog.text
+    assert "'reduce' in one, and in others like it: the input is rows without their examples" in caplog.text
     reduced(Heads().double(), x, mask)
-    assert "'reduce' in two, whose input is [B, T, d] with B = T: it is taken for batch first." in caplog.text
+    assert "'reduce' in two, and in others like it: the input is [B, T, d] with B = T: it is taken for" in caplog.text

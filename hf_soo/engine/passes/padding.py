@@ -51,6 +51,7 @@ class Part:
 
     def forget(self) -> None:
         """Drop what it was given."""
+        self.waiting, self.followed = 0, False  # masks since a backward pass, and whether one has begun
         self.mask: Tensor | None = None
         self.other_mask: Tensor | None = None
         self.other: int | None = None
@@ -60,10 +61,15 @@ class Part:
         """The hook: keep the mask, that of a decoder's other input, and what the module says of its own parts."""
         if self.padding is None or not (self.padding.watching and module.training) or is_transformed():
             return
+        if torch.is_grad_enabled():
+            self.waiting, self.followed = 1 if self.followed or _in_backward() else self.waiting + 1, False
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
         self.mask = _mask_of(given, ("decoder_attention_mask",) if "decoder_input_ids" in self.names else TOKENS[:1])
         self.shape = None if self.mask is None else tuple(self.mask.shape)
+        explicit = self.padding.explicit
+        if self.mask is not None and explicit is not None and explicit.shape == self.mask.shape:
+            self.mask = self.mask & explicit
         for key in IDS[:2]:
             if self.shape is None and isinstance(given.get(key), Tensor):
                 self.shape = tuple(given[key].shape[:2])
@@ -93,12 +99,14 @@ class _Place:
         head: whether its tokens come from a part within the same part.
         sequence_first: what an attention beside it, or around both, says; None: there is none.
         declared: what the model says of the layer's rows; it is asked no further then.
+        seen: whether the layer has run outside a backward pass.
     """
 
     parts: list[Part]
     head: bool
     sequence_first: bool | None
     declared: Tensor | None = None
+    seen: bool = False
 
 
 @dataclass
@@ -167,46 +175,56 @@ class Padding:
         for part in self.parts.values():
             part.forget()
         for place in self.places.values():
-            place.declared = None
+            place.declared, place.seen = None, False
 
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
-    def masks(self, layer: RowLayer, x: Tensor) -> Tensor | None:
-        """What may be the mask of a layer's rows: [C, *rows], the likeliest first; None: every row counts.
+    def masks(self, layer: RowLayer, x: Tensor) -> list[Tensor]:
+        """What may be the mask of a layer's rows, each [*rows], the likeliest first; none: every row counts.
 
         Args:
             layer: the layer.
             x: its input [*rows, d_in], as the layer got it.
+
+        Raises:
+            NotImplementedError: the layer runs again in a backward pass, and it is unknown for which of several passes.
         """
         declared = self.places[layer.name].declared
         if layer.channel_dim != -1 or (layer.stack is not None and declared is None):  # a router chose an expert's rows
-            return None
+            return []
         if declared is not None:
-            return declared[None] if declared.shape == x.shape[:-1] else None
+            return [declared] if declared.shape == x.shape[:-1] else []
         return self.masks_around(layer, x)
 
-    def masks_around(self, layer: RowLayer, x: Tensor) -> Tensor | None:
+    def masks_around(self, layer: RowLayer, x: Tensor) -> list[Tensor]:
         """The same of rows x that come to the module of a layer; the layer may choose of them."""
         place = self.places[layer.name]
         mask = self._mask(place, x)
         if mask is None or (place.head and _were_chosen(x)):
-            return None
+            return []
         layouts = _layouts(mask, x.shape[:-1])
         if len(layouts) == 2 and place.sequence_first is not None:
             layouts = layouts[place.sequence_first :][:1]
-        return torch.stack(layouts) if layouts else None
+        return layouts
 
     def _mask(self, place: _Place, x: Tensor) -> Tensor | None:
         """The mask [B, T] of the tokens that x is made of."""
+        place.seen = place.seen or not _in_backward()
         for part in place.parts:
             if part.other is not None and part.other == id(x):
                 return part.other_mask
             if part.mask is not None:
-                both = self.explicit is not None and self.explicit.shape == part.mask.shape
-                return part.mask & self.explicit if both else part.mask  # type: ignore[operator]
+                part.followed = _in_backward()
+                if part.followed and part.waiting > 1 and not place.seen:
+                    raise NotImplementedError(
+                        f"{part.waiting} forward passes with masks before one backward pass, under reentrant gradient "
+                        "checkpointing: a layer that runs again cannot tell its mask; checkpoint with "
+                        "use_reentrant=False, or call backward after each pass."
+                    )
+                return part.mask
             if part.no_text and part.name:
                 return None
         return self.explicit
@@ -246,15 +264,20 @@ class Padding:
         return None, bool(swapped) and len(rows) == 2
 
     def _tell(self, name: str, what: str) -> None:
-        if name not in self._told and not torch.compiler.is_compiling():
-            self._told.add(name)
-            logger.warning("'reduce' in %s, whose input is %s.", name, what)
+        if what not in self._told and not torch.compiler.is_compiling():
+            self._told.add(what)
+            logger.warning("'reduce' in %s, and in others like it: the input is %s.", name, what)
 
 
 def first_without_gradient(masks: Tensor, grad: Tensor) -> Tensor:
     """The index of the first mask [C, *rows] that hides no row of ``grad`` [*rows, d] with a gradient, [1]; else 0."""
     live = (grad != 0).any(-1)
     return (live & ~masks).flatten(1).any(1).to(torch.uint8).argmin(0, keepdim=True)
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs, and a checkpointed layer in it for the second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _inside(name: str) -> str:
@@ -290,11 +313,15 @@ def _mask_of(given: Mapping[str, Any], tokens: Sequence[str]) -> Tensor | None:
 
 def _layouts(mask: Tensor, rows: torch.Size) -> list[Tensor]:
     """The mask [B, T] as a mask of rows, batch first and sequence first, where it fits."""
+    if rows == mask.shape != mask.shape[::-1]:
+        return [mask]
     if len(rows) == 1:
         fitting = [each.flatten() for each in (mask, mask.mT) if each.numel() == rows[0]]
     else:
+        fitting = [each for each in (mask, mask.mT) if each.shape == rows[:2]]
+    if len(rows) > 2:  # a row for each head of a token
         more = [1] * (len(rows) - 2)
-        fitting = [each.reshape(*each.shape, *more).expand(rows) for each in (mask, mask.mT) if each.shape == rows[:2]]
+        fitting = [each.reshape(*each.shape, *more).expand(rows) for each in fitting]
     return fitting[:1] if 1 in mask.shape else fitting  # two that are one
 
 
