@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_soo.lm.data import TextArguments, TextData
 from hf_soo.text.cleaning import Cleaner, Cleaning, CorpusCounts, Kind, RawDocument, _digest, _DigestSet, unescaped
 from hf_soo.text.corpus import Corpus
 
@@ -136,6 +137,17 @@ def test_title_of_wikiextractor_is_no_text(tmp_path: Path, head: str, title: str
     row = {"url": "?curid=5", "title": "Mill & Sons", "text": "Mill &amp; Sons\n\nHistory.\nIt is R&amp;D."}
     (tmp_path / "wiki_00").write_text(json.dumps(row), encoding="utf-8")
     assert list(Corpus(str(tmp_path)).texts()) == ["It is R&D."]
+
+
+def test_language_models_read_clean_text_or_that_which_is_written(tmp_path: Path) -> None:
+    documents = (f"<doc id={i}>\nT\n\nHistory.\nText {i} of R&amp;D is here.\n</doc>\n" for i in range(40))
+    (tmp_path / "wiki_00").write_text("".join(documents))
+    clean, written = (
+        TextData.load(TextArguments(source=str(tmp_path), window=8, wiki_as_written=flag)) for flag in (False, True)
+    )
+    assert bytes(clean.train).startswith(b"Text 0 of R&D is here.\nText 1 of")
+    assert bytes(written.train).startswith(b"History.\nText 0 of R&amp;D is here.\nHistory.\n")
+    assert clean.description["digest"] != written.description["digest"]
 
 
 def test_wikitext_titles_begin_documents(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing is drawn at run time: the seed of each of the 500 damages of a format is
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import random
@@ -20,12 +21,13 @@ import pytest
 from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.hdf5 import RowWorker, hdf5_files, row_blocks
 from hf_soo.bert.data.prepare import PrepareConfig, prepare
-from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds
+from hf_soo.bert.data.wordpiece import SPECIAL_TOKENS, SpecialIds, read_vocabulary
 from hf_soo.cli import report_of
 from hf_soo.glue.files import read_examples
 from hf_soo.glue.tasks import TASKS
 from hf_soo.runs.record import RunRecord, read_run
 from hf_soo.squad.files import QuestionSet
+from hf_soo.squad.score import _read
 from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
 from tests.data.test_hdf5 import make_pairs, nvidia, unmasked
@@ -204,6 +206,52 @@ def test_damaged_data_are_named_or_right(tmp_path: Path, kind: str) -> None:
             assert found == (right if says is None else says(bad)), number
             ends["same" if found == right else "other"] += 1
     assert ends["named"] > COUNT // 3, ends
+
+
+ROWS = [{"sentence1": f'A "q", séntence {i}.', "sentence2": f"b {i}", "label": i % 2} for i in range(10)]
+
+
+def comma_separated() -> bytes:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, list(ROWS[0]))
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return sink.getvalue().encode()
+
+
+def of_task(name: str) -> Read:
+    return lambda path: read_examples(path, TASKS[name], labelled=True)
+
+
+# Formats in which another text is right too, so that only how reading ends is looked at.
+FURTHER: dict[str, tuple[bytes, Read]] = {
+    "a.csv": (comma_separated(), of_task("rte")),
+    "a.json": (json.dumps({str(i): row for i, row in enumerate(ROWS)}).encode(), of_task("rte")),
+    "a.jsonl": ("".join(json.dumps(row) + "\n" for row in ROWS).encode(), of_task("rte")),
+    "scores.tsv": (b"sentence1\tsentence2\tscore\n" + b"a\tb\t0.5\nc\td\t3.2\n" * 5, of_task("stsb")),
+    "cola.tsv": (b"".join(b"gj04\t%d\t\tA sentence.\n" % (i % 2) for i in range(9)), of_task("cola")),
+    "wikitext.txt": (" = T = \n\n One . \n\n = Two = \n text é. \n".encode() * 3, texts),
+    "wiki_00": (json.dumps({"url": "?curid=1", "title": "T", "text": "T\n\nHistory.\nIt is."}).encode(), texts),
+    "answers.json": (json.dumps({f"q{i}": "a" for i in range(20)}).encode(), lambda path: _read(str(path), str, "")),
+    "odds.json": (json.dumps({f"q{i}": i / 7 for i in range(20)}).encode(), lambda path: _read(str(path), float, "")),
+    "vocab.txt": ("\n".join([*SPECIAL_TOKENS, *"abcdefgé"]).encode(), read_vocabulary),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_damaged_files_of_further_formats_end_well(tmp_path: Path, name: str) -> None:
+    content, read = FURTHER[name]
+    path, ends = tmp_path / name, Counter[str]()
+    for number in range(COUNT):
+        path.write_bytes(damaged(content, number))
+        try:
+            read(path)
+            ends["read"] += 1
+        except ValueError as error:
+            ends["named"] += 1
+            message = str(error)
+            assert name in message and "\n" not in message and len(message) < 500, (number, message)
+    assert min(ends["read"], ends["named"]) > COUNT // 20, ends
 
 
 def test_damaged_prepared_folders_are_named(tmp_path: Path) -> None:
