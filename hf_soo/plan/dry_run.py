@@ -30,6 +30,7 @@ from hf_soo.bench.step_kinds import Kind, StepKinds
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.placement import Placement
+from hf_soo.engine.state import Identity
 from hf_soo.plan.method_on_model import MethodOnModel
 from hf_soo.plan.model_shape import blocks_of, build_model
 from hf_soo.plan.request import Layout
@@ -164,9 +165,16 @@ def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _
             wrapped = _wrap(net, layout, mesh)
             with counter.labelled("build"):
                 optimizer = method.pair.build(net)
-            optimizer.ranks_checked = True  # made-up ranks would not answer
+            optimizer._identity = _Agreed(optimizer.name, type(optimizer.base).__name__, optimizer.config)
             _take_steps(optimizer, method.step_kinds, wrapped, layout, counter, counted)
     return counted
+
+
+class _Agreed(Identity):
+    """Made-up ranks are not asked: they would not answer."""
+
+    def agree(self, *args: Any, **settings: Any) -> None:
+        """Nothing."""
 
 
 @contextlib.contextmanager
