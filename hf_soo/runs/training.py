@@ -233,7 +233,7 @@ def _compare_ranks(job: Job, record: RunRecord) -> None:
     Raises:
         ValueError: the ranks were given other settings, data or initial weights.
     """
-    shared = {key: value for key, value in vars(job.run).items() if key not in ("results_dir", "traceback")}
+    shared = {key: value for key, value in vars(job.run).items() if key not in ("name", "results_dir", "traceback")}
     resume = {"resume_from_checkpoint": name_of(job.training.resume_from_checkpoint)}
     given = shared | {"name": record.name, "seed": record.seed, "do_train": job.training.do_train} | resume
     _agree(given | record.settings)
