@@ -98,8 +98,8 @@ class RMSProp(RowWise):
         return {"gradient": {"second_moment": layer.prototype.new_ones(layer.shape, dtype=dtype)}}
 
     def row_sums(self, layer: Layer) -> RowSumSizes:
-        """|g|² in the update; then |g|², |P|² and ⟨P, g⟩."""
-        return RowSumSizes(every=(3,), update=(1,))
+        """The unit of |g| and |g|² in the update; then |g|², |P|² and ⟨P, g⟩."""
+        return RowSumSizes(every=(3,), update=(1, 1))
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """``update_rows`` on all rows."""
