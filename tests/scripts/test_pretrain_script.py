@@ -130,13 +130,13 @@ def test_a_finished_run_without_its_json_keeps_its_best_model(
     script: ModuleType, flags: list[str], tmp_path: Path
 ) -> None:
     saving = ["--save_strategy", "steps", "--save_steps", "2", "--load_best_model_at_end", "true", "--learning_rate"]
-    assert script.main([*flags, *saving, "0.5"]) == 0
+    assert script.main([*flags, *saving, "2.0"]) == 0
     out = tmp_path / "out"
     best = (out / "model.safetensors").read_bytes()
-    assert best != (out / "checkpoint-6" / "model.safetensors").read_bytes()  # 0.5 is too high
+    assert best != (out / "checkpoint-6" / "model.safetensors").read_bytes()  # 2.0 is too high
     (out / "model.safetensors").unlink()
     shutil.rmtree(out / "runs")
-    assert script.main([*flags, *saving, "0.5"]) == 0
+    assert script.main([*flags, *saving, "2.0"]) == 0
     assert (out / "model.safetensors").read_bytes() == best
 
 
