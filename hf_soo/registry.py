@@ -25,6 +25,7 @@ from hf_soo.engine.selection import Selection, compile_patterns, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base
 from hf_soo.optimizers.groups import Groups, decay_groups, given_groups
 from hf_soo.optimizers.halves import ApplyTo, halves_of
+from hf_soo.optimizers.muon import Muon
 from hf_soo.preconditioners.config import make_config
 
 FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo")
@@ -178,6 +179,8 @@ class OptimizerSettings:
             )
         inner, preconditioner, selection = self._parts(model, groups, lr)
         config = {} if self.config is None else dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
+        if self.config is None:
+            selection = Selection([], _left_to_adamw(inner, model))
         return PreconditionedOptimizer(
             inner, preconditioner, selection, name=self.name, config=config, model=model,
             halves=halves_of(inner, self.apply_to),
@@ -258,6 +261,19 @@ def _refuse(name: str, **options: object) -> None:
             raise ValueError(
                 f"{option}={value!r} has no effect with {name!r}, which preconditions nothing; leave it out."
             )
+
+
+def _left_to_adamw(base: Optimizer, model: nn.Module) -> dict[str, str]:
+    """Why Muon's AdamW moves a parameter, by name; nothing under another base."""
+    if not isinstance(base, Muon):
+        return {}
+    matrices = {id(p) for group in base.groups_by("muon") for p in group["params"]}
+    reasons = select_layers(model, exclude=[HEADS.pattern]).skipped
+    return {
+        name: reasons.get(name) or reasons.get(name.rpartition(".")[0]) or f"no single matrix {list(full_shape(p))}"
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in matrices
+    }
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:

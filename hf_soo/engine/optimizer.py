@@ -67,7 +67,7 @@ class PreconditionedOptimizer(OverBase):
         self._identity = Identity(name, type(base).__name__, config)
         self._skipped = dict(selection.skipped)
         self.parameter_index = ParameterIndex.of(base.param_groups, model, selection.layers)
-        if selection.skipped:
+        if selection.layers:
             warn_of_what_is_left(self.parameter_index, selection, name, type(base).__name__)
         self.stages = Step(preconditioner, selection.layers, model)
         self.loss_scale: Callable[[], float] = lambda: 1.0

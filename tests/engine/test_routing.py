@@ -135,3 +135,18 @@ def test_a_start_that_leaves_most_to_the_base_is_warned_of(
         "eva leaves 61 % of the matrices' entries (embeddings and decoders apart) to SGD alone: 1.scores, 1 such: Gate"
     )
     assert (text in caplog.text) == warned and ("entries" in caplog.text) == warned, caplog.text
+
+
+def test_muon_says_what_its_adamw_is_left() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), Gate(3), nn.Linear(3, 2))
+    assert hf_soo.build_optimizer("muon", model, lr=1e-2).routing() == {
+        "1.inner.weight": "Muon (muon)",
+        "2.weight": "Muon (muon)",
+        "0.weight": "Muon (adamw): embedding",
+        "1.scores": "Muon (adamw): Gate reads these [3, 4] itself, which is followed for experts and routers alone",
+        "1.shift": "Muon (adamw): no matrix [4]",
+        "1.inner.bias": "Muon (adamw): no single matrix [4]",
+        "1.norm.weight": "Muon (adamw): no matrix [4]",
+        "1.norm.bias": "Muon (adamw): no matrix [4]",
+        "2.bias": "Muon (adamw): no single matrix [2]",
+    }
