@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from hf_soo import preconditioners
-from hf_soo.engine.checks import require, unknown_key
+from hf_soo.engine.checks import require, shown, unknown_key
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
@@ -259,7 +259,7 @@ def _refuse(name: str, **options: object) -> None:
     for option, value in options.items():
         if value is not None:
             raise ValueError(
-                f"{option}={value!r} has no effect with {name!r}, which preconditions nothing; leave it out."
+                f"{option}={shown(value)} has no effect with {name!r}, which preconditions nothing; leave it out."
             )
 
 

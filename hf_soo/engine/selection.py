@@ -194,7 +194,8 @@ def compile_patterns(what: str, patterns: Sequence[str] | None) -> list[re.Patte
         ValueError: one of them is no regular expression, or a lone string was given instead of a list.
     """
     if isinstance(patterns, str):
-        raise ValueError(f"{what}={patterns!r} is a string; give a list of regular expressions: [{patterns!r}].")
+        text = shown(patterns)
+        raise ValueError(f"{what}={text} is a string; give a list of regular expressions: [{text}].")
     require(what, patterns, Sequence[str | re.Pattern[str]] | None)
     compiled = []
     for pattern in patterns or ():
