@@ -217,10 +217,10 @@ class EvaS(RowWise):
         }
 
     def row_sums(self, layer: Layer) -> RowSumSizes | None:
-        """In an update |G|² and the sums along both axes; then as Eva. The separable form's are not listed."""
+        """In an update |G| for its unit, then |G|² and the sums along both axes; then as Eva (joint form)."""
         if self.config.form == "separable":
             return None
-        return RowSumSizes(every=(2,), update=(1 + sum(layer.matrix),))
+        return RowSumSizes(every=(2,), update=(1, 1 + sum(layer.matrix)))
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
         """``update_rows`` on all rows."""
