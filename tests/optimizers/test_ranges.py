@@ -70,7 +70,9 @@ TORCH = [
 ]
 
 
-@pytest.mark.parametrize("cls", [*TORCH, *{base.cls for base in BASES.values()}], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", list(dict.fromkeys([*TORCH, *(base.cls for base in BASES.values())])), ids=lambda cls: cls.__name__
+)
 def test_defaults_are_allowed_and_no_number_may_be_nan_or_a_truth_value(cls: type[Optimizer]) -> None:
     """Every argument of every class: a truth value where its default is a number, and the other way round."""
     check_arguments(cls, defaults(cls))
