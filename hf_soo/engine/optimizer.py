@@ -20,7 +20,7 @@ from hf_soo.engine.routing import ParameterIndex, routing, warn_of_what_is_left
 from hf_soo.engine.selection import Selection
 from hf_soo.engine.state import Identity, OverBase
 from hf_soo.engine.step import Step
-from hf_soo.engine.strategy import Halves, Strategy, inner_step
+from hf_soo.engine.strategy import Halves, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class PreconditionedOptimizer(OverBase):
                 loss = closure()
             if loss is not None:
                 self.report_loss(loss)
-        if self.external_step or self._makes_state():
+        if self.external_step or (not self.state and self._makes_state()):
             self._step_base()
         else:
             self.step_around(self._step_base)
@@ -116,8 +116,9 @@ class PreconditionedOptimizer(OverBase):
             What ``base_step`` returned.
         """
         self._check()
-        if self.layers:
-            stages, index = self.stages, self.parameter_index.group if self.preconditioner.rescale.joint else {}
+        stages = self.stages
+        if stages.layers:
+            index = self.parameter_index.group if self.preconditioner.rescale.joint else {}
             with torch.autocast(stages.device.type, enabled=False):
                 if self._updating:
                     stages.update(self.loss_scale() if stages.capture.buffers else 1.0)  # collect, sync, update
@@ -138,12 +139,14 @@ class PreconditionedOptimizer(OverBase):
 
     def _check(self) -> None:
         """Before a step: the ranks agree, the loss is known, and the tensors lie where they lay."""
-        refuse_join(self.stages.capture.wrapper(), self.name)
+        if (wrapper := self.stages.capture.wrapper()) is not None:
+            refuse_join(wrapper, self.name)
         self._agree()
         if not self.steps and not self.external_step:
             self.parameter_index.check(self.param_groups, self.layers, self.name)
             self.parameter_index.refuse_sparse(self.base, self.layers, self.name)
-        self.parameter_index.warn_of_thawed(self.name)
+        if self.parameter_index.frozen:
+            self.parameter_index.warn_of_thawed(self.name)
         if self.layers:
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)
@@ -163,7 +166,7 @@ class PreconditionedOptimizer(OverBase):
 
     def _step_base(self) -> None:
         """The base's step, or its second half where the method has acted on what the first one made."""
-        base = self._linked_base()
+        base = self._linked_base() if self.external_step else self.base
         if self._taken and self.halves:
             self.halves.move()
         else:
@@ -323,3 +326,19 @@ class PreconditionedOptimizer(OverBase):
         self.ranks_checked = False
         self._schedule()
         self.stages.capture.clear()
+
+
+def inner_step(optimizer: Optimizer) -> Any:
+    """The step of an optimizer inside another one.
+
+    With its own hooks, but without those on the step of every optimizer: the outer one's step has called them.
+    """
+    step = type(optimizer).step
+    if "step" in vars(optimizer) or not getattr(step, "hooked", False):
+        return optimizer.step()
+    for before in optimizer._optimizer_step_pre_hooks.values():
+        before(optimizer, (), {})
+    result = step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+    for after in optimizer._optimizer_step_post_hooks.values():
+        after(optimizer, (), {})
+    return result

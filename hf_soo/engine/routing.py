@@ -103,7 +103,7 @@ class ParameterIndex:
         Args:
             method: its name.
         """
-        new = sorted(self.thawed - self.warned) if self.frozen else []
+        new = sorted(self.thawed - self.warned)
         if new:
             self.warned.update(new)
             logger.warning(

@@ -218,8 +218,8 @@ class OverBase(Optimizer):
         return self.base
 
     def _makes_state(self) -> bool:
-        """Whether a step can move nothing: torch's distributed checkpoint takes one to have the state that it fills."""
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+        """Whether a first step moves nothing: torch's distributed checkpoint takes one to fill its state."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
         return not any(bool(whole(norm)) for norm in norms)

@@ -255,24 +255,23 @@ class Step:
 
     def _transform(self, batch: Groups, grads: list[Joint]) -> list[_Transformed]:
         """What this rank stores of the groups' P, and the norms of the whole."""
-        computations = [self._product(group, grad) for group, grad in zip(batch, grads, strict=True)]
         pieces = self.strategy.in_pieces
-        norms = run_with_shared_sums(computations, partial(self.strategy.sum_, batch) if pieces else None)
+        sum_ = partial(self.strategy.sum_, batch) if pieces else None
+        if self.preconditioner.measures:
+            run_with_shared_sums([grad.measure_() for grad in grads], sum_)
+        norms = run_with_shared_sums([self._product(*each) for each in zip(batch, grads, strict=True)], sum_)
+        for each, grad in zip(norms, grads, strict=True):
+            each.unit = grad.unit
         if self.placement.world is not None:
             self._broadcast(batch, grads, norms)
         own = self.strategy.own(batch, grads) if pieces else grads
         return [_Transformed(*each) for each in zip(batch, own, norms, strict=True)]
 
     def _product(self, group: list[Layer], grad: Joint) -> RowSums[TransformNorms]:
-        if self.preconditioner.measures:
-            yield from grad.measure_()
-        if self._assigned[group[0].name].preconditions:
-            states = stacked([self.states[layer.name] for layer in group], self.device, self.preconditioner.shared)
-            moved = yield from self.preconditioner.transform_rows(states, grad)
-        else:  # it comes from a rank that does
-            moved = TransformNorms.nothing(grad.weight)
-        moved.unit = grad.unit
-        return moved
+        if not self._assigned[group[0].name].preconditions:
+            return _made_elsewhere(grad)
+        states = [self.states[layer.name] for layer in group]
+        return self.preconditioner.transform_rows(stacked(states, self.device, self.preconditioner.shared), grad)
 
     def _broadcast(self, batch: Groups, grads: list[Joint], norms: list[TransformNorms]) -> None:
         """P, and what was measured on it, from the gradient workers to the other ranks."""
@@ -336,14 +335,14 @@ class Step:
 
 @dataclass(slots=True)
 class _Transformed:
-    """A group whose P is computed and not yet stored.
-
-    Args:
-        group: layers of one shape.
-        grad: what this rank stores of their P.
-        norms: of the whole.
-    """
+    """Layers of one shape whose P is computed and not yet stored: this rank's part of it, and norms of the whole."""
 
     group: list[Layer]
     grad: Joint
     norms: TransformNorms
+
+
+def _made_elsewhere(grad: Joint) -> RowSums[TransformNorms]:
+    """What a rank has of P that comes from another one."""
+    return TransformNorms.nothing(grad.weight)
+    yield []

@@ -300,22 +300,6 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def inner_step(optimizer: Optimizer) -> Any:
-    """The step of an optimizer inside another one.
-
-    With its own hooks, but without those on the step of every optimizer: the outer one's step has called them.
-    """
-    step = type(optimizer).step
-    if "step" in vars(optimizer) or not getattr(step, "hooked", False):
-        return optimizer.step()
-    for before in optimizer._optimizer_step_pre_hooks.values():
-        before(optimizer, (), {})
-    result = step.__wrapped__(optimizer)  # type: ignore[attr-defined]
-    for after in optimizer._optimizer_step_post_hooks.values():
-        after(optimizer, (), {})
-    return result
-
-
 def mend_steps(state: Mapping[Any, dict[str, Any]]) -> None:
     """Make step counts the tensors that torch's kernels take, in place; an older version wrote numbers."""
     for parameter, entry in state.items():

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_soo.engine.strategy import inner_step, mend_steps
+from hf_soo.engine.optimizer import inner_step
+from hf_soo.engine.strategy import mend_steps
 from hf_soo.optimizers.polar import DTYPES, iteration_dtype, polar_factor, schedule
 from hf_soo.optimizers.ranges import check_arguments
 

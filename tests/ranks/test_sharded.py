@@ -178,7 +178,6 @@ def resumed(rank: int, world: int) -> dict[str, Any]:
         shard(model, world)
     first, second = (build(model) for model in models)
     train(models[0], first, rank, data[:3])
-    lost = get_optimizer_state_dict(models[0], first)
     first.carries_state = second.carries_state = False
     with first.base_alone():
         base = copy.deepcopy(get_optimizer_state_dict(models[0], first))  # torch hands out the tensors themselves
@@ -189,7 +188,7 @@ def resumed(rank: int, world: int) -> dict[str, Any]:
     steps = second.steps
     second.carries_state = True
     try:
-        set_optimizer_state_dict(models[1], second, lost)
+        set_optimizer_state_dict(models[1], second, copy.deepcopy(base))
         said = ""
     except ValueError as error:
         said = str(error)
