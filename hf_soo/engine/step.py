@@ -257,9 +257,10 @@ class Step:
         """What this rank stores of the groups' P, and the norms of the whole."""
         pieces = self.strategy.in_pieces
         sum_ = partial(self.strategy.sum_, batch) if pieces else None
-        if self.preconditioner.measures:
+        products = [self._product(*each) for each in zip(batch, grads, strict=True)]
+        if self.preconditioner.measures:  # before the first of them begins
             run_with_shared_sums([grad.measure_() for grad in grads], sum_)
-        norms = run_with_shared_sums([self._product(*each) for each in zip(batch, grads, strict=True)], sum_)
+        norms = run_with_shared_sums(products, sum_)
         for each, grad in zip(norms, grads, strict=True):
             each.unit = grad.unit
         if self.placement.world is not None:

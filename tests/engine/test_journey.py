@@ -63,7 +63,7 @@ def plain_step(method: str) -> Journey:
     return Journey(calls)
 
 
-@pytest.mark.parametrize(("method", "most_files", "most_moves"), [("mkor", 13, 53), ("kfac_expand", 11, 34)])
+@pytest.mark.parametrize(("method", "most_files", "most_moves"), [("mkor", 13, 51), ("kfac_expand", 11, 32)])
 def test_a_plain_step_stays_in_few_files(method: str, most_files: int, most_moves: int) -> None:
     """MKOR over LAMB and K-FAC over SGD: the numbers are printed, and the whole walk if it is too long."""
     journey = plain_step(method)
