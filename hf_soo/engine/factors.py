@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, FisherPass, Statistics, Window
-from hf_soo.engine.gradients import Groups, stack, unit_of
+from hf_soo.engine.gradients import Groups, stack
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
 from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.passes.padding import Padding, Shape
 from hf_soo.engine.strategy import Strategy
-from hf_soo.engine.sums import NOISE_LEVEL, SQUARES
+from hf_soo.engine.sums import NOISE_LEVEL, in_squares_range
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,7 @@ class _CommitFactors(torch.autograd.Function):
             _commit_inputs(x, live, counted, recorder, counts, A)
         if which != "inputs" and B.numel() and g.numel():
             level = NOISE_LEVEL[g.dtype] ** 2
-            g = g.to(B.dtype)
-            g = g / unit_of(g.abs().amax(), *SQUARES)
+            g = in_squares_range(g.to(B.dtype), B.dtype)
             rows = g.sum(1) if recorder.reduce else g.flatten(0, 1)
             B.addmm_(rows.mT, rows)
             if recorder.reduce:

@@ -27,7 +27,7 @@ Where Σe is zero analytically (attention's key projection), |Σe|²/Σ|e|² was
 So δ = 16u for the half precisions. fp32 rows may come from TF32 products, with 11 bits: 2⁻⁹ covers them too.
 """
 
-SQUARES = (-56, 32)
+_SQUARES = (-56, 32)
 """Rows whose largest entry is not between these powers of two count as if it were: the square of no other is a number.
 
 So no output gradient that is finite makes a second moment that is not; what is larger still outweighs all others.
@@ -185,6 +185,18 @@ class _CommitSums(torch.autograd.Function):
         return done
 
 
+def in_squares_range(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor over the power of two, in ``dtype``, that brings its largest entry into ``_SQUARES``.
+
+    It is the tensor itself where that is 1: asked on a CPU alone, where nothing waits for an answer.
+    """
+    low, high = torch.aminmax(tensor)
+    unit = unit_of(torch.maximum(-low, high).to(dtype), *_SQUARES)
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and bool(unit == 1):
+        return tensor
+    return tensor / unit
+
+
 def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
     """Add the sums of output gradients [..., d_out] to the buffers."""
     rows = grad.reshape(-1, grad.shape[-1])
@@ -192,7 +204,7 @@ def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
         outputs.add_(group_sums(rows, outputs.shape[0]))
     if noise.numel() and rows.numel():
         dtype = noise.dtype
-        rows = rows / unit_of(rows.abs().amax().to(dtype), *SQUARES)
+        rows = in_squares_range(rows, dtype)
         total = rows.sum(0, dtype=dtype).square().sum()
         energy = torch.linalg.vector_norm(rows, dtype=dtype).square()
         noise.add_(torch.stack([total, NOISE_LEVEL[grad.dtype] ** 2 * energy]))
