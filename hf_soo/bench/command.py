@@ -11,27 +11,32 @@ machine does. On one CPU thread the clock is the process's CPU time, else wall t
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.optim import Optimizer
 
-from hf_soo.bench import report
+from hf_soo.bench import report, roofline
 from hf_soo.bench.rounds import Stepper, ratios
-from hf_soo.bench.workload import BenchConfig, Clock, Workload
+from hf_soo.bench.workload import BenchConfig, Clock, Workload, place_on, predictions_of
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.files import write_atomically
+from hf_soo.files import parse_json, write_atomically
 from hf_soo.integrations.arguments import parse_settings
+from hf_soo.optimizers.bases import build_base
 from hf_soo.optimizers.groups import decay_groups
-from hf_soo.registry import METHODS, build_optimizer
+from hf_soo.registry import METHODS, build_optimizer, hidden_weights
 from hf_soo.runs import machine
 from hf_soo.runs.arguments import parse
 from hf_soo.runs.record import jsonable
@@ -40,6 +45,8 @@ from hf_soo.runs.script import guarded
 _LEARNING_RATE = 1e-5  # the cost does not depend on it; a small one keeps the weights sane
 _WEIGHT_DECAY = 0.01
 _RECORDED = ("threads", "rounds", "steps", "batch_size", "seq_length", "autocast")
+_RECORDED_IF_SET = ("width", "layers", "vocabulary", "ranks", "peer", "launches")
+_SAME = ("workload", "device", "versions", "commit", "parameters")  # of rows that one file may hold
 
 
 @dataclass(frozen=True)
@@ -96,13 +103,49 @@ def _run(config: BenchConfig, show: Callable[[dict[str, Any]], None]) -> dict[st
 
     Raises:
         ValueError: if a method or a setting is unknown.
+        RuntimeError: with ``resume``, if a method failed; the others were measured.
     """
     torch.set_num_threads(config.threads)
     pairs = parse_pairs(config.optim, config.base)
     work = Workload(config)
     for pair in pairs:  # a wrong setting shows now, not after half an hour
         pair.build(work.model).remove_hooks()
+    results = _begun(work, config)
+    reference = _measure_reference(work, config)
+    results.setdefault("reference", reference)
+    rates = roofline.Rates(work.device, Clock(work.device), results["parameters"])
+    results["rates"] = rates.found
+    reference_memory = _peak_memory_apart(config, None)
+    kept = [_identity(row) for row in results["rows"]]
+    failed: list[str] = []
+    for pair in pairs:
+        if _identity({"optimizer": pair.name, "base": pair.base, "set": dict(pair.settings)}) in kept:
+            continue
+        try:
+            row = _measure(work, config, pair, reference["adamw_foreach_seconds"], rates)
+            memory = _peak_memory_apart(config, pair)
+        except RuntimeError as error:  # among them what CUDA raises, out of memory or not
+            if not config.resume:
+                raise
+            failed.append(f"{pair.name}: {' '.join(str(error).split())[:500]}")
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
+        row["peak_memory_ratio"] = None if memory is None or reference_memory is None else memory / reference_memory
+        row["peak_memory_bytes"] = memory
+        results["rows"].append(row)
+        show(results)
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return results
+
+
+def _begun(work: Workload, config: BenchConfig) -> dict[str, Any]:
+    """The results without any row, or with those of the file that is gone on with, if they are of the same."""
+    more = {name: getattr(config, name) for name in _RECORDED_IF_SET}
+    default = {each.name: each.default for each in fields(config)}
     settings = {name: getattr(config, name) for name in _RECORDED}
+    settings |= {name: value for name, value in more.items() if value != default[name]}
     results: dict[str, Any] = {
         "kind": "bench",
         "workload": {"preset": config.preset, **settings},
@@ -112,17 +155,20 @@ def _run(config: BenchConfig, show: Callable[[dict[str, Any]], None]) -> dict[st
         "preset": config.preset,
         "parameters": sum(p.numel() for p in work.parameters),
         "settings": settings,
-        "reference": _measure_reference(work, config),
-        "rows": [],
     }
-    reference_memory = _peak_memory_apart(config, None)
-    for pair in pairs:
-        row = _measure(work, config, pair)
-        memory = _peak_memory_apart(config, pair)
-        row["peak_memory_ratio"] = None if memory is None or reference_memory is None else memory / reference_memory
-        results["rows"].append(row)
-        show(results)
-    return results
+    if config.curve is not None:
+        results["curve"] = {"over": config.curve, "at": place_on(config.curve, config)}
+    if config.resume and config.json and Path(config.json).is_file():
+        found = parse_json(Path(config.json).read_text(encoding="utf-8"))
+        if all(found.get(key) == jsonable(results)[key] for key in _SAME):
+            return dict(found)
+    return {**results, "rows": []}
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from the others of its file."""
+    own = None if METHODS[row["optimizer"]].config is None else METHODS[row["optimizer"]].base
+    return row["optimizer"], None if row["base"] == row["optimizer"] else row["base"] or own, sorted(row["set"].items())
 
 
 def _adamw(model: nn.Module, **kind: bool) -> Optimizer:
@@ -148,25 +194,61 @@ def _measure_reference(work: Workload, config: BenchConfig) -> dict[str, float]:
     }
 
 
-def _measure(work: Workload, config: BenchConfig, pair: Pair) -> dict[str, Any]:
-    """Time one method: its row, without the memory ratio."""
+@dataclass(frozen=True)
+class _Peer:
+    """An optimizer of somebody else on the hidden matrices, and AdamW(fused) on the rest, as one."""
+
+    parts: tuple[Optimizer, ...]
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module) -> _Peer:
+        hidden = hidden_weights(model)
+        chosen = {id(p) for p in hidden}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        parts = ((name, hidden), ("adamw", rest))
+        return cls(tuple(build_base(base, [{"params": params}], _LEARNING_RATE, {}, hidden) for base, params in parts))
+
+    def step(self) -> None:
+        for each in self.parts:
+            each.step()
+
+
+def _measure(
+    work: Workload, config: BenchConfig, pair: Pair, adamw_seconds: float, rates: roofline.Rates
+) -> dict[str, Any]:
+    """Time one method: its row, without the memory."""
     optimizer = pair.build(work.model)
     try:
-        stepper, reference = Stepper(work, optimizer), _adamw(work.twin, foreach=True)
-        stepper.round(reference, 2)  # allocate, and let kernels choose themselves
-        rounds = [stepper.round(reference, config.steps) for _ in range(config.rounds)]
+        stepper, reference = Stepper(work, optimizer, config.bare), _adamw(work.twin, foreach=True)
+        peer = None if config.peer is None else _Peer.of(config.peer, work.twin)
+        stepper.round(reference, min(2, config.steps), peer)  # allocate, and let kernels choose themselves
+        rounds = [stepper.round(reference, config.steps, peer) for _ in range(config.rounds)]
+        found, limit = ratios(rounds, stepper.kinds), roofline.limit(optimizer, stepper.kinds, rates)
+        # the seconds of the limit and of AdamW are of one moment, as the step's and AdamW's of one round are
+        limit["step_to_limit_ratio"] = (found["step_ratio"] or 0.0) * adamw_seconds / limit["limit_seconds"]
         return {
             "optimizer": pair.name,
             "base": type(optimizer.base).__name__.lower(),
             "config": {**optimizer.config, **dict(pair.settings)},
             "set": dict(pair.settings),
             "cycle": stepper.kinds.counts,
-            **ratios(rounds, stepper.kinds),
+            **found,
+            "roofline": limit,
+            **_throughput(work, config, found["train_step_seconds"] or 0.0, rates),
+            "launches": stepper.launches() if config.launches else None,
             "state_bytes_per_parameter": _state_bytes(optimizer) / sum(p.numel() for p in work.parameters),
         }
     finally:
         optimizer.remove_hooks()
         optimizer.zero_grad()
+
+
+def _throughput(work: Workload, config: BenchConfig, seconds: float, rates: roofline.Rates) -> dict[str, float]:
+    """Tokens a second of whole train steps, and their share of the product rate measured in the passes' dtype (MFU)."""
+    shape = (config.batch_size, config.seq_length, predictions_of(config.seq_length))
+    rate = rates.operations_per_second("bfloat16" if config.autocast else "float32")
+    tokens = config.ranks * config.batch_size * config.seq_length
+    return {"tokens_per_second": tokens / seconds, "mfu": roofline.pass_flops(work.size, shape) / seconds / rate}
 
 
 def _state_bytes(optimizer: PreconditionedOptimizer) -> int:
@@ -190,7 +272,7 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
 
 def _peak_memory_apart(config: BenchConfig, pair: Pair | None) -> int | None:
     """`peak_memory` in a process of its own, where nothing else has left its mark; None if it is not wanted."""
-    if not config.memory:
+    if not config.memory or config.ranks > 1:
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_memory, config, pair).result()
@@ -227,10 +309,33 @@ def main(flags: list[str] | None = None) -> int:
 def _print_and_keep(flags: list[str]) -> None:
     (config,) = parse((BenchConfig,), flags, __doc__ or "")
 
+    if config.ranks == 1:
+        _show_and_keep(config)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, (config, folder), nprocs=config.ranks)  # type: ignore[no-untyped-call]
+
+
+def _rank(rank: int, config: BenchConfig, folder: str) -> None:
+    """One of the processes that share a step; the first one speaks for all."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=config.ranks)
+    try:
+        if rank == 0:
+            _show_and_keep(config)
+        else:
+            _run(replace(config, json=None), lambda results: None)
+    finally:
+        dist.destroy_process_group()
+
+
+def _show_and_keep(config: BenchConfig) -> None:
+    shown: list[str] = []
+
     def show(results: dict[str, Any]) -> None:
-        if len(results["rows"]) == 1:
+        if not shown:
             print(report.heading(results))
-        print(report.line(results["rows"][-1]), flush=True)
+        shown.append(report.line(results["rows"][-1], report.columns(results)))
+        print(shown[-1], flush=True)
         if config.json:
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(config.json), json.dumps(jsonable(results), indent=1, ensure_ascii=False) + "\n")

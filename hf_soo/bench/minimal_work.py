@@ -1,4 +1,4 @@
-"""A method's minimal products on random matrices: the arithmetic that its step cannot be faster than."""
+"""A method's and its base's minimal products on random matrices: what their step cannot be faster than."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hf_soo.bench.step_kinds import Kind
-from hf_soo.engine.flops import Factorisation, Product
+from hf_soo.engine.flops import Factorisation, Product, work_of_base
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Preconditioner
 
@@ -25,14 +26,20 @@ class MinimalProducts:
     bound by arithmetic. Products are in the weight's dtype, factorisations in that of the factors.
     """
 
-    def __init__(self, layers: Sequence[Layer], preconditioner: Preconditioner) -> None:
-        """Allocate for the layers that a method moves."""
+    def __init__(self, layers: Sequence[Layer], preconditioner: Preconditioner, base: Optimizer | None = None) -> None:
+        """Allocate for the layers that a method moves, and for what its base multiplies, in the dtype that it says."""
         self._ready: dict[object, Callable[[], object]] = {}
         self._calls: dict[Part, list[Callable[[], object]]] = {part: [] for part in PARTS}
         for layer in layers:
             minimal = preconditioner.minimal_products(layer)
             for part in PARTS if minimal is not None else ():
                 self._calls[part] += [self._prepared(each, layer.weight) for each in getattr(minimal, part)]
+        if base is not None:
+            for work, param in (
+                (work_of_base(base, p, group), p) for group in base.param_groups for p in group["params"]
+            ):
+                like = param.detach()[:0].to(work.dtype or param.dtype)
+                self._calls["every"] += [self._prepared(each, like) for each in work.products]
 
     def parts(self, kinds: Sequence[Kind]) -> list[Part]:
         """The parts that have something to do in steps of these kinds."""
@@ -53,7 +60,7 @@ class MinimalProducts:
 
 def _prepared(operation: Product | Factorisation, prototype: Tensor) -> Callable[[], object]:
     """An operation on operands of its own, in the dtype and on the device of ``prototype``."""
-    return _product(operation, prototype) if isinstance(operation, Product) else _factorisation(operation, prototype)
+    return _product(operation, prototype) if isinstance(operation, Product) else factorised(operation, prototype)
 
 
 def _product(shape: Product, prototype: Tensor) -> Callable[[], object]:
@@ -62,7 +69,7 @@ def _product(shape: Product, prototype: Tensor) -> Callable[[], object]:
     return partial(torch.mm, left, right, out=prototype.new_empty(shape.m, shape.n))
 
 
-def _factorisation(of: Factorisation, prototype: Tensor) -> Callable[[], object]:
+def factorised(of: Factorisation, prototype: Tensor) -> Callable[[], object]:
     """A factorisation of a random positive definite matrix."""
     rows = torch.randn(of.d, of.d, dtype=accumulation_dtype(prototype.dtype), device=prototype.device)
     A = (rows @ rows.mT / of.d).add_(torch.eye(of.d, dtype=rows.dtype, device=rows.device))

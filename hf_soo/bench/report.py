@@ -21,33 +21,54 @@ COLUMNS = {
     "train step": "train_step_ratio",
     "state B/param": "state_bytes_per_parameter",
     "memory": "peak_memory_ratio",
+    "bound by": "bound",
+    "step/limit": "step_to_limit_ratio",
 }
+_IF_ASKED = {  # setting -> the columns that it adds
+    "launches": {"launches": "launches", "tokens/s": "tokens_per_second", "MFU": "mfu"},
+    "peer": {"peer": "peer_ratio", "step/peer": "step_to_peer_ratio"},
+}
+
+
+def columns(results: dict[str, Any]) -> dict[str, str]:
+    """Title -> key of a row, of what was asked to be measured."""
+    asked = (more for name, more in _IF_ASKED.items() if results.get("settings", {}).get(name))
+    return dict(COLUMNS, **{title: key for more in asked for title, key in more.items()})
 
 
 def heading(results: dict[str, Any]) -> str:
     """What was measured, and the head of the table."""
     size, reference = f"{results['parameters'] / 1e6:.1f}M parameters", results["reference"]
+    shown = columns(results)
     fused, seconds = reference["adamw_fused_ratio"], reference["adamw_foreach_seconds"]
     where = f"{plain(results['preset'])}: {size} on {plain(results['device'])}"
     return (
         f"{where}; AdamW(foreach) {seconds * 1e3:.1f} ms a step, "
         f"fused {fused:.2f} of it\n\n"
-        f"| {'optimizer':<16} | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
+        f"| {'optimizer':<16} | {' | '.join(shown)} |\n|{'---|' * (len(shown) + 1)}"
     )
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], shown: dict[str, str] = COLUMNS) -> str:
     """One row of the table; what an older benchmark did not measure is an empty cell."""
-    cells = ("" if row.get(key) is None else f"{row[key]:.2f}" for key in COLUMNS.values())
+    values = {**row, **row.get("roofline", {})}
+    cells = map(_cell, map(values.get, shown.values()))
     method = ":".join([row["optimizer"], *(f"{key}={value}" for key, value in row.get("set", {}).items())])
     name = plain(method if row["base"] == row["optimizer"] else f"{method}+{row['base']}")
-    padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, COLUMNS, strict=True))
+    padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, shown, strict=True))
     return f"| {name:<16} | {' | '.join(padded)} |"
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.2f}"
 
 
 def _table(results: dict[str, Any]) -> str:
     """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round."""
-    return "\n".join([heading(results), *map(line, results["rows"])]) + "\n"
+    shown = columns(results)
+    return "\n".join([heading(results), *(line(row, shown) for row in results["rows"])]) + "\n"
 
 
 def text_of(folder: Path) -> str:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 
 from hf_soo.bench.minimal_work import MinimalProducts, Part, seconds_of
 from hf_soo.bench.step_kinds import Kind, StepKinds, step_kinds_of
@@ -30,6 +33,7 @@ class _Round:
     capturing: float | None = None  # forward and backward of a step that updates from what hooks collect
     idle: float | None = None  # the same with hooks that do not collect
     minimal: dict[Part, float] = field(default_factory=dict)  # the method's minimal products
+    peer: float | None = None  # a step of the optimizer that is timed beside
 
     def step(self, kinds: StepKinds) -> float:
         """Seconds of an optimizer step, averaged over the kinds."""
@@ -51,23 +55,46 @@ class _Round:
         return self.forward_backward + self.reference
 
 
+class _Stepping(Protocol):
+    """What can be stepped."""
+
+    def step(self) -> Any:
+        """Take a step."""
+
+
+def _launches_of(call: Callable[[], object], device: torch.device) -> int:
+    """Kernels and copies that a call starts on a GPU; on a CPU, torch's operations that call no others."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
+        call()
+        if cuda:
+            torch.cuda.synchronize(device)
+    events = profiled.events() or []
+    if cuda:
+        return sum(event.device_type.name == "CUDA" for event in events)
+    return sum(event.name.startswith("aten::") and not event.cpu_children for event in events)
+
+
 class Stepper:
     """One optimizer over the workload, moved between the kinds of its steps."""
 
-    def __init__(self, work: Workload, optimizer: PreconditionedOptimizer) -> None:
-        """Look at the kinds of the method's steps; nothing is timed yet."""
+    def __init__(self, work: Workload, optimizer: PreconditionedOptimizer, bare: bool = True) -> None:
+        """Look at the kinds of the method's steps; nothing is timed yet. ``bare``: time its minimal products too."""
         self.work, self.optimizer = work, optimizer
         self.clock = Clock(work.device)
         self.kinds = step_kinds_of(optimizer.preconditioner)
-        self.minimal = MinimalProducts(optimizer.layers, optimizer.preconditioner)
+        self.minimal = MinimalProducts(
+            optimizer.layers if bare else [], optimizer.preconditioner, optimizer.base if bare else None
+        )
         self._statistics: list[Tensor] = []
 
-    def round(self, reference: Optimizer, steps: int) -> _Round:
+    def round(self, reference: Optimizer, steps: int, peer: _Stepping | None = None) -> _Round:
         """Take a round: the passes, then a step of each kind in turn with the reference's, again and again.
 
         Args:
             reference: stepped between the others.
             steps: steps of each kind; those that refresh are taken once.
+            peer: stepped once beside them.
 
         Returns:
             Its times.
@@ -92,7 +119,15 @@ class Stepper:
             capturing=capturing,
             idle=idle,
             minimal={part: statistics.median(times) for part, times in products.items()},
+            peer=None if peer is None else self._timed(peer),
         )
+
+    def launches(self) -> int:
+        """Of the commonest kind of step: kernels on a GPU, torch's innermost operations on a CPU."""
+        self._step(kind := max(set(self.kinds.kinds), key=self.kinds.kinds.count))
+        self._prepare(kind)
+        self.work.restore_gradients()
+        return _launches_of(self.optimizer.step, self.work.device)
 
     def _passes(self, kinds: list[Kind]) -> tuple[float, float | None, float | None]:
         """Forward and backward: without hooks, with idle ones, with collecting ones; the last is remembered."""
@@ -114,14 +149,18 @@ class Stepper:
         return self.clock(lambda: self.work.forward_backward(model))
 
     def _step(self, kind: Kind) -> float:
+        self._prepare(kind)
+        return self._timed(self.optimizer)
+
+    def _prepare(self, kind: Kind) -> None:
+        """Make the next step one of a kind, with the statistics of the last pass."""
         self._go_to(kind)
         if kind.updates:
             for buffer, kept in zip(self._buffers(), self._statistics, strict=True):
                 buffer.copy_(kept)
         self.optimizer.report_loss(0.0)  # level from the start: no rate falls behind another, so MKOR-H does not switch
-        return self._timed(self.optimizer)
 
-    def _timed(self, optimizer: Optimizer) -> float:
+    def _timed(self, optimizer: _Stepping) -> float:
         self.work.restore_gradients()
         return self.clock(optimizer.step)
 
@@ -163,6 +202,10 @@ def ratios(rounds: list[_Round], kinds: StepKinds) -> dict[str, float | None]:
         "capture_ratio": median(lambda r: _over(r.capturing, r.forward_backward)),
         "train_step_ratio": median(lambda r: r.train_step(kinds) / r.reference_train_step),
         "forward_backward_seconds": median(lambda r: r.forward_backward),
+        "step_seconds": median(lambda r: r.step(kinds)),
+        "train_step_seconds": median(lambda r: r.train_step(kinds)),
+        "peer_ratio": median(lambda r: _over(r.peer, r.reference)),
+        "step_to_peer_ratio": median(lambda r: _over(r.step(kinds), r.peer)),
     }
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,30 @@ class MinimalWork:
         """Of the three lists."""
         every, update, refresh = (sum(each.flops for each in part) for part in (self.every, self.update, self.refresh))
         return every, update, refresh
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWork:
+    """What a base must do for a parameter besides one pass over it, its gradient and its state.
+
+    A base tells it by a method ``minimal_work(param, group)``; one without, as torch's are, must do no more.
+
+    Args:
+        again: how often something of the parameter's size is read or written once more, as a number over all of it
+            (a norm) must be known first.
+        products: what it multiplies.
+        dtype: of the products; None: the parameter's.
+    """
+
+    again: int = 0
+    products: Sequence[Product] = ()
+    dtype: torch.dtype | None = None
+
+
+def work_of_base(base: Optimizer, param: Tensor, group: dict[str, Any]) -> BaseWork:
+    """What a base tells of a parameter of one of its groups."""
+    tell = getattr(base, "minimal_work", None)
+    return tell(param, group) if tell is not None else BaseWork()
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class Preconditioner(ABC):
         side_names: what diagnostics tell apart.
         shared: names of the tensors that ``transform`` needs; None: all. The others stay at a layer's owner.
         gradient_passes: how often ``transform`` reads or writes the gradient, about.
+        least_passes: how often it must read the gradient before the base can, which may make each P as it reads G.
         stacks: whether layers of one shape are worked on together on a GPU: few launches, but a copy of each factor.
         row_wise: whether it can work on some rows of G, with small sums over the others (``RowWise``).
         row_state: names of the tensors of its state that have the gradient's rows, and are kept where those are.
@@ -102,6 +103,7 @@ class Preconditioner(ABC):
     side_names: tuple[str, ...] = BOTH_SIDES
     shared: frozenset[str] | None = None
     gradient_passes: int = 4
+    least_passes: int = 1
     stacks: bool = True
     row_wise: bool = False
     row_state: frozenset[str] = frozenset()

@@ -48,6 +48,7 @@ from hf_soo.engine.chunks import (
     whole_norms,
     wide_dtype,
 )
+from hf_soo.engine.flops import BaseWork
 from hf_soo.engine.row_shards import Job, Share, check_placement, divide
 from hf_soo.engine.strategy import Partition, mend_steps
 from hf_soo.optimizers.ranges import check_arguments
@@ -157,6 +158,11 @@ class Lamb(Optimizer):
     def divided(self) -> tuple[list[Job], list[Share]]:
         """What is stepped on: whole parameters that have a gradient, and shares of others."""
         return divide(self.param_groups, self.partition)
+
+    def minimal_work(self, param: Tensor, group: dict[str, Any]) -> BaseWork:
+        """|g| of all before the moments; |u| before the weights: u is written and read, and w read again."""
+        clips = self.defaults["max_grad_norm"] is not None
+        return BaseWork(again=clips + (3 if _adapts(group) else 0))
 
     def clip_divisor(self, divided: tuple[list[Job], list[Share]]) -> Tensor | None:
         """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip."""

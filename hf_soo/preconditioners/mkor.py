@@ -213,6 +213,7 @@ class MKOR(RowWise):
         self.stacks = self.row_wise = config.representation == "lowrank"
         self.form: _LowRank | Dense = _LowRank(config.history, config.factor_decay)
         self.gradient_passes = 6 if config.representation == "lowrank" else 4
+        self.least_passes = 2 if config.rescale == "norm" else 1  # |G| and X; then |P|
         if config.representation == "dense":
             self.form = Dense(
                 config.update_rule, config.factor_decay, config.stabilizer_threshold, config.stabilizer_blend

@@ -81,6 +81,7 @@ class RMSProp(RowWise):
     side_names = ONE_SIDE
     row_state = frozenset({"second_moment"})
     measures = False  # what it divides by has the square of g in it already
+    least_passes = 0  # each entry of P is its own gradient's
     config: RMSPropConfig
 
     def __init__(self, config: RMSPropConfig) -> None:

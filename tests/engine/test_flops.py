@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_soo import build_optimizer
-from hf_soo.bench.minimal_work import MinimalProducts, _factorisation, _product, seconds_of
+from hf_soo.bench.minimal_work import MinimalProducts, _product, factorised, seconds_of
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
@@ -48,9 +48,9 @@ def test_products_are_in_the_weights_dtype_and_factorisations_in_the_factors() -
     out = _product(Product(2, 3, 4), weight)()
     assert isinstance(out, torch.Tensor) and (out.shape, out.dtype) == ((2, 4), torch.bfloat16)
     assert out.count_nonzero() > 0
-    inverse = _factorisation(Factorisation("cholesky_inverse", 3), weight)()
+    inverse = factorised(Factorisation("cholesky_inverse", 3), weight)()
     assert isinstance(inverse, torch.Tensor) and (inverse.shape, inverse.dtype) == ((3, 3), torch.float32)
-    values, vectors = _factorisation(Factorisation("eigh", 3), weight)()  # type: ignore[misc]
+    values, vectors = factorised(Factorisation("eigh", 3), weight)()  # type: ignore[misc]
     assert values.min() > 0.9 and vectors.dtype == torch.float32
 
 

@@ -1,0 +1,1 @@
+"""The benchmark: its limits, its suites, its curves."""
