@@ -8,6 +8,9 @@ With rows a (1 appended for a bias) and output gradients g = dL/dy of the mean l
 so that neither the batch size nor how the loss is averaged changes what a damping means. A row whose g is exactly zero
 (padding, a position without a label above the last attention) is no part of the gradient; ``row_filter`` leaves it out
 of A as well. It needs the input in the backward pass, where nn.Linear keeps it anyway.
+
+A wide input may be cut into k blocks: A is then the k blocks on its diagonal alone. A bias's 1 is one more block, whose
+moment is 1 and needs no room.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class FactorRecorder:
     A layer's buffers, all in the accumulation dtype:
 
     0. the samples in A, and those with g ≠ 0, [2];
-    1. Σ a aᵀ, [d_in (+ 1), d_in (+ 1)];
+    1. Σ a aᵀ, [d_in (+ 1), d_in (+ 1)], or of each block, [k, d_in / k, d_in / k];
     2. Σ g gᵀ, [d_out, d_out], empty if not asked for;
     3. Σ |ĝ|² and δ² Σ |g|² (``NOISE_LEVEL``), [2], of "reduce", where a sum may be rounding noise alone.
 
@@ -46,6 +49,7 @@ class FactorRecorder:
         loss_terms: R; None takes the rows with g ≠ 0 of the last layer that has any, experts apart.
         published: the released kfac-pytorch's B, Σ g gᵀ / rows.
         fisher_pass: for a sampled loss, whose pass adds to B alone, as the real one then adds to A alone; else None.
+        blocks: k, into which an input wider than the output is cut, if that divides it.
     """
 
     outputs: bool
@@ -54,6 +58,7 @@ class FactorRecorder:
     loss_terms: int | None = None
     published: bool = False
     fisher_pass: FisherPass | None = None
+    blocks: int = 1
     hooks = True
     transient = True
 
@@ -62,15 +67,21 @@ class FactorRecorder:
         """See ``Recorder``."""
         return "Kronecker factors" if self.outputs else "input factor"
 
+    def cut(self, layer: Layer) -> int:
+        """How many blocks a layer's input is cut into."""
+        d_out, d_in = layer.shape
+        return self.blocks if d_in > d_out and d_in % self.blocks == 0 else 1
+
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
-        d_out, d_in = layer.shape
+        (d_out, d_in), k = layer.shape, self.cut(layer)
         m, n, weight = d_in + (layer.bias is not None), d_out if self.outputs else 0, layer.prototype
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
 
-        return [zeros(2), zeros(m, m), zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
+        A = zeros(m, m) if k == 1 else zeros(k, d_in // k, d_in // k)
+        return [zeros(2), A, zeros(n, n), zeros(2 if self.outputs and self.reduce else 0)]
 
     def commit(
         self, layer: RowLayer, x: Tensor, output: Tensor, buffers: Buffers, padding: Padding, target: Target
@@ -87,7 +98,8 @@ class FactorRecorder:
     def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
         """Sum the counts over all ranks and the factors at each layer's owner, and hand out A and B.
 
-        ``inputs`` is A [L, d_in (+ 1), d_in (+ 1)], ``outputs`` B [L, d_out, d_out], or None.
+        ``inputs`` is A [L, d_in (+ 1), d_in (+ 1)], or its blocks [L, k, d_in / k, d_in / k], ``outputs`` B [L, d_out,
+        d_out], or None.
 
         Raises:
             RuntimeError: a sampled loss was wanted and none came.
@@ -99,14 +111,16 @@ class FactorRecorder:
             )
         placement, buffers = window.placement, window.buffers
         placement.sum_([buffers[layer.name][i] for layer in window.layers for i in (0, 3)])
-        placement.sum_at_owner_({layer.name: buffers[layer.name][1:3] for layer in window.layers})
+        matrices = {layer.name: [M for F in buffers[layer.name][1:3] for M in _single(F)] for layer in window.layers}
+        placement.sum_at_owner_(matrices)
         whole = [layer for layer in window.layers if layer.stack is None] or window.layers  # an expert sees some rows
         counts = stack([buffers[layer.name][0] for layer in whole])
         terms = self._terms(counts[:, 1])
 
         def of(group: Sequence[Layer]) -> Statistics:
             samples, live = stack([buffers[layer.name][0] for layer in group]).unbind(-1)
-            A = stack([buffers[layer.name][1] for layer in group]) / samples.clamp(min=1)[:, None, None]
+            A = stack([buffers[layer.name][1] for layer in group])
+            A = A / samples.clamp(min=1).view(-1, *[1] * (A.ndim - 1))
             if not self.outputs:
                 return Statistics(samples=samples, inputs=A)
             scale = window.unit**2 * (
@@ -177,6 +191,11 @@ class _CommitFactors(torch.autograd.Function):
         return done
 
 
+def _single(matrices: Tensor) -> Sequence[Tensor]:
+    """Blocks [k, d, d] one by one; [d, d] as it is."""
+    return [matrices] if matrices.ndim == 2 else matrices.unbind()
+
+
 def _examples_first(rows: Tensor, shape: Shape | None, swapped: bool) -> Tensor:
     """Rows [*rows, d] as [examples, positions, d]; see ``Padding.examples``."""
     rows = rows if shape is None else rows.reshape(*shape, rows.shape[-1])
@@ -198,8 +217,12 @@ def _commit_inputs(
         if recorder.row_filter == "grad":
             rows = rows * weight[:, None]
     d = rows.shape[-1]
-    A[:d, :d].addmm_(rows.mT, rows)
-    if A.shape[0] > d:
+    if A.ndim == 3:
+        blocks = rows.view(len(rows), len(A), -1)
+        A.baddbmm_(blocks.permute(1, 2, 0), blocks.transpose(0, 1))
+    else:
+        A[:d, :d].addmm_(rows.mT, rows)
+    if A.ndim == 2 and len(A) > d:
         total = rows.sum(0)
         A[d, :d].add_(total)
         A[:d, d].add_(total)

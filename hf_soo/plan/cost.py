@@ -99,10 +99,10 @@ def _passes(shape: ModelShape, layout: Layout) -> float:
 
 def _statistics(layer: Layer, transform: Preconditioner, rows: float) -> float:
     """What the hooks of one layer do with so many rows."""
-    recorder, (n, m) = transform.recorder, layer.matrix
+    recorder = transform.recorder
     if isinstance(recorder, FactorRecorder):
-        return 2.0 * rows * (m * m + (n * n if recorder.outputs else 0))
-    return float(rows * (m + n)) if recorder.hooks else 0.0
+        return 2.0 * rows * sum(moments.numel() for moments in recorder.allocate(layer)[1:3])
+    return float(rows * sum(layer.matrix)) if recorder.hooks else 0.0
 
 
 def _traffic(layers: list[Layer], transform: Preconditioner, part: float) -> float:

@@ -129,7 +129,7 @@ def _second_order(method: MethodOnModel, layout: Layout, rank: int | None) -> It
         yield Message("statistics", "all_reduce", sum(t.nbytes for each in buffers for t in each), W, when="update")
         return
     counts = sum(each[i].nbytes for each in buffers for i in (0, 3))
-    triangles = sum(len(t) * (len(t) + 1) // 2 * t.element_size() for each in buffers for t in each[1:3])
+    triangles = sum((t.nbytes + math.prod(t.shape[:-1]) * t.element_size()) // 2 for each in buffers for t in each[1:3])
     outcomes = 2 * DOUBLE * len(method.layers) * len(transform.side_names)
     owners = len(set(grid.owner.values()))
     yield Message("statistics", "all_reduce", counts + outcomes, W, count=2, when="update")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_soo.engine.capture import FisherPass
-from hf_soo.engine.checks import Count, Positive, Share, Whole
+from hf_soo.engine.checks import Count, NonNegative, Positive, Share, Whole
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.preconditioner import Periodic
 from hf_soo.engine.rescale import RescaleName, make_rescale
@@ -28,7 +28,8 @@ class FactorConfig(Periodic):
         max_dim: layers with a longer side are left to the base.
         grad_workers: ranks that precondition a layer, a divisor of the world size: 1 (MEM-OPT), the world size
             (COMM-OPT), or between (HYBRID-OPT). None: the method's default.
-        factor_start: "corrected" (S = 0, bias correction) or "identity" (S = I, none).
+        factor_start: "corrected" (S = 0, bias correction), "identity" (S = I, none), or the number s of S = sI (none).
+        epsilon: added to λ, or to λ_A and λ_B.
     """
 
     damping: Positive = 0.1
@@ -41,7 +42,8 @@ class FactorConfig(Periodic):
     row_filter: Literal["grad", "all"] = "grad"
     max_dim: Count = 8192
     grad_workers: Count | None = None
-    factor_start: Literal["corrected", "identity"] = "corrected"
+    factor_start: Literal["corrected", "identity"] | Positive = "corrected"
+    epsilon: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -102,7 +104,33 @@ class KFACConfig(FactorConfig):
 
 @dataclass(frozen=True)
 class FOOFConfig(FactorConfig):
-    """Settings of FOOF, which are ``FactorConfig``'s."""
+    """Settings of FOOF; see ``FactorConfig`` for the others.
+
+    Args:
+        input_blocks: into so many blocks of its own an input that is wider than the output is cut, where they divide
+            it; then a bias, whose input is always 1, is a block too.
+    """
+
+    input_blocks: Count = 1
+
+    def recorder(self, *, outputs: bool, reduce: bool) -> FactorRecorder:
+        """See ``FactorConfig.recorder``."""
+        return FactorRecorder(outputs, reduce, self.row_filter, blocks=self.input_blocks)
+
+
+@dataclass(frozen=True)
+class NewtonMuonConfig(FOOFConfig):
+    """FOOF with the settings of Newton-Muon (the other published pair: ``factor_decay=0.8``, periods of 16)."""
+
+    damping: Positive = 0.2
+    update_period: Count = 32
+    warmup_updates: Whole = 0
+    inverse_period: Count = 32
+    rescale: RescaleName = "none"
+    kl_clip: Positive | None = None
+    factor_start: Literal["corrected", "identity"] | Positive = 1e-3
+    epsilon: NonNegative = 1e-8
+    input_blocks: Count = 4
 
 
 @dataclass(frozen=True)

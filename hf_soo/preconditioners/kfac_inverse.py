@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
 from hf_soo.preconditioners import spd
@@ -22,6 +21,7 @@ class Cholesky:
     """One inverse [d, d] for each side, the damping split between them."""
 
     names = frozenset({"inverse"})
+    matrix = "inverse"
 
     def __init__(self, config: FactorConfig) -> None:
         """Take the settings."""
@@ -38,7 +38,7 @@ class Cholesky:
         """
         damping, new, ok = self._damping(means), {}, {}
         for side, factor in factors.items():
-            inverse, ok[side] = spd.damped_inverse(factor, damping[side].clamp(min=LEAST_SIDE))
+            inverse, ok[side] = spd.damped_inverse(factor, (damping[side] + self.config.epsilon).clamp(min=LEAST_SIDE))
             new[side] = {"inverse": inverse}
         return new, ok
 
@@ -55,10 +55,11 @@ class Cholesky:
         split = {Side.INPUT: pi * damping**0.5, Side.OUTPUT: damping**0.5 / pi}
         return {side: torch.maximum(each, LEAST_SHARE * mean[side]) for side, each in split.items()}
 
-    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
-        """Two products."""
-        left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
-        return grad.multiply_(left, state[side_key(Side.INPUT)]["inverse"])
+    def solve(self, state: LayerState, G: Tensor) -> Tensor:
+        """P of Ĝ [L, n, m], by two products; or by one, where there is no left side, on any rows."""
+        if side_key(Side.OUTPUT) in state:
+            G = state[side_key(Side.OUTPUT)]["inverse"] @ G
+        return G @ state[side_key(Side.INPUT)]["inverse"]
 
     def distance(self, factor: Factor) -> Tensor:
         """|F/(tr F/d) - I| of a side's inverse F: how far it is from a mere scale, [L]."""
@@ -72,6 +73,7 @@ class Eigen:
     """Eigenvectors and eigenvalues of each side, and λ: (B ⊗ A + λI)⁻¹ exactly."""
 
     names = frozenset({"vectors", "values", "damping"})
+    matrix = "vectors"
 
     def __init__(self, config: FactorConfig) -> None:
         """Take the settings."""
@@ -90,24 +92,22 @@ class Eigen:
         """By eigh; λ is kept with each side. As of ``Cholesky``."""
         mean = torch.stack(list(means.values())).prod(0)
         relative = self.config.damping_mode == "relative"
-        damping = (self.config.damping * mean if relative else torch.full_like(mean, self.config.damping)).clamp(
-            min=LEAST_DAMPING
-        )
+        damping = self.config.damping * mean if relative else torch.full_like(mean, self.config.damping)
+        damping = (damping + self.config.epsilon).clamp(min=LEAST_DAMPING)
         new, ok = {}, {}
         for side, factor in factors.items():
             values, vectors, ok[side] = spd.eigen(factor)
             new[side] = {"vectors": vectors, "values": values.clamp(min=0), "damping": damping}
         return new, ok
 
-    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
-        """Four products."""
+    def solve(self, state: LayerState, G: Tensor) -> Tensor:
+        """As of ``Cholesky``, by four products or two: P = Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ."""
         right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
-        return _eigen_product(
-            grad,
-            None if left is None else (left["vectors"], left["values"]),
-            (right["vectors"], right["values"]),
-            right["damping"],
-        )
+        Q, curvature = right["vectors"], right["values"][:, None, :]
+        if left is not None:
+            curvature = left["values"][:, :, None] * curvature
+        T = (G @ Q if left is None else left["vectors"].mT @ G @ Q) / (curvature + right["damping"][:, None, None])
+        return T @ Q.mT if left is None else left["vectors"] @ T @ Q.mT
 
     def distance(self, factor: Factor) -> Tensor:
         """As of ``Cholesky``, with √λ as the side's damping."""
@@ -116,26 +116,9 @@ class Eigen:
         return distance
 
 
-def _eigen_product(
-    grad: Joint, left: tuple[Tensor, Tensor] | None, right: tuple[Tensor, Tensor], damping: Tensor
-) -> RowSums[TransformNorms]:
-    """In place: Ĝ ← Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ; see ``Joint.replace_``.
-
-    Args:
-        grad: Ĝ, n x m (the bias's column included).
-        left: eigenvectors Q_b [L, n, n] and values l_b [L, n]; or None for B = I, which works on any rows.
-        right: Q_a [L, m, m] and l_a [L, m].
-        damping: λ, [L].
-
-    Returns:
-        Squared norms and inner product of Ĝ and P; ``after`` is not finite where Ĝ was kept.
-    """
-    G, (Q_a, l_a) = grad.matrix(), right
-    T = G @ Q_a if left is None else left[0].mT @ G @ Q_a
-    curvature = l_a[:, None, :] if left is None else left[1][:, :, None] * l_a[:, None, :]
-    T = T / (curvature + damping[:, None, None])
-    P = T @ Q_a.mT if left is None else left[0] @ T @ Q_a.mT
-    return grad.replace_(G, P)
+def apart(factor: Factor) -> Factor:
+    """The tensors of an inverse of k blocks, [L, k, ...], as those of so many layers, [L·k, ...]."""
+    return {name: tensor.flatten(0, 1) for name, tensor in factor.items()}
 
 
 def side_key(side: Side) -> str:

@@ -126,7 +126,12 @@ SETTINGS: dict[str, Any] = {
     "inverse_period": 4,
     "base_args": {"momentum": 0.9},
 }
-METHODS = {"kfac_expand": {}, "kfac_reduce": {"inverse": "eigen"}, "foof": {}, "kaisa": {"base_args": None}}
+METHODS = {
+    "kfac_expand": {},
+    "kfac_reduce": {"inverse": "eigen"},
+    "foof": {"input_blocks": 3},
+    "kaisa": {"base_args": None},
+}
 
 
 def build(name: str, model: torch.nn.Module, workers: int | None) -> hf_soo.PreconditionedOptimizer:

@@ -71,6 +71,8 @@ BAD_SETTINGS = [
     ("kfac_expand", {"loss_terms": 0}, "loss_terms=0"),
     ("kfac_expand", {"loss_terms": 5, "factor_scale": "published"}, "loss_terms=5 has no effect"),
     ("foof", {"fisher": "mc"}, "'fisher' is no setting of 'foof'"),
+    ("foof", {"input_blocks": 0}, "input_blocks=0"),
+    ("newton_muon", {"epsilon": -1e-8}, "epsilon=-1e-08"),
     ("eva", {"kl_clip": -1}, "kl_clip=-1"),
     ("eva", {"kv_new_weight": 1.5}, "kv_new_weight=1.5"),
     ("eva", {"rescale": "trust"}, "rescale='trust'"),

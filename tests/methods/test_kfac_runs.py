@@ -17,7 +17,7 @@ from tests.oracles import kfac_cases as cases
 from tests.oracles.core import Array, assert_close_report, relative_error
 from tests.oracles.kfac_cases import Net, rows_of
 from tests.oracles.kfac_runs import assert_factors, build, factors_of, one_batch, one_step
-from tests.oracles.training import AdamW, Sgd
+from tests.oracles.training import AdamW, Muon, MuonAndRest, Sgd
 from tests.oracles.twin_runs import assert_same_run, batches, half_squares, twins
 
 MODE = pytest.mark.parametrize("mode", ["relative", "absolute"])
@@ -213,6 +213,38 @@ def test_kaisa_trains_as_expand() -> None:
     }  # fmt: skip
     build = make("kaisa", config, base_args={"momentum": 0.9}, weight_decay=0.0)
     assert_same_run(build, as_oracle("kfac_expand", config), Sgd(0.9), lr=0.05)
+
+
+# ---- Newton-Muon (Du and Su, 2026) -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(8, 4, 3), (16, 8, 4), (6, 5, 4)], ids=str)  # with four blocks, both, and none
+def test_newton_muon_trains_as_the_oracle(sizes: tuple[int, int, int], bias: bool, inverse: str) -> None:
+    config = {"update_period": 4, "inverse_period": 4, "inverse": inverse, "rescale": "none"}
+    build = make("newton_muon", config, base_args={"momentum": 0.9}, weight_decay=0.0)
+    assert_same_run(build, kfac.NewtonMuon(bias, period=4), Sgd(0.9), lr=0.02, sizes=sizes, bias=bias)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_newton_muon_over_muon_trains_as_the_oracle(batched: bool) -> None:
+    """By its name alone: 34 steps have two refreshes."""
+
+    def build(net: nn.Module) -> PreconditionedOptimizer:
+        return hf_soo.build_optimizer("newton_muon", net, lr=0.02, weight_decay=0.0, base_args={"ns_dtype": "float32"})
+
+    base = MuonAndRest(None, Muon(weight_decay=0.0), AdamW(weight_decay=0.0))
+    # Jordan's iteration does not converge: it makes 1e-12 of a rounding in each step
+    assert_same_run(build, kfac.NewtonMuon(True), base, steps=34, rtol=1e-8, batched=batched, sizes=(8, 4, 4))
+
+
+def test_newton_muon_keeps_a_factor_of_each_block() -> None:
+    net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 8))
+    optimizer = hf_soo.build_optimizer("newton_muon", net, lr=0.1)
+    shapes = [list(state["input"]["factor"].shape) for state in optimizer.stages.states.values()]
+    assert shapes == [[4, 2, 2], [5, 5], [5, 5]]
+    assert optimizer.preconditioner.minimal_products(optimizer.layers[0]).flops == (4 * 2 * 4 * 2 * 2, 0, 4 * 2**3)  # type: ignore[union-attr]
 
 
 # ---- the released code (spec 9.23) -----------------------------------------------------------------------------------

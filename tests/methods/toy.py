@@ -131,8 +131,15 @@ FACTORS: dict[str, tuple[object, dict[str, object]]] = {
     "row_filter": ("all", {}),
     "max_dim": (9, {}),
     "factor_start": ("identity", {}),
+    "epsilon": (0.1, {}),
 }
-OTHER_VALUES["foof"] = FACTORS
+OTHER_VALUES["foof"] = FACTORS | {"input_blocks": (3, {})}
+OTHER_VALUES["newton_muon"] = OTHER_VALUES["foof"] | {
+    "update_period": (16, {}),
+    "inverse_period": (64, {}),
+    "max_dim": (8, {}),
+    "rescale": ("global", {}),
+}
 OTHER_VALUES["kfac_expand"] = OTHER_VALUES["kfac_reduce"] = FACTORS | {
     "fisher": ("mc", {}),
     "loss_terms": (7, {"damping_mode": "absolute"}),

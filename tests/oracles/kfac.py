@@ -214,6 +214,43 @@ class Kfac:
         return self.t < cfg["warmup_updates"] or self.t % cfg[period] == 0
 
 
+@dataclass
+class NewtonMuon:
+    """Newton-Muon's part before Muon, block by block: G ← G (K + ρI)⁻¹, ρ = .2 tr K / d + 1e-8 (muon.md, section 5).
+
+    K ← .95 K + .05 (1/N) Σ a aᵀ from K = I / 1000, in steps 0, period, 2 · period ..., and the inverses with it. An
+    input wider than the output is cut into four; there a bias's 1, whose K is 1, is a block of its own.
+    """
+
+    bias: bool
+    period: int = 32
+    decay: float = 0.95
+    blocks: int = 4
+    t: int = 0
+    K: list[list[Array]] = field(default_factory=list)
+
+    def transform(self, layers: Sequence[tuple[Array, Array]], lr: float) -> list[Array]:
+        moved = []
+        for i, (a, g) in enumerate(layers):
+            P, inputs = gradient(a, g), a.shape[1] - self.bias
+            parts = [slice(0, a.shape[1])]
+            if inputs > g.shape[1] and inputs % self.blocks == 0:
+                d = inputs // self.blocks
+                parts = [slice(start, start + d) for start in range(0, inputs, d)]
+                P[:, inputs:] /= 1 + 0.2 + 1e-8
+            if self.t == 0:
+                self.K.append([1e-3 * np.eye(part.stop - part.start) for part in parts])
+            for j, part in enumerate(parts):
+                if self.t % self.period == 0:
+                    rows = a[:, part]
+                    self.K[i][j] = self.decay * self.K[i][j] + (1 - self.decay) * rows.T @ rows / len(rows)
+                K = self.K[i][j]
+                P[:, part] = P[:, part] @ np.linalg.inv(K + (0.2 * np.trace(K) / len(K) + 1e-8) * np.eye(len(K)))
+            moved.append(P)
+        self.t += 1
+        return moved
+
+
 DEFAULTS: dict[str, Any] = {
     "damping": 0.1,
     "damping_mode": "relative",

@@ -257,9 +257,9 @@ class Muon:
 
 @dataclass
 class MuonAndRest:
-    """Matrices by `Muon`, everything else by `AdamW` at its own learning rate."""
+    """Matrices by `Muon`, everything else by `AdamW` at its own learning rate; None: at the same."""
 
-    rest_lr: float
+    rest_lr: float | None
     muon: Muon = field(default_factory=Muon)
     rest: AdamW = field(default_factory=AdamW)
 
@@ -267,7 +267,7 @@ class MuonAndRest:
         pairs = list(zip(params, grads, strict=True))
         for rule, rate, chosen in (
             (self.muon, lr, [pair for pair in pairs if pair[0].ndim == 2]),
-            (self.rest, self.rest_lr, [pair for pair in pairs if pair[0].ndim != 2]),
+            (self.rest, lr if self.rest_lr is None else self.rest_lr, [pair for pair in pairs if pair[0].ndim != 2]),
         ):
             rule.step([p for p, _ in chosen], [g for _, g in chosen], rate)
 

@@ -68,6 +68,7 @@ CASES: dict[str, Case] = {
     "rf_rmsprop": ("rf_rmsprop", {"batch_size": ROWS}, "sgd"),
     "foof cholesky": ("foof", PERIODS | {"inverse_period": 4}, "adamw"),
     "foof eigen": ("foof", PERIODS | {"inverse_period": 4, "inverse": "eigen"}, "sgd"),
+    "newton_muon": ("newton_muon", {"update_period": 2, "inverse_period": 4, "input_blocks": 2}, "adamw"),
     "kfac_expand": ("kfac_expand", PERIODS | {"inverse_period": 4}, "sgd"),
     "kfac_expand eigen": ("kfac_expand", PERIODS | {"inverse_period": 4, "inverse": "eigen"}, "adamw"),
     "if_shampoo": ("if_shampoo", {"batch_size": ROWS}, "sgd"),

@@ -80,7 +80,7 @@ def test_the_plan_is_what_64_ranks_of_bert_large_ask_for(
         ("mkor", "representation=dense"),
         ("eva_f", None),
         ("eva_s", None),
-        ("foof", "grad_workers=4"),
+        ("foof", "grad_workers=4,input_blocks=4"),
         ("kfac_reduce", "grad_workers=2"),
         ("shampoo", None),
         ("if_shampoo", None),

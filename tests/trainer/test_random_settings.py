@@ -79,8 +79,8 @@ RIGHT: dict[str, Rule] = {
     "damping": positive, "factor_decay": share,
     "kl_clip": none_or(positive), "form": one_of("joint", "separable"), "exponent": none_or(positive),
     "damping_mode": one_of("relative", "absolute"), "inverse": one_of("cholesky", "eigen"),
-    "inverse_period": whole(1), "row_filter": one_of("grad", "all"), "max_dim": whole(1),
-    "grad_workers": none_or(whole(1)), "factor_start": one_of("corrected", "identity"),
+    "inverse_period": whole(1), "input_blocks": whole(1), "row_filter": one_of("grad", "all"), "max_dim": whole(1),
+    "grad_workers": none_or(whole(1)), "factor_start": lambda v: v in ("corrected", "identity") or positive(v),
     "fisher": one_of("empirical", "mc"), "loss_terms": none_or(whole(1)),
     "factor_scale": one_of("loss", "published"), "batch_size": none_or(whole(1)), "factor_lr": share,
     "riemannian_momentum": share, "schedule": one_of("period", "prototype"),
@@ -125,6 +125,7 @@ OF_METHOD: dict[tuple[str, str], Rule] = {
     ("mkor_h", "rescale"): one_of("norm", "none"), ("eva_s", "exponent"): positive,
     ("if_shampoo", "batch_size"): whole(1), ("rf_rmsprop", "batch_size"): whole(1),  # nobody fills it in there
     ("Trainer", "weight_decay"): not_negative,
+    **{(name, "epsilon"): not_negative for name in ("kfac_expand", "kfac_reduce", "kaisa", "foof", "newton_muon")},
 }  # fmt: skip
 
 

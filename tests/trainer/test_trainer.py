@@ -170,6 +170,11 @@ OPTIMIZERS = {
     "kfac_reduce": {"optim": "kfac_reduce", "base_optim": "adamw", "optim_args": "rescale=norm", "learning_rate": 1e-3},
     "kaisa": {"optim": "kaisa"},
     "foof": {"optim": "foof", "learning_rate": 0.05},
+    "newton_muon": {
+        "optim": "newton_muon",
+        "optim_args": "update_period=2,inverse_period=2",
+        "base_optim_args": "rest_lr=0.003",
+    },
     "eva": {"optim": "eva", "learning_rate": 0.05},
     "eva_f": {"optim": "eva_f", "learning_rate": 0.05},
     "eva_s": {"optim": "eva_s", "learning_rate": 0.05},
