@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 
 import hf_soo
-from hf_soo.bench.roofline import Rates, limit, _load_of, pass_flops
+from hf_soo.bench.roofline import Rates, _load_of, limit, pass_flops
 from hf_soo.bench.step_kinds import Kind, StepKinds
 from hf_soo.bench.workload import BenchConfig, Clock, Workload, model_size
 from hf_soo.engine.optimizer import PreconditionedOptimizer
