@@ -91,7 +91,11 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     )
     report.add_argument("folder", metavar="FOLDER", help="the folder that holds the run JSONs")
     report.add_argument("--table", metavar="FILE.md", help="write the table to this file")
-    report.add_argument("--picture", metavar="FILE.png", help="draw evaluation loss over steps and over seconds")
+    report.add_argument(
+        "--picture",
+        metavar="FILE.png",
+        help="draw evaluation loss over steps and over seconds, or the cost curves of benchmarks",
+    )
     report.add_argument("--title", default="", help="title of the picture")
     report.add_argument(
         "--readme",
@@ -177,7 +181,7 @@ def _report(options: argparse.Namespace) -> str:
         report.update_readme(options.readme, Path(options.folder).resolve().name, text)
     if options.picture and draw is None:
         raise ValueError(
-            f"--picture: {options.folder} holds benchmarks or runs on GLUE, which have no one curve; leave it out."
+            f"--picture: {options.folder} holds runs on GLUE or a reproduction, which have no one curve; leave it out."
         )
     if options.picture and draw is not None:
         draw(options.picture, options.title)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_soo.bench import curves
+from hf_soo.bench.curves import name_of
 from hf_soo.runs.markdown import plain
 from hf_soo.runs.record import Damaged, kind_of, passed_over, read_documents
 
@@ -19,11 +22,14 @@ COLUMNS = {
     "step/bare": "step_to_bare_ratio",
     "capture": "capture_ratio",
     "train step": "train_step_ratio",
+    "step/base": "step_ratio/",
+    "train/base": "train_step_ratio/",
     "state B/param": "state_bytes_per_parameter",
     "memory": "peak_memory_ratio",
     "bound by": "bound",
     "step/limit": "step_to_limit_ratio",
 }
+_OVER_BASE = ("step_ratio", "train_step_ratio")
 _IF_ASKED = {  # setting -> the columns that it adds
     "launches": {"launches": "launches", "tokens/s": "tokens_per_second", "MFU": "mfu"},
     "peer": {"peer": "peer_ratio", "step/peer": "step_to_peer_ratio"},
@@ -49,12 +55,18 @@ def heading(results: dict[str, Any]) -> str:
     )
 
 
-def line(row: dict[str, Any], shown: dict[str, str] = COLUMNS) -> str:
-    """One row of the table; what an older benchmark did not measure is an empty cell."""
-    values = {**row, **row.get("roofline", {})}
-    cells = map(_cell, map(values.get, shown.values()))
-    method = ":".join([row["optimizer"], *(f"{key}={value}" for key, value in row.get("set", {}).items())])
-    name = plain(method if row["base"] == row["optimizer"] else f"{method}+{row['base']}")
+def line(row: dict[str, Any], shown: dict[str, str] = COLUMNS, rows: Sequence[dict[str, Any]] = ()) -> str:
+    """One row of the table; what an older benchmark did not measure is an empty cell.
+
+    Args:
+        row: a method's.
+        shown: the columns.
+        rows: of the same file, before it and perhaps after; its base alone may be one of them.
+    """
+    alone = next((each for each in rows if each["optimizer"] == each["base"] == row["base"]), row)
+    over = {} if alone is row else {f"{key}/": row[key] / alone[key] for key in _OVER_BASE}
+    values = {**row, **row.get("roofline", {}), **over}
+    cells, name = map(_cell, map(values.get, shown.values())), plain(name_of(row))
     padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, shown, strict=True))
     return f"| {name:<16} | {' | '.join(padded)} |"
 
@@ -62,23 +74,29 @@ def line(row: dict[str, Any], shown: dict[str, str] = COLUMNS) -> str:
 def _cell(value: float | str | None) -> str:
     if value is None or isinstance(value, str):
         return value or ""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 1000 or isinstance(value, int) else f"{value:.2f}"
 
 
 def _table(results: dict[str, Any]) -> str:
     """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round."""
     shown = columns(results)
-    return "\n".join([heading(results), *(line(row, shown) for row in results["rows"])]) + "\n"
+    return "\n".join([heading(results), *(line(row, shown, results["rows"]) for row in results["rows"])]) + "\n"
 
 
 def text_of(folder: Path) -> str:
-    """The tables of the benchmarks among a folder's JSONs, by file name."""
+    """The tables of the benchmarks among a folder's JSONs, by file name; of those that lie on curves, one a curve."""
     damaged: Damaged = {}
-    tables = []
-    for path, found in read_documents(folder, damaged).items():
-        if kind_of(found) == "bench":
+    tables, documents = [], read_documents(folder, damaged)
+    for path, found in documents.items():
+        if kind_of(found) == "bench" and "curve" not in found:
             try:
                 tables.append(_table(found))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 damaged[path] = f"no benchmark as this version reads it: {type(error).__name__} {error}"
-    return "\n".join(tables) + passed_over(damaged)
+    more = curves.text_of(curves.curves_of(documents.values()))
+    return "\n".join([*tables, *([more] if more else [])]) + passed_over(damaged)
+
+
+def picture(folder: Path, path: str, title: str = "") -> None:
+    """The curves among a folder's benchmarks, as a picture."""
+    curves.picture(folder, path, title)

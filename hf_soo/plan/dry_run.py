@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_soo.bench.command import tensors_in
+from hf_soo.bench.measure import tensors_in
 from hf_soo.bench.step_kinds import Kind, StepKinds
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.optimizer import PreconditionedOptimizer

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from hf_soo.bench.command import Pair, parse_pairs
+from hf_soo.bench.measure import Pair, parse_pairs
 from hf_soo.bench.step_kinds import StepKinds, step_kinds_of
 from hf_soo.engine.capture import Buffers
 from hf_soo.engine.checks import unknown_key

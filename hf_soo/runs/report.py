@@ -137,11 +137,7 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, 
     Raises:
         ValueError: the runs are of different workloads, or matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    except ImportError as error:
-        raise ValueError("The picture needs matplotlib; pip install 'hf-soo[report]'.") from error
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = figure_of(11, 4.8)
     panels = figure.subplots(1, 2, sharey=True)
     found = _methods(records, free)
     for index, method in enumerate(found):
@@ -161,16 +157,29 @@ def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, 
     figure.savefig(path, dpi=130)
 
 
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    except ImportError as error:
+        raise ValueError("The picture needs matplotlib; pip install 'hf-soo[report]'.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 # Wong's palette (Nature Methods 2011), told apart also without colour vision; the markers serve print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vPX"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX"
 
 
 def _draw(panels: Any, run: RunRecord, index: int) -> None:
     points = _evaluations(run)
     style = {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
         "markersize": 4,
         "label": f"{label(_label(run))}, lr {_rates(run)}: {_outcome(run)}",
     }

@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_soo
 from hf_soo import cli
-from hf_soo.bench.command import _state_bytes
+from hf_soo.bench.measure import _state_bytes
 from hf_soo.engine.capture import GradientRecorder
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.sums import SumRecorder

@@ -1,0 +1,83 @@
+"""The jobs of each suite, as data: the command lines of ``hf-soo`` (or pytest) that fill the tables and curves.
+
+A job writes ``RESULTS/NAME.json``; ``suite.py`` adds where to, and goes through them. Each fits into a few minutes, or
+keeps what it has measured and goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of a suite.
+
+    Args:
+        name: of its JSON, under the results' folder.
+        words: the command: `bench` or `plan` of hf-soo, or `pytest`.
+    """
+
+    name: str
+    words: str
+
+
+_LIGHT = "--memory false --bare false"
+_LARGE2 = "bench --preset large2"
+_CURVE = "bench --preset mini --vocabulary 1000 --batch_size 2 --seq_length 64 --rounds 2 --steps 1 " + _LIGHT
+_METHODS = "--optim lamb,eva+sgd,mkor+adamw,mkor+lamb,foof+sgd,muon"
+_FIRST_ORDER = "--optim adamw,lamb,sgd,eva+sgd,eva_f+sgd,eva_s+sgd,rf_rmsprop:batch_size=8+sgd"
+_MKOR = "--optim mkor+adamw,mkor+lamb,mkor:history=16+adamw,mkor:history=16+lamb"
+
+_PLAN = "plan --model bert-large-uncased --beside adamw,lamb,kaisa,muon --seq 512 --batch 4096 --precision bf16"
+_TABLE = (
+    Job("large2", f"{_LARGE2} {_FIRST_ORDER} --rounds 5 --steps 5"),
+    Job("large2_mkor", f"{_LARGE2} {_MKOR} --rounds 5 --steps 5"),
+    Job("large2_muon", f"{_LARGE2} --optim muon,mkor+muon,newton_muon --rounds 3 --steps 1"),
+    Job("large2_kronecker", f"{_LARGE2} --optim kfac_expand,foof,kaisa --rounds 2 --steps 1"),
+    Job("large2_shampoo", f"{_LARGE2} --optim if_shampoo:batch_size=8,shampoo --rounds 2 --steps 1"),
+    Job("mini", "bench --preset mini --optim lamb,mkor+lamb,rf_rmsprop:batch_size=8+sgd --rounds 5 --steps 5"),
+    # torch's Muon, in bf16 whatever the device, takes minutes for a step of large2 on a CPU without units for it
+    Job("mini_muon", "bench --preset mini --optim muon --peer torch.optim:Muon --rounds 2 --steps 1"),
+)
+
+
+def _curve(over: str, flag: str, at: tuple[int, ...], more: str = "") -> tuple[Job, ...]:
+    return tuple(Job(f"{over}_{n}", f"{_CURVE} {_METHODS} --curve {flag} --{flag} {n} {more}".rstrip()) for n in at)
+
+
+CPU = (
+    *_TABLE,
+    *_curve("width", "width", (256, 512, 1024, 2048), "--layers 1"),
+    *_curve("layers", "layers", (2, 4, 8, 16)),
+    *_curve("batch", "batch_size", (2, 8, 32)),
+    *_curve("ranks", "ranks", (1, 2, 4)),
+    *(Job(f"plan_{n}", f"{_PLAN} --gpus {n}") for n in (1, 4, 16, 64)),
+)
+
+_ON_GPU = "bench --device cuda --autocast true --launches true --batch_size 32 --seq_length 512"
+_FAST = "--optim adamw,lamb,muon,mkor+adamw,mkor+lamb,mkor+muon --rounds 5 --steps 5"
+# a refresh takes a minute or two for BERT-Large: once for each, and its bare products are not timed
+_SLOW = "--optim foof+muon,kaisa,shampoo --rounds 1 --steps 2 --bare false"
+_PRETRAIN = (
+    "bench --device cuda --autocast true --preset bert-base --batch_size 256 --seq_length 128 --train_minutes 4.5"
+)
+
+GPU = (
+    Job("gpu_bert_base", f"{_ON_GPU} --preset bert-base {_FAST}"),
+    Job("gpu_bert_large", f"{_ON_GPU} --preset bert-large {_FAST}"),
+    Job("gpu_tests", "pytest -m cuda tests/methods/test_cuda.py"),
+    Job("pretraining/lamb", f"{_PRETRAIN} --optim lamb --learning_rate 0.004"),
+    Job("pretraining/mkor", f"{_PRETRAIN} --optim mkor+lamb --learning_rate 0.004"),
+    Job("gpu_bert_base_dense", f"{_ON_GPU} --preset bert-base {_SLOW}"),
+    Job("gpu_bert_large_dense", f"{_ON_GPU} --preset bert-large {_SLOW}"),
+)
+
+SUITES = {"cpu": CPU, "gpu": GPU}
+
+TINY = {
+    "bench": "--preset toy --device cpu --batch_size 2 --seq_length 16 --rounds 1 --steps 1 --memory false",
+    "plan": "--model bert-tiny --seq 16 --batch 64",
+    "pytest": "",
+}
+"""What comes after each command's own flags, and wins, in a dry run of a suite on any machine."""
