@@ -28,7 +28,7 @@ from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.optimizers.muon import Muon
 from hf_soo.preconditioners.config import make_config
 
-FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo")
+FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo", "soap")
 """Files of ``hf_soo.preconditioners`` whose methods lead every table, in this order; the others' follow by name."""
 
 
@@ -96,7 +96,9 @@ class OptimizerSettings:
             raise ValueError(unknown_key("optimizer", str(name), list(METHODS)))
         require("base_args", base_args, dict[str, Any] | None)
         method, args, config = METHODS[name], dict(base_args or {}), None
-        place = settings.get("apply_to", "gradient")
+        if base in (None, method.base):
+            args = {**method.base_args, **args}
+        place = settings.get("apply_to", method.apply_to)
         if method.config is None:
             _refuse(name, base=base, include=include, exclude=exclude)
             args |= settings
@@ -233,7 +235,8 @@ def build_optimizer(
         include: regular expressions on module names; only these layers are preconditioned.
         exclude: regular expressions on module names that are left to the base.
         **config: the method's own settings; for a base optimizer alone, its arguments. Every method takes ``apply_to``:
-            "gradient", the base's "momentum" (Nesterov's where it has it), or its "update"; see ``optimizers.halves``.
+            "gradient", the base's "momentum" (Nesterov's where it has it), its "update", or the update's "numerator";
+            see ``optimizers.halves``.
 
     Returns:
         A torch.optim.Optimizer.

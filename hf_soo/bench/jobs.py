@@ -35,7 +35,7 @@ _TABLE = (
     Job("large2_mkor", f"{_LARGE2} {_MKOR} --rounds 5 --steps 5"),
     Job("large2_muon", f"{_LARGE2} --optim muon,mkor+muon,newton_muon --rounds 3 --steps 1"),
     Job("large2_kronecker", f"{_LARGE2} --optim kfac_expand,foof,kaisa --rounds 2 --steps 1"),
-    Job("large2_shampoo", f"{_LARGE2} --optim if_shampoo:batch_size=8,shampoo --rounds 2 --steps 1"),
+    Job("large2_shampoo", f"{_LARGE2} --optim if_shampoo:batch_size=8,shampoo,soap --rounds 2 --steps 1"),
     Job("mini", "bench --preset mini --optim lamb,mkor+lamb,rf_rmsprop:batch_size=8+sgd --rounds 5 --steps 5"),
     # torch's Muon, in bf16 whatever the device, takes minutes for a step of large2 on a CPU without units for it
     Job("mini_muon", "bench --preset mini --optim muon --peer torch.optim:Muon --rounds 2 --steps 1"),
@@ -58,7 +58,7 @@ CPU = (
 _ON_GPU = "bench --device cuda --autocast true --launches true --batch_size 32 --seq_length 512"
 _FAST = "--optim adamw,lamb,muon,mkor+adamw,mkor+lamb,mkor+muon --rounds 5 --steps 5"
 # a refresh takes a minute or two for BERT-Large: once for each, and its bare products are not timed
-_SLOW = "--optim foof+muon,kaisa,shampoo --rounds 1 --steps 2 --bare false"
+_SLOW = "--optim foof+muon,kaisa,shampoo,soap --rounds 1 --steps 2 --bare false"
 _PRETRAIN = (
     "bench --device cuda --autocast true --preset bert-base --batch_size 256 --seq_length 128 --train_minutes 4.5"
 )

@@ -73,8 +73,8 @@ def factorised(of: Factorisation, prototype: Tensor) -> Callable[[], object]:
     """A factorisation of a random positive definite matrix."""
     rows = torch.randn(of.d, of.d, dtype=accumulation_dtype(prototype.dtype), device=prototype.device)
     A = (rows @ rows.mT / of.d).add_(torch.eye(of.d, dtype=rows.dtype, device=rows.device))
-    if of.kind == "eigh":
-        return partial(torch.linalg.eigh, A)
+    if of.kind != "cholesky_inverse":
+        return partial(getattr(torch.linalg, of.kind), A)
     return lambda: torch.cholesky_inverse(torch.linalg.cholesky(A))
 
 

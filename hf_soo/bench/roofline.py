@@ -118,7 +118,7 @@ class Rates:
         """Of square products in a dtype, or of factorisations."""
         if name not in self.found:
             d = _SQUARE[self.device.type]
-            if name in ("eigh", "cholesky_inverse"):
+            if name in ("eigh", "cholesky_inverse", "qr"):
                 d //= 2  # seconds, where it is done once
                 of = Factorisation(name, d)  # type: ignore[arg-type]
                 self.found[name] = of.flops / self._best(factorised(of, torch.empty(0, device=self.device)))

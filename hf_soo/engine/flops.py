@@ -32,15 +32,15 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Factorisation:
-    """Of a symmetric positive definite [d, d] matrix: its inverse by Cholesky, or its eigenvectors."""
+    """Of a symmetric positive definite [d, d] matrix: its inverse by Cholesky, its eigenvectors, or Q of its QR."""
 
-    kind: Literal["cholesky_inverse", "eigh"]
+    kind: Literal["cholesky_inverse", "eigh", "qr"]
     d: int
 
     @property
     def flops(self) -> int:
-        """d³ for the inverse (d³/3 to factorise, 2d³/3 to invert); 9d³ for the eigenvectors, as usually counted."""
-        return (9 if self.kind == "eigh" else 1) * self.d**3
+        """d³ for the inverse (d³/3 to factorise, 2d³/3 to invert), 8d³/3 for Q, 9d³ for eigenvectors, as usual."""
+        return round({"cholesky_inverse": 1, "eigh": 9, "qr": 8 / 3}[self.kind] * self.d**3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,13 +120,16 @@ class PreconditionedOptimizer(OverBase):
         if stages.layers:
             index = self.parameter_index.group if self.preconditioner.rescale.joint else {}
             with torch.autocast(stages.device.type, enabled=False):
+                first = self.preconditioner.refreshes_first
+                if self._refreshing and first:
+                    stages.refresh()
                 if self._updating:
                     stages.update(self.loss_scale() if stages.capture.buffers else 1.0)  # collect, sync, update
-                if self._refreshing:
+                if self._refreshing and not first:
                     stages.refresh()  # inverses, for methods that have them
                 if self.halves is not None:
-                    names = self.parameter_index.parameters
-                    self.halves.take(stages.strategy.local_gradients(self._linked_base(), names))
+                    names, moved = self.parameter_index.parameters, self.parameter_index.moved(self.layers)
+                    self.halves.take(stages.strategy.local_gradients(self._linked_base(), names, moved))
                     self._taken = True
                 rates = {layer: self.param_groups[group]["lr"] for layer, group in index.items()}
                 stages.transform(rates)  # G -> P, and its length

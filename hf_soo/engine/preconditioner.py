@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -93,6 +93,7 @@ class Preconditioner(ABC):
         stacks: whether layers of one shape are worked on together on a GPU: few launches, but a copy of each factor.
         row_wise: whether it can work on some rows of G, with small sums over the others (``RowWise``).
         row_state: names of the tensors of its state that have the gradient's rows, and are kept where those are.
+        refreshes_first: whether inverses are of the factors before this step's update, not after it.
         watches_loss: whether it wants ``observe`` to be called.
         measures: whether ``transform`` needs |G| and its unit (``Joint.measure_``).
     """
@@ -107,6 +108,7 @@ class Preconditioner(ABC):
     stacks: bool = True
     row_wise: bool = False
     row_state: frozenset[str] = frozenset()
+    refreshes_first: bool = False
     watches_loss: bool = False
     measures: bool = True
 
@@ -275,6 +277,8 @@ class Method:
         config: the preconditioner's settings, or None for a base optimizer alone.
         make: config -> preconditioner.
         select: which layers, or parameters, of a model it moves.
+        base_args: arguments of the default base that are not its own defaults.
+        apply_to: what of the base it acts on, if nothing else is said.
         rates: the range of learning rates to start from over its default base, where that is not the base's own.
     """
 
@@ -284,6 +288,8 @@ class Method:
     config: type[Any] | None = None
     make: Callable[[Any], Preconditioner] = Identity
     select: Callable[..., Selection] = select_layers
+    base_args: Mapping[str, Any] = field(default_factory=dict)
+    apply_to: str = "gradient"
     rates: tuple[float, float] | None = None
 
 

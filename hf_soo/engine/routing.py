@@ -79,6 +79,11 @@ class ParameterIndex:
         module, attribute = self.slots[name]
         return getattr(module, attribute)  # type: ignore[no-any-return]
 
+    def moved(self, layers: Sequence[Layer]) -> set[str]:
+        """The parameters all of whose layers are among these."""
+        names = {layer.name for layer in layers}
+        return {parameter for parameter, own in self.layers.items() if names.issuperset(own)}
+
     def number(self, groups: Sequence[Mapping[str, Any]], layers: Sequence[Layer]) -> None:
         """Take down which parameter is in which group, anew."""
         name_of = {id(getattr(*slot)): name for name, slot in reversed(self.slots.items())}  # a tied one's first name

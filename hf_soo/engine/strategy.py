@@ -11,7 +11,7 @@ A base's state is kept in whole tensors by parameter name, so that a run can go 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,6 +64,7 @@ class LocalGradient:
         grad: this rank's part of the gradient, where it is stored.
         cut: where it lies in a flat ``param`` of several pieces; None: it is all that this rank has of ``param``.
         scale: the factor on the gradient as it is stored.
+        moved: whether the method moves it.
     """
 
     group: dict[str, Any]
@@ -72,6 +73,7 @@ class LocalGradient:
     grad: Tensor
     cut: slice | None = None
     scale: float = 1.0
+    moved: bool = True
 
     def of(self, state: Tensor) -> Tensor:
         """The part of a tensor of the base's state, as a view."""
@@ -163,17 +165,19 @@ class Strategy(ABC):
         """A tensor [rows of this rank, ...] of a layer read by rows, with the rows of all ranks."""
         return rows
 
-    def local_gradients(self, base: Optimizer, names: Names) -> Iterator[LocalGradient]:
+    def local_gradients(self, base: Optimizer, names: Names, moved: Collection[str]) -> Iterator[LocalGradient]:
         """This rank's part of every gradient, trained by the method or not.
 
         Args:
             base: the optimizer.
             names: of the parameters of each group.
+            moved: the names of those that the method moves.
         """
-        for group in base.param_groups:
-            for param in group["params"]:
+        for group, mine in zip(base.param_groups, names, strict=True):
+            for name, param in zip(mine, group["params"], strict=True):
                 if param.grad is not None:
-                    yield LocalGradient(group, param, dtensors.local(param.detach()), dtensors.local(param.grad))
+                    weight, grad = dtensors.local(param.detach()), dtensors.local(param.grad)
+                    yield LocalGradient(group, param, weight, grad, moved=name in moved)
 
     def model_parameters(self, base: Optimizer, names: Names) -> list[list[tuple[str, Tensor]]]:
         """The model's own parameters of each group of the base, with their names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,14 +83,14 @@ class ZeroFragments(Fragments):
         """The base steps on pieces of them."""
         return [[(name, self.named[name]) for name in mine if name in self.named] for mine in names]
 
-    def local_gradients(self, base: Optimizer, names: Names) -> Iterator[LocalGradient]:
+    def local_gradients(self, base: Optimizer, names: Names, moved: Collection[str]) -> Iterator[LocalGradient]:
         """Ranges of the flat tensors."""
         for group, mine in zip(base.param_groups, names, strict=True):
-            for parameter in (self.named[name] for name in mine):
+            for name, parameter in ((name, self.named[name]) for name in mine):
                 flat, start = self.flat_of(parameter)
                 if length := self.own_span(parameter).length:
-                    cut = slice(start, start + length)
-                    yield LocalGradient(group, flat, flat[cut], self.piece(parameter).view(-1), cut, self.loss_scale)
+                    cut, piece = slice(start, start + length), self.piece(parameter).view(-1)
+                    yield LocalGradient(group, flat, flat[cut], piece, cut, self.loss_scale, name in moved)
 
     # ---- norms of whole parameters -----------------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@
     AdamW   m ← β₁m + (1-β₁)g, and v from g       m̂ / (√v̂ + ε)       w ← (1-ηκ)w - ηD̂ / (√v̂ + ε), or - ηD
     LAMB    as AdamW's, of the clipped g          m̂ / (√v̂ + ε)       u = D̂ / (√v̂ + ε) + κw, or D + κw, by its ratio
 
+"numerator" leaves the denominator to the method, and P is moved along as the update is: D = m̂ of AdamW and LAMB (for
+parameters that the method does not move the update), m of SGD, B of Muon, whose polar factor is P's.
+
 A hat divides by 1 - βᵗ. State, checkpoints and settings are the base's own: a run may change from one to the other.
 """
 
@@ -28,14 +31,14 @@ from hf_soo.engine.strategy import LocalGradient
 from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import Muon
 
-ApplyTo = Literal["gradient", "momentum", "update"]
+ApplyTo = Literal["gradient", "momentum", "update", "numerator"]
 
 
 class Halves:
     """``take`` and ``move`` of SGD, AdamW and Muon; every parameter of the base goes through both."""
 
     def __init__(self, base: Optimizer, place: ApplyTo) -> None:
-        """Cut a base's step at a place, "momentum" or "update"."""
+        """Cut a base's step at a place, any but "gradient"."""
         self.base, self.place = base, place
 
     def take(self, gradients: Iterable[LocalGradient]) -> None:
@@ -114,14 +117,14 @@ class _MuonHalves(_AdamHalves):
         if piece.group["algorithm"] == "adamw":
             return super()._direction(piece, state, grad, first)
         direction = self.base.direction(piece.param, piece.group)
-        return direction if self.place == "momentum" else self.base.orthogonalised(direction, piece.group)
+        return self.base.orthogonalised(direction, piece.group) if self.place == "update" else direction
 
     def _move(self, param: Tensor, group: dict[str, Any]) -> None:
         if group["algorithm"] == "adamw":
             super()._move(param, group)
             return
         assert param.grad is not None
-        (self.base.move if self.place == "momentum" else self.base.move_along)(param, group, param.grad)
+        (self.base.move_along if self.place == "update" else self.base.move)(param, group, param.grad)
 
 
 class _LambHalves(Halves):
@@ -153,14 +156,14 @@ class _LambHalves(Halves):
 def _adam_direction(
     piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool, place: ApplyTo
 ) -> Tensor:
-    """The moments take in a gradient; then m, or m̂ / (√v̂ + ε).
+    """The moments take in a gradient; then m, m̂, or m̂ / (√v̂ + ε).
 
     Args:
         piece: where they lie.
         state: of the whole parameter.
         grad: this rank's part of the gradient.
         first: whether it is the first piece of the parameter in this step.
-        place: "momentum" or "update".
+        place: "momentum", "numerator" or "update".
     """
     if first:
         state["step"].add_(1)
@@ -168,17 +171,25 @@ def _adam_direction(
     grad = grad.to(m.dtype).view_as(m)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    direction = m if place == "momentum" else _divided(m, v, state["step"], piece.group)
+    if place == "momentum":
+        direction = m
+    elif place == "numerator" and piece.moved:
+        direction = _corrected(m, state["step"], beta1)
+    else:
+        direction = _divided(m, v, state["step"], piece.group)
     return direction.view_as(piece.grad)
 
 
 def _divided(direction: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]) -> Tensor:
     """D̂ / (√v̂ + ε) of directions and second moments of one shape."""
     beta1, beta2 = group["betas"]
-    t = step.to(direction.device, torch.float64)  # as torch: the corrections in double precision
-    root = (v / (1 - beta2**t).to(v.dtype)).sqrt_().add_(group["eps"])
-    corrected: Tensor = direction / (1 - beta1**t).to(direction.dtype)
-    return corrected.div_(root)
+    root = _corrected(v, step, beta2).sqrt_().add_(group["eps"])
+    return _corrected(direction, step, beta1).div_(root)
+
+
+def _corrected(moment: Tensor, step: Tensor, beta: float) -> Tensor:
+    """A moment divided by 1 - βᵗ, which is computed in double precision, as torch does."""
+    return moment / (1 - beta ** step.to(moment.device, torch.float64)).to(moment.dtype)
 
 
 _HALVES: dict[type[Optimizer], type[Halves]] = {
@@ -208,6 +219,6 @@ def halves_of(base: Optimizer, place: ApplyTo) -> Halves | None:
     if isinstance(base, torch.optim.SGD):
         if place == "update":
             raise ValueError("apply_to='update' with base SGD, whose update is its momentum; use apply_to='momentum'.")
-        if any(group["momentum"] == 0 for group in base.param_groups):
+        if place == "momentum" and any(group["momentum"] == 0 for group in base.param_groups):
             raise ValueError("apply_to='momentum' with momentum=0 of SGD would change nothing; set momentum.")
     return _HALVES[type(base)](base, place)

@@ -119,7 +119,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac_expand": {"lr": 0.05}, "kfac_reduce": {"lr": 0.05},
     "kaisa": {"lr": 1e-2}, "foof": {"lr": 0.1}, "newton_muon": {"lr": 0.02, "base_args": {"rest_lr": 3e-3}},
     "if_shampoo": {"lr": 1e-3, "batch_size": 32, "factor_lr": 0.1}, "rf_rmsprop": {"lr": 1e-2, "batch_size": 32},
-    "shampoo": {"lr": 3e-3},
+    "shampoo": {"lr": 3e-3}, "soap": {"lr": 3e-3},
     "lamb": {"lr": 1e-2}, "adamw": {"lr": 3e-3}, "sgd": {"lr": 0.1}, "rmsprop": {"lr": 1e-3},
     "muon": {"lr": 0.02, "rest_lr": 3e-3},
 }  # fmt: skip

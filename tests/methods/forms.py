@@ -55,6 +55,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-momentum": ("eva", {"apply_to": "momentum"}),
     "kfac-momentum": ("kfac_expand", {"apply_to": "momentum"}),
     "shampoo-momentum": ("shampoo", {"base": "sgd", "apply_to": "momentum"}),
+    "soap+muon": ("soap", {"base": "muon", "inverse_period": 4}),
     "eva-unit": ("eva", {"kv_scale": "unit"}),
     "eva-unclipped": ("eva", {"kl_clip": None}),
     "mkor_h-switching": ("mkor_h", {"rate_fraction": 100.0, "patience": 1, "min_steps": 3}),

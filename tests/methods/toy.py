@@ -86,6 +86,7 @@ LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
     "kfac_expand": 1e-1, "kfac_reduce": 1e-1, "kfac-eigen": 1e-1, "foof": 1e-1,
     "rf_rmsprop": 1e-1, "shampoo": 1e-2, "shampoo-sum": 1e-2, "shampoo-adam": 1e-2, "shampoo-orthogonal": 1e-2,
+    "soap": 1e-2,
     "if_shampoo": 1e-2, "if_shampoo-blocks": 1e-2, "if_shampoo-identity": 1e-2,
     "if_shampoo-prototype": 1e-2, "eva_s": 1e-2, "eva_s-separable": 1e-2,
     "eva": 1e-2, "eva_f": 1e-2, "eva-unit": 1e-2, "eva-unclipped": 1e-3,
@@ -198,8 +199,17 @@ OTHER_VALUES["shampoo"] = {
     "max_dim": (5, {}),
 }
 
+OTHER_VALUES["soap"] = {
+    "factor_decay": (0.8, {}),
+    "moment_decay": (0.8, {}),
+    "eps": (1e-2, {}),
+    "inverse_period": (4, {}),
+    "max_dim": (8, {}),
+    "ties": (0.1, {}),
+}
+
 # Methods that leave biases and norms to the base: they have fewer than two axes.
-MATRICES_ONLY = {"shampoo", "eva_s"}
+MATRICES_ONLY = {"shampoo", "eva_s", "soap"}
 
 ROUNDING = {
     "mkor+muon": 2e-3,  # Muon iterates in bf16 where that is fast, and there 1e-16 can turn a rounding (2^-9)
@@ -208,6 +218,8 @@ ROUNDING = {
     "kaisa": 1e-9,  # its absolute damping is 1e-5 of the curvature here, so its inverses make more of a rounding
     # roots of factors without full rank turn 1e-16 into 1e-13 where a dead unit's gradient is 0; AdamW's ε is 1e-8
     "shampoo": 1e-4,
+    "soap": 1e-4,  # likewise: a dead unit's rows are zeros of a factor, and only its ties tell one from another
+    "soap+muon": 2e-3,
     "shampoo-adam": 1e-4,
     "shampoo-momentum": 1e-4,
     "shampoo-sum": 1e-7,

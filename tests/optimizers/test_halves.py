@@ -45,7 +45,7 @@ BASES: dict[str, tuple[str, dict[str, Any], float, Any]] = {
 CELLS = [
     (name, place, rescale)
     for name in BASES
-    for place in ("momentum", "update")
+    for place in ("momentum", "update", "numerator")
     for rescale in ("norm", "none")
     if not (place == "update" and name.startswith("sgd"))
 ]
@@ -121,6 +121,7 @@ def test_a_run_may_go_on_at_another_place(caplog: pytest.LogCaptureFixture) -> N
     [
         ({"apply_to": "weights"}, ValueError, "apply_to='weights' is not allowed; give one of 'gradient'"),
         ({"base": "rmsprop", "apply_to": "momentum"}, NotImplementedError, "base RMSprop, whose momentum"),
+        ({"base": "rmsprop", "apply_to": "numerator"}, NotImplementedError, "base RMSprop, whose numerator"),
         ({"base": "torch.optim:Adam", "apply_to": "update"}, NotImplementedError, "base Adam, whose update"),
         ({"base": "sgd", "apply_to": "update"}, ValueError, "whose update is its momentum"),
         ({"base": "sgd", "base_args": {"momentum": 0.0}, "apply_to": "momentum"}, ValueError, "change nothing"),

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from tests.oracles.core import Array
-from tests.oracles.training import Mkor, Mlp, Muon
+from tests.oracles.training import Mlp, Muon
 
 
 class Halves(Protocol):
@@ -51,7 +51,7 @@ class Sgd:
 
 @dataclass
 class Adam:
-    """The direction is m, or m̂ / (√v̂ + ε); ``lamb`` clips first, and moves by the trust ratio of u = ... + κw."""
+    """The direction is m, m̂, or m̂ / (√v̂ + ε); ``lamb`` clips first, and moves by the trust ratio of u = ... + κw."""
 
     place: str
     lamb: bool = False
@@ -72,6 +72,8 @@ class Adam:
         self.v = [beta2 * v + (1 - beta2) * g**2 for v, g in zip(self.v or zeros, grads, strict=True)]
         if self.place == "momentum":
             return [m.copy() for m in self.m]
+        if self.place == "numerator":
+            return [m / (1 - beta1**self.t) for m in self.m]
         return self._divided(self.m)
 
     def move(self, params: Sequence[Array], directions: Sequence[Array], lr: float) -> None:
@@ -120,8 +122,16 @@ class MuonAndRest:
                 )
 
 
+class Method(Protocol):
+    """What `simulate` asks of a method."""
+
+    def transform(self, layers: list[tuple[Array, Array]], lr: float, directions: list[Array]) -> list[Array]:
+        """P of each layer's direction, with the factors of the rows."""
+        ...
+
+
 def simulate(
-    mlp: Mlp, batches: Sequence[tuple[Array, Array]], method: Mkor, base: Halves, lrs: Sequence[float]
+    mlp: Mlp, batches: Sequence[tuple[Array, Array]], method: Method, base: Halves, lrs: Sequence[float]
 ) -> None:
     """Train ``mlp`` in place, one step a batch, with the method between the halves of the base."""
     for (x, t), lr in zip(batches, lrs, strict=True):

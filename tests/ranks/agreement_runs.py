@@ -170,6 +170,7 @@ JOINED: dict[str, tuple[str, dict[str, Any]]] = {
     "if_shampoo": ("done", {}),
     "rf_rmsprop": ("done", {}),
     "shampoo": ("done", {}),
+    "soap": ("done", {}),
     "adamw": ("done", {}),
     "lamb": ("done", {}),
 }

@@ -73,6 +73,7 @@ CASES: dict[str, Case] = {
     "kfac_expand eigen": ("kfac_expand", PERIODS | {"inverse_period": 4, "inverse": "eigen"}, "adamw"),
     "if_shampoo": ("if_shampoo", {"batch_size": ROWS}, "sgd"),
     "shampoo": ("shampoo", {"inverse_period": 2}, "sgd"),
+    "soap": ("soap", {"inverse_period": 2, "ties": 1e-2, "eps": 1e-3}, "adamw"),
 }
 LR = {"rf_rmsprop": 1e-1, "if_shampoo": 1e-2, "eva": 1e-2, "eva unit": 5e-3, "eva_f": 1e-2}
 # means over groups of rows in the order in which they come: another split of the batch is another method

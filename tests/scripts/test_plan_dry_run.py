@@ -83,6 +83,7 @@ def test_the_plan_is_what_64_ranks_of_bert_large_ask_for(
         ("foof", "grad_workers=4,input_blocks=4"),
         ("kfac_reduce", "grad_workers=2"),
         ("shampoo", None),
+        ("soap", None),
         ("if_shampoo", None),
         ("adamw", None),
         ("muon", None),

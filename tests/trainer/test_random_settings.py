@@ -87,7 +87,8 @@ RIGHT: dict[str, Rule] = {
     "large_axes": one_of("block", "diagonal", "identity"), "vector_axes": one_of("diagonal", "dense"),
     "merge_kernels": truth, "state_dtype": one_of("float32", "bfloat16"),
     "grafting": one_of("sgd", "adam", "muon", "none"), "graft_decay": share, "epsilon": positive,
-    "trace_scaling": truth, "apply_to": one_of("gradient", "momentum", "update"),
+    "trace_scaling": truth, "apply_to": one_of("gradient", "momentum", "update", "numerator"),
+    "moment_decay": share, "ties": not_negative,
     # of bases
     "lr": not_negative, "rest_lr": none_or(not_negative), "weight_decay": none_or(not_negative),
     "momentum": share, "dampening": portion, "alpha": share, "rho": share, "lr_decay": not_negative,

@@ -181,6 +181,7 @@ OPTIMIZERS = {
     "if_shampoo": {"optim": "if_shampoo", "learning_rate": 0.01},
     "rf_rmsprop": {"optim": "rf_rmsprop", "learning_rate": 0.1},
     "shampoo": {"optim": "shampoo", "learning_rate": 0.003, "optim_args": "grafting=adam,inverse_period=2"},
+    "soap": {"optim": "soap", "learning_rate": 0.003, "optim_args": "inverse_period=2"},
     "lamb": {"optim": "lamb"},
     "adamw": {"optim": "adamw", "optim_args": '{"betas": [0.9, 0.95]}'},
     "sgd": {"optim": "sgd"},
