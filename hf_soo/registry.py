@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from hf_soo import preconditioners
 from hf_soo.engine.checks import require, shown, unknown_key
 from hf_soo.engine.dtensors import full_shape
-from hf_soo.engine.layers import Layer
+from hf_soo.engine.layers import Conv1dLayer, Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.placement import make_plan
 from hf_soo.engine.preconditioner import Method, Preconditioner
@@ -280,12 +280,16 @@ def _left_to_adamw(base: Optimizer, model: nn.Module) -> dict[str, str]:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of hidden Linear and Conv1D layers: no embedding, decoder or task head."""
+    """The weights of hidden layers, stacks of experts and convolutions of images among them.
+
+    No embedding, decoder or task head.
+    """
     try:
         layers = select_layers(model, exclude=[HEADS.pattern]).layers
     except ValueError:  # the model has no such layer; a base that needs one says so itself
         return []
-    return [layer.weight for layer in layers if len(full_shape(layer.weight)) == 2]
+    weights = [layer.weight for layer in layers if not isinstance(layer, Conv1dLayer)]
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def bare_model(model: nn.Module) -> nn.Module:

@@ -25,8 +25,8 @@ class Communicator:
     """Flat messages. The default process group is looked up at each call: it may start after construction.
 
     Attributes:
-        traffic: bytes that this rank has handed to each kind of collective, "all_reduce", "reduce", "broadcast" and
-            "all_gather".
+        traffic: bytes that this rank has handed to each kind of collective, "all_reduce", "reduce", "broadcast",
+            "all_gather" and "all_to_all".
     """
 
     def __init__(self) -> None:
@@ -72,6 +72,26 @@ class Communicator:
         self._count("all_gather", piece)
         dist.all_gather_into_tensor(pieces, piece, group=group)
         return pieces.view(size, -1)
+
+    def swap(
+        self, message: Tensor, arrived: Tensor, lengths_out: list[int], lengths_in: list[int], group: Group
+    ) -> Callable[[], object]:
+        """Begin to send each rank of a group its part of ``message``, and to fill ``arrived`` with theirs.
+
+        Args:
+            message: [sum of lengths_out], rank by rank.
+            arrived: [sum of lengths_in].
+            lengths_out: for each rank.
+            lengths_in: of each rank.
+            group: the ranks.
+
+        Returns:
+            Waits until it is done.
+        """
+        self._count("all_to_all", message)
+        handle = dist.all_to_all_single(arrived, message, lengths_in, lengths_out, group=group, async_op=True)
+        wait: Callable[[], object] = handle.wait
+        return wait
 
     def agree(
         self,

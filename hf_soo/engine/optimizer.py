@@ -70,6 +70,8 @@ class PreconditionedOptimizer(OverBase):
         if selection.layers:
             warn_of_what_is_left(self.parameter_index, selection, name, type(base).__name__)
         self.stages = Step(preconditioner, selection.layers, model)
+        if hasattr(base, "comm"):  # it shares work between the ranks
+            base.comm = self.stages.comm
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.external_step = self.switched = self.ranks_checked = False
         self.carries_state, self.steps = True, 0
@@ -284,8 +286,9 @@ class PreconditionedOptimizer(OverBase):
         return table
 
     def health(self) -> dict[str, float]:
-        """A few numbers for a log line; see ``Diagnostics.health``."""
-        return self.stages.diagnostics.health([layer.name for layer in self.layers])
+        """A few numbers for a log line; see ``Diagnostics.health``; and what the base has to say, as ``Muon`` may."""
+        own = self.stages.diagnostics.health([layer.name for layer in self.layers])
+        return own | getattr(self.base, "health", dict)()
 
     def train(self) -> None:
         """Tell a base that has two sets of weights (schedule-free) that training goes on; others have nothing to do."""

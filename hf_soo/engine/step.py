@@ -17,10 +17,10 @@ from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.dtensors import is_dtensor
 from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, RowSums, TransformNorms, groups_of, run_with_shared_sums
 from hf_soo.engine.layers import Layer
+from hf_soo.engine.pieces.row_shards import RowShards
 from hf_soo.engine.placement import Assignment, Grid, Placement, Replicated, make_plan
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, Updated, local_state, stacked, unstack_
 from hf_soo.engine.rescale import rates_of
-from hf_soo.engine.row_shards import RowShards
 from hf_soo.engine.strategy import Strategy, WholeTensors
 
 LearningRates = Mapping[str, float | Tensor]

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from hf_soo.engine import dtensors
 from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint
 from hf_soo.engine.layers import Layer
+from hf_soo.engine.pieces.exchange import Cut
 
 Entry = dict[str, Any]
 """The state of one parameter in a base optimizer: {"exp_avg": tensor, "step": tensor, ...}."""
@@ -50,6 +51,16 @@ class Partition(Protocol):
 
         Of the gradients as ``step`` finds them (unscaled, after a clip outside), and the same in every call that makes
         up one step: stepping a group overwrites its gradients, so this is measured before the first.
+        """
+
+
+class FlatPartition(Partition, Protocol):
+    """What of which whole tensors lies in flat ones; Muon makes matrices of it."""
+
+    def matrices_in(self, param: Tensor) -> Sequence[tuple[Cut, slice]]:
+        """The whole tensors of which a flat parameter has pieces on any rank, and where this rank's lie in it.
+
+        In one order on all ranks.
         """
 
 
@@ -105,7 +116,7 @@ class Strategy(ABC):
     in_pieces = False
     row_wise = False
     external_step = False
-    partition: Partition | None = None
+    partition: FlatPartition | None = None
 
     @property
     def loss_scale(self) -> float:
@@ -268,10 +279,10 @@ def on_cpu(value: Any) -> Any:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A saved value where the parameter is, and cut as it is if it has its shape."""
+    """A saved value where the parameter is, and cut as it is if it has its rows."""
     if not isinstance(value, Tensor):
         return value
-    if dtensors.is_dtensor(parameter) and value.shape == parameter.shape:
+    if dtensors.is_dtensor(parameter) and value.shape[:1] == parameter.shape[:1]:
         return dtensors.placed_as(value, parameter)
     return value.to(parameter.device, copy=True)
 

@@ -8,7 +8,6 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.optimizers.bases import check_row_shards
 
 
 def unwrap_optimizer(optimizer: Any) -> PreconditionedOptimizer | None:
@@ -50,7 +49,6 @@ def bind(accelerator: Accelerator, optimizer: Any) -> None:
                 f"{ours.name} under FSDP version {version}, which flattens parameters, is not supported; set "
                 "fsdp_version: 2."
             )
-        check_row_shards(type(ours.base))
     if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
         from hf_soo.integrations.deepspeed import attach  # deepspeed is an optional dependency
 

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from hf_soo.engine.chunks import root, squares, tensor_norms
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.dtensors import full_shape
-from hf_soo.engine.fragments import Fragment, Fragments, Span
 from hf_soo.engine.layers import Layer
+from hf_soo.engine.pieces.exchange import Cut, Span
+from hf_soo.engine.pieces.fragments import Fragment, Fragments
 from hf_soo.engine.strategy import Entry, LocalGradient, Names, on_cpu
 
 
@@ -46,9 +47,12 @@ class ZeroFragments(Fragments):
         self._spans = [list(spans) for spans in zip(*everybody, strict=True)]
         self._norm = torch.zeros(())
         self._fragments: dict[int, list[Fragment]] = {}
+        self._matrices: dict[int, list[tuple[Cut, slice]]] = {}
         for number, (parameter, span) in enumerate(zip(self.parameters, mine, strict=True)):
+            flat, start = self.flat_of(parameter)
+            cut = Cut(full_shape(parameter), self._spans[number])
+            self._matrices.setdefault(id(flat), []).append((cut, slice(start, start + span.length)))
             if span.length:
-                flat, start = self.flat_of(parameter)
                 self._fragments.setdefault(id(flat), []).append(Fragment(number, start, span.length))
         for fragments in self._fragments.values():
             fragments.sort(key=lambda fragment: fragment.start)
@@ -88,15 +92,18 @@ class ZeroFragments(Fragments):
         for group, mine in zip(base.param_groups, names, strict=True):
             for name, parameter in ((name, self.named[name]) for name in mine):
                 flat, start = self.flat_of(parameter)
-                if length := self.own_span(parameter).length:
-                    cut, piece = slice(start, start + length), self.piece(parameter).view(-1)
-                    yield LocalGradient(group, flat, flat[cut], piece, cut, self.loss_scale, name in moved)
+                cut, piece = slice(start, start + self.own_span(parameter).length), self.piece(parameter).view(-1)
+                yield LocalGradient(group, flat, flat[cut], piece, cut, self.loss_scale, name in moved)
 
     # ---- norms of whole parameters -----------------------------------------------------------------------------------
 
     def parts_of(self, param: Tensor) -> Sequence[Fragment]:
         """See ``Partition``."""
         return self._fragments.get(id(param), [])
+
+    def matrices_in(self, param: Tensor) -> Sequence[tuple[Cut, slice]]:
+        """See ``Partition``."""
+        return self._matrices.get(id(param), [])
 
     def gradients(self) -> list[Tensor]:
         """All pieces of gradients on this rank that are not empty."""

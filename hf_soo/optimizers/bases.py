@@ -100,7 +100,6 @@ def build_base(
 
     Raises:
         ValueError: the base or one of its arguments is unknown, or it refuses a value.
-        NotImplementedError: it cannot step on rows of matrices, and the parameters are (FSDP2).
     """
     cls, defaults = _resolve_base(base)
     valid = base_arguments(cls)
@@ -135,8 +134,6 @@ def build_base(
     decays = [decay for group in groups if (decay := group.get("weight_decay"))]
     if decays and "weight_decay" not in optimizer.defaults:
         raise ValueError(f"weight_decay={decays[0]} has no effect with {cls.__name__}, which has none; leave it out.")
-    if any(is_dtensor(p) for group in groups for p in group["params"]):
-        check_row_shards(type(optimizer))
     if isinstance(optimizer, torch.optim.SGD):
         optimizer.register_step_pre_hook(_mend_fused_sgd)
     return optimizer
@@ -183,23 +180,11 @@ def check_flat(base: type[Optimizer], where: str) -> None:
     Raises:
         NotImplementedError: it needs whole tensors.
     """
-    if base not in (*ELEMENTWISE, Lamb):  # a subclass may look at whole tensors (LARS is an SGD)
+    if base not in (*ELEMENTWISE, Lamb, Muon):  # a subclass may look at whole tensors (LARS is an SGD)
         raise NotImplementedError(
             f"base {base.__name__} under {where}, which hands it flat pieces of many parameters: it may need "
-            f"whole tensors; use {', '.join(cls.__name__ for cls in (*ELEMENTWISE, Lamb))}, or stage 0, DDP or FSDP2."
-        )
-
-
-def check_row_shards(base: type[Optimizer]) -> None:
-    """Refuse a base that cannot step on FSDP2's row shards (DTensors).
-
-    Raises:
-        NotImplementedError: it needs whole tensors.
-    """
-    if issubclass(base, Muon):
-        raise NotImplementedError(
-            "base Muon under FSDP2: torch's Muon cannot update sharded matrices (torch 2.13); use AdamW or Lamb, or "
-            "DistributedDataParallel."
+            f"whole tensors; use {', '.join(cls.__name__ for cls in (*ELEMENTWISE, Lamb, Muon))}, or stage 0, DDP or "
+            "FSDP2."
         )
 
 

@@ -113,18 +113,47 @@ class _MuonHalves(_AdamHalves):
 
     base: Muon
 
+    def take(self, gradients: Iterable[LocalGradient]) -> None:
+        """See ``Halves``; the polar factors of "update" go through one rank each."""
+        at_once, matrices = [], {}
+        for piece in gradients:
+            if self.place == "update" and piece.group["algorithm"] == "muon":
+                matrices[_place(piece.param, piece.cut)] = piece
+            else:
+                at_once.append(piece)
+        super().take(at_once)
+        for group in self.base.groups_by("muon") if matrices else []:
+            found = self.base.orthogonalised(
+                group, lambda piece: self.base.direction(matrices[_place(piece.param, piece.part)])
+            )
+            for where, factor in found:
+                piece = matrices[_place(where.param, where.part)]
+                piece.grad.copy_(factor.view_as(piece.grad))
+                if piece.scale != 1.0:
+                    piece.grad.mul_(piece.scale)
+
     def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
         if piece.group["algorithm"] == "adamw":
             return super()._direction(piece, state, grad, first)
-        direction = self.base.direction(piece.param, piece.group)
-        return self.base.orthogonalised(direction, piece.group) if self.place == "update" else direction
+        return self.base.direction(piece).view_as(piece.grad)
 
-    def _move(self, param: Tensor, group: dict[str, Any]) -> None:
-        if group["algorithm"] == "adamw":
-            super()._move(param, group)
-            return
-        assert param.grad is not None
-        (self.base.move_along if self.place == "update" else self.base.move)(param, group, param.grad)
+    def move(self) -> None:
+        """See ``Halves``."""
+        for group in self.base.groups_by("muon"):
+            if self.place == "update":
+                for piece in self.base.pieces(group):
+                    self.base.move_along(piece, group, piece.gradient(group).grad)
+            else:
+                self.base.turn(group, lambda piece, group=group: piece.gradient(group).grad)  # type: ignore[misc]
+        for group in self.base.groups_by("adamw"):
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._move(param, group)
+
+
+def _place(param: Tensor, part: slice | None) -> tuple[int, ...]:
+    """Where a piece lies, as a key."""
+    return (id(param),) if part is None else (id(param), part.start, part.stop)
 
 
 class _LambHalves(Halves):

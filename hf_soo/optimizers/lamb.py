@@ -49,7 +49,7 @@ from hf_soo.engine.chunks import (
     wide_dtype,
 )
 from hf_soo.engine.flops import BaseWork
-from hf_soo.engine.row_shards import Job, Share, check_placement, divide
+from hf_soo.engine.pieces.row_shards import Job, Share, check_placement, divide
 from hf_soo.engine.strategy import Partition, mend_steps
 from hf_soo.optimizers.ranges import check_arguments
 

@@ -9,8 +9,12 @@ on, and after six iterations is nearer than twelve of the other.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +22,8 @@ from torch import Tensor
 from hf_soo.engine.gradients import norms
 
 Coefficients = tuple[float, float, float]
+
+Form = Literal["auto", "plain", "gram"]
 
 COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
     "jordan": ((3.4445, -4.7750, 2.0315),),
@@ -37,47 +43,143 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
 SAFETY = 1.01
 """In half precision rounding can carry a singular value over 1, where these polynomials grow: x is divided by this."""
 
+_MOST_GROWTH = 50.0
+"""Of a small singular value in a part of three iterations: three of Jordan's make 41."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 WORTHWHILE = 1.3
 """How many times as fast a product in half precision must be on a CPU to be taken."""
 
 
-def schedule(name: str | Coefficients, steps: int, dtype: torch.dtype) -> list[Coefficients]:
+def schedule(name: str | Sequence[Coefficients], steps: int, dtype: torch.dtype) -> list[Coefficients]:
     """The coefficients of ``steps`` iterations.
 
     Args:
-        name: a key of ``COEFFICIENTS``, or three numbers for every iteration.
+        name: a key of ``COEFFICIENTS``, or three numbers for each iteration; or, in old checkpoints, for all of them.
         steps: iterations.
         dtype: that they run in; in half precision all but the last of "polar_express" are made safe (``SAFETY``).
     """
-    table = COEFFICIENTS[name] if isinstance(name, str) else (name,)
+    table = COEFFICIENTS[name] if isinstance(name, str) else name
+    if not isinstance(table[0], Sequence):
+        table = [table]
     chosen = [table[min(i, len(table) - 1)] for i in range(steps)]
     if name == "polar_express" and dtype.itemsize < 4:
         chosen[:-1] = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in chosen[:-1]]
     return chosen
 
 
-def polar_factor(M: Tensor, coefficients: list[Coefficients], dtype: torch.dtype, eps: float = 1e-7) -> Tensor:
-    """About UVᵀ of M = USVᵀ.
+def polar_factor(M: Tensor, coefficients: list[Coefficients], dtype: torch.dtype, form: Form = "auto") -> Tensor:
+    """About UVᵀ of M = USVᵀ, of each matrix of a stack; zero of zero, and of what is not finite.
 
     Args:
-        M: [n, m]; left as it is.
+        M: [..., n, m]; left as it is.
         coefficients: of each iteration, ``schedule``.
         dtype: that the iterations run in.
-        eps: the least norm that is divided by, so that zero gives zero.
+        form: "plain", "gram", or "auto": that of fewer products.
 
     Returns:
-        [n, m], in ``dtype``.
+        [..., n, m], in ``dtype``.
     """
-    tall = M.shape[0] > M.shape[1]
-    X = M.mT if tall else M
-    X = (X / norms(X[None]).clamp(min=eps)).to(dtype)  # first divided: fp16 holds no large entries
+    X, _ = normalised(M, dtype)
+    return iterated(X, coefficients, form)
+
+
+def normalised(M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """M / ‖M‖_F of each matrix of a stack, zero where that is not finite; and ‖M‖_F.
+
+    Args:
+        M: [..., n, m].
+        dtype: of the former.
+
+    Returns:
+        [..., n, m] and [number of matrices].
+    """
+    stack = M.reshape(-1, *M.shape[-2:]).to(torch.promote_types(M.dtype, torch.float32))  # fp16 holds no large norm
+    lengths = norms(stack)
+    divisor = torch.where(lengths > 0, lengths, 1)[:, None, None]
+    unit = torch.where(lengths.isfinite()[:, None, None], stack / divisor, 0)
+    return unit.to(dtype).view(M.shape), lengths
+
+
+def iterated(X: Tensor, coefficients: list[Coefficients], form: Form = "auto") -> Tensor:
+    """``polar_factor`` of matrices of norm 1, in their own dtype."""
+    tall = X.shape[-2] > X.shape[-1]
+    n, m = sorted(X.shape[-2:])
+    stack = (X.mT if tall else X).reshape(-1, n, m)
+    if form == "auto":
+        products = _products(n, m, coefficients, X.dtype)
+        form = min(products, key=lambda name: products[name])
+    found = (_plain if form == "plain" else _gram)(stack[0] if len(stack) == 1 else stack, coefficients)
+    wide = found.reshape(*X.shape[:-2], n, m)
+    return wide.mT if tall else wide
+
+
+def _plain(X: Tensor, coefficients: list[Coefficients]) -> Tensor:
+    """X ← aX + (bA + cA²)X, A = XXᵀ."""
     for a, b, c in coefficients:
         A = X @ X.mT
-        B = torch.addmm(A, A, A, beta=b, alpha=c)  # bA + cA²
-        X = torch.addmm(X, B, X, beta=a)  # aX + BX
-    return X.mT if tall else X
+        X = _sum(X, _sum(A, A, A, b, c), X, a)
+    return X
+
+
+def _gram(X: Tensor, coefficients: list[Coefficients]) -> Tensor:
+    """R = XXᵀ; Z = aI + bR + cR², Q ← ZQ, R ← ZRZ; X ← QX at each restart and at the end."""
+    rest = iter(coefficients)
+    for length in _lengths(coefficients, X.dtype):
+        part = list(islice(rest, length))
+        R, Q = X @ X.mT, None
+        for i, (a, b, c) in enumerate(part):
+            Z = _sum(R, R, R, b, c)
+            Z.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q = Z if Q is None else Z @ Q
+            if i + 1 < len(part):
+                R = Z @ R @ Z
+        X = Q @ X if Q is not None else X
+    return X
+
+
+def _lengths(coefficients: list[Coefficients], dtype: torch.dtype) -> list[int]:
+    """Iterations between restarts: two; of five, three and two if rounding allows it.
+
+    Without a restart rounding grows without bound, with the growth of the smallest singular values: R's smallest
+    eigenvalues lie below the rounding of its largest.
+    """
+    steps = len(coefficients)
+    if steps == 5 and dtype.itemsize >= 4 and math.prod(a for a, _, _ in coefficients[:3]) < _MOST_GROWTH:
+        return [3, 2]
+    return [2] * (steps // 2) + [1] * (steps % 2)
+
+
+def polar_cost(n: int, m: int, coefficients: list[Coefficients], dtype: torch.dtype) -> float:
+    """Multiplications and additions of a polar factor of [n, m] in the form of fewer.
+
+    T(2r + 1) or 2rs + 4T - 3s products of square matrices of the smaller side: T iterations, s parts, r = max / min.
+
+    Args:
+        n: rows.
+        m: columns.
+        coefficients: of each iteration.
+        dtype: that they run in.
+    """
+    return 2.0 * min(n, m) ** 3 * min(_products(n, m, coefficients, dtype).values())
+
+
+def _products(n: int, m: int, coefficients: list[Coefficients], dtype: torch.dtype) -> dict[Form, float]:
+    r, steps, parts = max(n, m) / max(min(n, m), 1), len(coefficients), len(_lengths(coefficients, dtype))
+    return {"plain": steps * (2 * r + 1), "gram": 2 * r * parts + 4 * steps - 3 * parts}
+
+
+def _sum(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """βC + αAB."""
+    return (torch.addmm if C.ndim == 2 else torch.baddbmm)(C, A, B, beta=beta, alpha=alpha)
+
+
+def exact(M: Tensor) -> Tensor:
+    """UVᵀ of M = USVᵀ by a singular value decomposition: [..., n, m], for small matrices and for tests."""
+    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+    factor: Tensor = U @ Vh
+    return factor
 
 
 def iteration_dtype(device: torch.device) -> str:

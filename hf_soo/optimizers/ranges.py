@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from torch import Tensor
@@ -20,7 +20,9 @@ ARGUMENTS: dict[str, Any] = {
     "momentum_decay": NonNegative, "lambd": NonNegative, "t0": NonNegative, "initial_accumulator_value": NonNegative,
     "etas": tuple[OpenShare, _MORE_THAN_ONE], "step_sizes": tuple[Positive, Positive],
     "max_grad_norm": Positive | None, "ns_steps": Annotated[int, Bounds(1, 100)],
-    "ns_coefficients": Literal[tuple(COEFFICIENTS)], "ns_dtype": Literal[tuple(["auto", *DTYPES])],
+    "ns_coefficients": Literal[tuple(COEFFICIENTS)] | Sequence[tuple[float, float, float]],
+    "adjust_lr_fn": Literal["original", "match_rms_adamw", "none"], "row_beta": Share | None,
+    "ns_dtype": Literal[tuple(["auto", *DTYPES])],
     "foreach": bool | None, "fused": bool | None,
 }  # fmt: skip
 """What the names mean that optimizers share."""

@@ -27,7 +27,7 @@ _TOLERANCE = 0.05
 
 _CONVENTION = (
     "bytes of the message handed to a collective: the tensor of an all-reduce, reduce or broadcast, the whole result "
-    "of an all-gather, the whole input of a reduce-scatter"
+    "of an all-gather, the whole input of a reduce-scatter or all-to-all"
 )
 
 _GB, _TERA = 1e9, 1e12
@@ -44,7 +44,11 @@ _MEMORY = {
     "gathered_parameters": "gathered parameters, in passes",
     "activations": "activations, an estimate",
 }
-_BYTES = {**dict(zip(KINDS, KINDS, strict=True)), "shards": "of sharded gradients", "base": "base (LAMB's norms)"}
+_BYTES = {
+    **dict(zip(KINDS, KINDS, strict=True)),
+    "shards": "of sharded gradients",
+    "base": "base (LAMB's norms, Muon's matrices)",
+}
 _FLOPS = {
     "passes": "forward and backward",
     "precondition": "preconditioning",

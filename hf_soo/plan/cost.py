@@ -30,13 +30,13 @@ from hf_soo.optimizers.bases import BASES
 from hf_soo.plan.messages import FLOAT, Message
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
-from hf_soo.plan.request import Layout
+from hf_soo.plan.orthogonal import shares_of_muon
+from hf_soo.plan.request import MEASURE, Layout
 from hf_soo.runs import machine
 from hf_soo.runs.recipes import read_mapping
 
 _BASE_OPERATIONS = {"lamb": 20, "adamw": 14, "sgd": 4, "rmsprop": 8, "muon": 4}  # on a parameter, about
 _BACKWARD = 2 / 3  # of the two passes
-_NEWTON_SCHULZ = 5  # Muon's iterations, each three products
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> _Work:
     base = own * float(_BASE_OPERATIONS[method.base])
     # The base reads gradient, parameter and state, and writes the latter two; LAMB writes its update too, and reads it.
     moved = own * (FLOAT * (5 if method.base == "lamb" else 3) + 2 * BASES[method.base].state_bytes)
-    if method.base == "muon":
-        base += sum(6 * _NEWTON_SCHULZ * min(matrix) * matrix.numel() for matrix in shape.matrices)
+    base += max((share.flops for share in shares_of_muon(method, shape, layout)), default=0.0)
     if transform is None or method.step_kinds is None:
         return _Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))
     counts = method.step_kinds.counts
@@ -173,7 +172,6 @@ PROFILES = {
         latency=50e-6,
     ),
 }
-_MEASURE = "measure"
 
 
 def load_profile(name: str) -> Profile:
@@ -184,10 +182,10 @@ def load_profile(name: str) -> Profile:
     """
     if name in PROFILES:
         return PROFILES[name]
-    if name == _MEASURE:
+    if name == MEASURE:
         return _measure()
     if not Path(name).is_file():
-        raise ValueError(f"profile={name!r} is no file; give one, or one of {', '.join([*PROFILES, _MEASURE])}.")
+        raise ValueError(f"profile={name!r} is no file; give one, or one of {', '.join([*PROFILES, MEASURE])}.")
     known = [field.name for field in dataclasses.fields(Profile)]
     values = {"name": name, "source": name, **read_mapping(Path(name), "profile")}
     for key in values:
@@ -223,7 +221,7 @@ def _measure() -> Profile:
     links = PROFILES["cpu" if device.type == "cpu" else "a100-80gb-4"]
     return dataclasses.replace(
         links,
-        name=_MEASURE,
+        name=MEASURE,
         source=f"measured on {machine.device_name(device)}; links are those of {links.name}",
         flops_bf16=products(torch.bfloat16),
         flops_fp32=products(torch.float32),
@@ -255,6 +253,7 @@ def _seconds_of(message: Message, profile: Profile, world: int) -> float:
         "all_reduce": (2 * (g - 1) / g, 2 * (g - 1)),
         "all_gather": ((g - 1) / g, g - 1),
         "reduce_scatter": ((g - 1) / g, g - 1),
+        "all_to_all": ((g - 1) / g, g - 1),
         "broadcast": (1.0, g - 1),
         "reduce": (1.0, g - 1),
     }[message.collective]

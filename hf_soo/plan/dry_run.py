@@ -31,6 +31,7 @@ from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.placement import Placement
 from hf_soo.engine.state import Identity
+from hf_soo.optimizers.polar import iteration_dtype
 from hf_soo.plan.method_on_model import MethodOnModel
 from hf_soo.plan.model_shape import blocks_of, build_model
 from hf_soo.plan.request import Layout
@@ -41,6 +42,7 @@ _COLLECTIVES = {
     "broadcast": "broadcast_ broadcast",
     "all_gather": "allgather_ _allgather_base_ allgather_into_tensor_coalesced_ all_gather_into_tensor "
     "all_gather_into_tensor_coalesced",
+    "all_to_all": "alltoall_base_",
     "reduce_scatter": "reduce_scatter_ _reduce_scatter_base_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor "
     "reduce_scatter_tensor_coalesced",
 }
@@ -85,7 +87,7 @@ class _MessageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"dry_run: {namespace}.{name} is a collective that is not counted; leave --dry-run out."
             )
         collective = _OPERATIONS[name]
-        size = _largest(args)
+        size = args[1].nbytes if collective == "all_to_all" else _largest(args)  # (what comes in, what goes out)
         if namespace == "_c10d_functional" and collective == "all_gather":  # (shard, ranks, group): no result yet
             size *= args[1]
         self.bytes[self.label or _PASSES[collective]] += size
@@ -154,6 +156,7 @@ def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _
     Raises:
         ValueError: a process group is running already.
     """
+    iteration_dtype(torch.device("cpu"))  # it is measured, which no fake can be
     with _fake_ranks(layout.ranks, rank), _quick_and_quiet():
         mesh = init_device_mesh("cpu", (layout.ranks,)) if layout.strategy == "fsdp2" else None
         counter = _MessageCounter()
@@ -165,6 +168,9 @@ def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _
             wrapped = _wrap(net, layout, mesh)
             with counter.labelled("build"):
                 optimizer = method.pair.build(net)
+            if "ns_dtype" not in dict(method.pair.settings):
+                for group in optimizer.param_groups:
+                    group |= {"ns_dtype": layout.iteration_dtype} if "ns_dtype" in group else {}
             optimizer._identity = _Agreed(optimizer.name, type(optimizer.base).__name__, optimizer.config)
             _take_steps(optimizer, method.step_kinds, wrapped, layout, counter, counted)
     return counted

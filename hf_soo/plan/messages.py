@@ -2,7 +2,7 @@
 
 Bytes are those of the message handed to the collective, whatever algorithm moves it: the tensor of an all-reduce,
 reduce or broadcast (of every one that the rank takes part in), the whole result of an all-gather, the whole input of a
-reduce-scatter.
+reduce-scatter or all-to-all.
 
 ========== ==========================================================================================================
 kind       what
@@ -15,7 +15,7 @@ statistics what hooks summed, on update steps: one flat all-reduce; K-FAC: packe
 inverses   K-FAC: owner to its column, on refresh steps
 directions K-FAC: P from a layer's column to the rest of each row, in every step
 shards     whole gradients gathered, or what replaces it (thin products and scalars), where gradients are sharded
-base       the norms of a LAMB whose tensors are sharded
+base       the norms of a LAMB whose tensors are sharded; Muon's matrices to the ranks that make them whole, and back
 loss       MKOR-H: the loss of the global batch
 ========== ==========================================================================================================
 """
@@ -35,9 +35,10 @@ from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
+from hf_soo.plan.orthogonal import shares_of_muon
 from hf_soo.plan.request import Layout
 
-Collective = Literal["all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"]
 When = Literal["step", "micro_batch", "update", "refresh"]
 KINDS = ("gradients", "parameters", "statistics", "inverses", "directions", "shards", "base", "loss")
 FLOAT, DOUBLE = 4, 8
@@ -79,7 +80,8 @@ def messages(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int
         return []
     found = [*_training(shape, layout), *_second_order(method, layout, rank)]
     if layout.sharded:
-        found += [*_of_shards(method, layout), *_of_base(method, shape, layout)]
+        found += _of_shards(method, layout)
+    found += _of_base(method, shape, layout, rank)
     return [message for message in found if message.bytes]
 
 
@@ -182,8 +184,12 @@ def _of_shards(method: MethodOnModel, layout: Layout) -> Iterator[Message]:
         yield Message("shards", "all_reduce", FLOAT * sum(numbers), W)
 
 
-def _of_base(method: MethodOnModel, shape: ModelShape, layout: Layout) -> Iterator[Message]:
-    """LAMB's norms: room for |w|² and |u|² of each tensor, and two numbers for its clip."""
-    if method.base == "lamb":
-        yield Message("base", "all_reduce", FLOAT * 2 * len(shape.parameters), layout.ranks)
-        yield Message("base", "all_reduce", FLOAT * 2, layout.ranks)
+def _of_base(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int | None) -> Iterator[Message]:
+    """LAMB's norms: room for |w|² and |u|² of each tensor, and two numbers for its clip; Muon's two all-to-alls."""
+    W = layout.ranks
+    if method.base == "lamb" and layout.sharded:
+        yield Message("base", "all_reduce", FLOAT * 2 * len(shape.parameters), W)
+        yield Message("base", "all_reduce", FLOAT * 2, W)
+    shares = shares_of_muon(method, shape, layout)
+    for sent in ([share.to_owners for share in shares], [share.back for share in shares]) if shares else ():
+        yield Message("base", "all_to_all", max(sent) if rank is None else sent[rank], W)

@@ -16,7 +16,7 @@ from hf_soo.engine.layers import Layer, RowLayer
 from hf_soo.engine.placement import Plan, make_plan
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, local_state
 from hf_soo.integrations.arguments import parse_settings
-from hf_soo.optimizers.bases import BASES, base_arguments, check_flat, check_row_shards
+from hf_soo.optimizers.bases import BASES, base_arguments, check_flat
 from hf_soo.plan.request import PlanConfig
 from hf_soo.preconditioners.config import make_config
 from hf_soo.registry import METHODS, takes_batch_size
@@ -128,6 +128,4 @@ def asked_methods(config: PlanConfig, model: nn.Module) -> list[MethodOnModel]:
         base = BASES[method.base].cls
         if config.strategy in ("zero1", "zero2", "zero3"):
             check_flat(base, config.strategy)
-        elif config.strategy == "fsdp2":
-            check_row_shards(base)
     return list({method.label: method for method in found}.values())  # the asked method may stand beside itself

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from hf_soo.engine.checks import Checked, Count, require
 from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
@@ -13,6 +15,8 @@ from hf_soo.runs.arguments import option
 _Strategy = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 _COUNTABLE = ("ddp", "fsdp2")  # what a dry run can build
 _LARGEST_DEFAULT_MICRO_BATCH = 16
+MEASURE = "measure"
+"""The profile of this machine."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Layout:
         seq: tokens in a sequence.
         bf16: whether the products are in bfloat16.
         checkpointing: whether blocks are run again in the backward pass.
+        iteration_dtype: what Muon's "auto" comes to: fp16, but on a CPU fp32.
     """
 
     ranks: int
@@ -96,6 +101,7 @@ class Layout:
     seq: int
     bf16: bool
     checkpointing: bool
+    iteration_dtype: str = "float16"
 
     @classmethod
     def of(cls, config: PlanConfig) -> Layout:
@@ -103,6 +109,7 @@ class Layout:
         share = config.batch // config.gpus
         fitting = (n for n in range(min(share, _LARGEST_DEFAULT_MICRO_BATCH), 0, -1) if share % n == 0)
         micro = config.micro_batch or next(fitting)
+        on_cpu = config.profile == MEASURE and not torch.cuda.is_available()
         return cls(
             ranks=config.gpus,
             strategy=config.strategy,
@@ -111,6 +118,7 @@ class Layout:
             seq=config.seq,
             bf16=config.precision == "bf16",
             checkpointing=config.gradient_checkpointing,
+            iteration_dtype="float32" if config.profile == "cpu" or on_cpu else "float16",
         )
 
     @property

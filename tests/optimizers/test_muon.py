@@ -288,7 +288,7 @@ def test_muon_names_the_bad_value(bad: dict[str, Any], match: str) -> None:
 
 def test_muon_refuses_what_it_would_get_wrong() -> None:
     params = parameters()
-    with pytest.raises(ValueError, match="two dimensions"):
+    with pytest.raises(ValueError, match="two to four dimensions"):
         Muon(params, matrices=[params[2]])
     with pytest.raises(ValueError, match="'sgd' is unknown"):
         make_muon(params).add_param_group({"params": [nn.Parameter(torch.zeros(3))], "algorithm": "sgd"})

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_soo.engine import chunks as pieces
-from hf_soo.engine.fragments import Fragment
-from hf_soo.engine.row_shards import _MeshPartition
+from hf_soo.engine.pieces.fragments import Fragment
+from hf_soo.engine.pieces.row_shards import _MeshPartition
 from hf_soo.optimizers import Lamb
 
 STEPS = 6

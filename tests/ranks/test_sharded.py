@@ -202,17 +202,6 @@ def test_torch_s_way_to_save_a_sharded_optimizer() -> None:
         assert "keeps the base's state alone" in rank["said"]
 
 
-def muon_over_shards(rank: int, world: int) -> None:
-    model = Net()
-    shard(model, world)
-    build(model, "muon")
-
-
-def test_muon_over_shards_is_refused_when_it_is_built() -> None:
-    with pytest.raises(RuntimeError, match="NotImplementedError: base Muon under FSDP2"):
-        run_ranks(2, muon_over_shards)
-
-
 # ---- checkpoints that cannot go on elsewhere ----
 
 

@@ -101,6 +101,7 @@ def test_other_methods_on_bert_tiny(optim: str, optim_args: str | None, models: 
         (LARGE, "mkor", "lamb"),
         (LARGE, "eva_f", "adamw"),
         (TINY, "eva", "lamb"),
+        (TINY, "mkor", "muon"),
         (TINY, "eva_s", None),
         (TINY, "rf_rmsprop", None),
         (TINY, "foof", None),
@@ -185,10 +186,12 @@ def test_every_form_of_a_collective_is_counted_whole() -> None:
                 dist.reduce(tensor, dst=2)
                 funcol.all_reduce(tensor, "sum", dist.group.WORLD).sum()
                 funcol.reduce_scatter_tensor(torch.zeros(40), "sum", 0, dist.group.WORLD).sum()
+            with counter.labelled("dealt"):
+                dist.all_to_all_single(torch.zeros(9), torch.zeros(4), [2, 3, 1, 3], [4, 0, 0, 0])
             dist.barrier()
-            with pytest.raises(NotImplementedError, match=r"c10d\.alltoall_base_ is a collective that is not counted"):
-                dist.all_to_all_single(torch.zeros(4), torch.zeros(4))
-    assert counter.take() == {"gathered": 2 * 160, "reduced": 40 + 40 + 160}
+            with pytest.raises(NotImplementedError, match=r"c10d\.scatter_ is a collective that is not counted"):
+                dist.scatter(tensor, src=0)
+    assert counter.take() == {"gathered": 2 * 160, "reduced": 40 + 40 + 160, "dealt": 16}
 
 
 def test_differences_are_seen() -> None:

@@ -413,7 +413,6 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
     [
         (DistributedType.MEGATRON_LM, 0, "mkor", "mkor under Megatron-LM"),
         (DistributedType.FSDP, 1, "lamb", "lamb under FSDP version 1"),
-        (DistributedType.FSDP, 2, "muon", "Muon under FSDP2"),
     ],
 )
 def test_shards_that_are_refused(kind: DistributedType, version: int, name: str, message: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +13,9 @@ from torch import Tensor
 from hf_soo.engine.chunks import piece_norms, root, squares, total_norm, wide_dtype
 from hf_soo.engine.comm import Communicator, Group
 from hf_soo.engine.dtensors import full_shape, is_dtensor, local, sharded_dim
-from hf_soo.engine.fragments import Fragment, Fragments, Span
 from hf_soo.engine.layers import Layer
+from hf_soo.engine.pieces.exchange import Span, row_spans
+from hf_soo.engine.pieces.fragments import Fragment, Fragments
 from hf_soo.engine.strategy import Partition
 
 
@@ -47,9 +46,7 @@ class RowShards(Fragments):
         """As ``torch.chunk`` cuts the first dimension."""
         shape = full_shape(parameter)
         if shape not in self._spans:
-            width, chunk = math.prod(shape[1:]), math.ceil(shape[0] / self.size)
-            cuts = [min(rank * chunk, shape[0]) for rank in range(self.size + 1)]
-            self._spans[shape] = [Span(a * width, (b - a) * width) for a, b in pairwise(cuts)]
+            self._spans[shape] = row_spans(shape, self.size)
         return self._spans[shape]
 
     def piece(self, parameter: Tensor) -> Tensor:

@@ -21,18 +21,11 @@ from hf_soo.engine.comm import Communicator, Group
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed
 from hf_soo.engine.layers import Layer, accumulation_dtype
+from hf_soo.engine.pieces.exchange import Span
 from hf_soo.engine.strategy import Strategy
 
 GATHER_BYTES = 2**28
 """The most that is gathered in one message, unless a single layer is larger."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of a flat tensor: its first element and its length."""
-
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)
