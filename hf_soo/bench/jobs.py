@@ -66,7 +66,7 @@ _PRETRAIN = (
 GPU = (
     Job("gpu_bert_base", f"{_ON_GPU} --preset bert-base {_FAST}"),
     Job("gpu_bert_large", f"{_ON_GPU} --preset bert-large {_FAST}"),
-    Job("gpu_tests", "pytest -m cuda tests/methods/test_cuda.py"),
+    Job("gpu_tests", "pytest -o addopts= -m cuda tests/methods/test_cuda.py"),
     Job("pretraining/lamb", f"{_PRETRAIN} --optim lamb --learning_rate 0.004"),
     Job("pretraining/mkor", f"{_PRETRAIN} --optim mkor+lamb --learning_rate 0.004"),
     Job("gpu_bert_base_dense", f"{_ON_GPU} --preset bert-base {_SLOW}"),

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+import hf_soo
 from hf_soo.bench.jobs import SUITES, TINY, Job
 from hf_soo.engine.checks import Checked, Positive
 from hf_soo.files import parse_json, write_atomically
@@ -140,7 +141,9 @@ def _in_a_process(words: list[str], seconds: float) -> tuple[int | None, str]:
     module = ["pytest"] if words[0] == "pytest" else ["hf_soo.cli", words[0]]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         command = [sys.executable, "-m", *module, *words[1:]]
-        process = subprocess.Popen(command, stderr=errors, start_new_session=True)
+        root = Path(hf_soo.__file__).resolve().parents[1]  # of a checkout, where the tests are
+        where = root if words[0] == "pytest" else None
+        process = subprocess.Popen(command, stderr=errors, start_new_session=True, cwd=where)
         code: int | None = None
         try:
             code = process.wait(seconds)
