@@ -25,9 +25,10 @@ from torch.optim import Optimizer
 
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.dtensors import full_shape, local
+from hf_soo.engine.flops import BaseWork
 from hf_soo.engine.optimizer import inner_step
 from hf_soo.engine.strategy import FlatPartition, LocalGradient, mend_steps
-from hf_soo.optimizers.matrices import Matrices, Piece
+from hf_soo.optimizers.matrices import Matrices, Piece, matrix_shape
 from hf_soo.optimizers.orthogonal import Orthogonaliser, scale_of
 from hf_soo.optimizers.polar import Coefficients, iteration_dtype
 from hf_soo.optimizers.ranges import check_arguments
@@ -254,6 +255,12 @@ class Muon(Optimizer):
         """How often a matrix of this rank was not finite, as ``nonfinite_matrices``; nothing if never."""
         count = sum(int(each) for each in self._nonfinite.values())
         return {"nonfinite_matrices": float(count)} if count else {}
+
+    def minimal_work(self, param: Tensor, group: dict[str, Any]) -> BaseWork:
+        """Of the whole matrix; nothing besides a pass for AdamW's parameters."""
+        if group["algorithm"] != "muon":
+            return BaseWork()
+        return self._rule(group, param).work(matrix_shape(full_shape(param)))
 
     def groups_by(self, algorithm: str) -> list[dict[str, Any]]:
         """The groups of "muon" or "adamw"."""

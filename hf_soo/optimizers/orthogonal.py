@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_soo.optimizers.polar import DTYPES, Coefficients, iterated, normalised, polar_cost, schedule
+from hf_soo.engine.flops import BaseWork
+from hf_soo.optimizers.polar import DTYPES, Coefficients, iterated, normalised, polar_cost, polar_products, schedule
 
 _LEAST = 1e-12
 """The least root mean square of a row of a polar factor that is divided by."""
@@ -58,6 +59,12 @@ class Orthogonaliser:
         """Multiplications and additions of O of a matrix [n, m] or a stack [E, n, m]."""
         *stack, n, m = shape
         return math.prod(stack) * polar_cost(n, m, self.coefficients, self.dtype)
+
+    def work(self, shape: tuple[int, ...]) -> BaseWork:
+        """The products of O, whose argument and itself are written, and read again."""
+        *stack, n, m = shape
+        products = polar_products(n, m, self.coefficients, self.dtype) * math.prod(stack)
+        return BaseWork(again=4, products=products, dtype=self.dtype)
 
     def __call__(self, matrices: list[Tensor]) -> list[Tensor]:
         """O of each: those of one shape in one batch where that pays, on a GPU."""

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_soo.engine.flops import Product
 from hf_soo.engine.gradients import norms
 
 Coefficients = tuple[float, float, float]
@@ -163,6 +164,16 @@ def polar_cost(n: int, m: int, coefficients: list[Coefficients], dtype: torch.dt
         dtype: that they run in.
     """
     return 2.0 * min(n, m) ** 3 * min(_products(n, m, coefficients, dtype).values())
+
+
+def polar_products(n: int, m: int, coefficients: list[Coefficients], dtype: torch.dtype) -> list[Product]:
+    """The products of ``polar_cost`` one by one."""
+    (n, m), count = sorted((n, m)), _products(n, m, coefficients, dtype)
+    gram, square, back = Product(n, m, n), Product(n, n, n), Product(n, n, m)
+    if count["plain"] <= count["gram"]:
+        return [gram, square, back] * len(coefficients)
+    lengths = _lengths(coefficients, dtype)
+    return [each for length in lengths for each in (gram, *[square] * (4 * length - 3), back)]
 
 
 def _products(n: int, m: int, coefficients: list[Coefficients], dtype: torch.dtype) -> dict[Form, float]:

@@ -105,6 +105,7 @@ BYTES: dict[str, tuple[Callable[[], PreconditionedOptimizer], Kind, float]] = {
     "sgd": (lambda: stepped("sgd"), PLAIN, 1.0),
     "rmsprop": (lambda: stepped("rmsprop"), PLAIN, 1.0),
     "lamb": (lambda: stepped("lamb"), PLAIN, 1.3),
+    "muon": (lambda: stepped("muon"), PLAIN, 2.0),
     "mkor": (lambda: stepped("mkor", "adamw", history=2, **OFTEN), PLAIN, 1.5),
     "eva": (lambda: stepped("eva", "sgd", update_period=1000), PLAIN, 1.5),
     "eva_f": (lambda: stepped("eva_f", "sgd", update_period=1000), PLAIN, 1.7),
@@ -140,6 +141,8 @@ PRODUCTS: dict[str, Callable[[], PreconditionedOptimizer]] = {
     "foof": lambda: stepped("foof", **SPARSELY),
     "kaisa": lambda: stepped("kaisa", inverse="eigen", **SPARSELY),
     "if_shampoo": lambda: stepped("if_shampoo", batch_size=4, update_period=1000),
+    "muon": lambda: stepped("muon"),  # one matrix in each form of the iteration
+    "muon six times": lambda: stepped("muon", ns_steps=6, ns_coefficients="polar_express"),
 }
 
 
