@@ -175,11 +175,10 @@ class _LambHalves(Halves):
         """See ``Halves``."""
         self.base.move(self._turn, self.base.divided())
 
-    def _turn(self, piece: list[Slot], minus_u: list[Tensor], group: dict[str, Any]) -> None:
+    def _turn(self, piece: list[Slot], directions: list[Tensor], group: dict[str, Any]) -> None:
         """-κw ← -κw - D̂ / (√v̂ + ε), or -κw - D."""
-        for slot, target in zip(piece, minus_u, strict=True):
-            by_root = self.place == "momentum"
-            target.sub_(_divided(slot.grad, slot.exp_avg_sq, slot.step, group) if by_root else slot.grad)
+        for slot, D in zip(piece, directions, strict=True):
+            slot.grad.sub_(_divided(D, slot.exp_avg_sq, slot.step, group) if self.place == "momentum" else D)
 
 
 def _adam_direction(

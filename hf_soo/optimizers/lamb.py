@@ -19,9 +19,10 @@
 Deviation: `max_grad_norm=None` switches the clip off (apex's 0 would zero every gradient, so 0 is refused here);
 half-precision parameters keep fp32 moments; the step counter is kept per parameter.
 
-How it is fast: a tensor is walked in pieces (chunks.py) that stay in cache while all of the above happens to them.
-torch's fused Adam kernel turns a piece that holds -κw into -u, and -u waits in the gradient's own memory until the
-tensor's ratio is known. **So `.grad` is scratch space: after `step` its content is unspecified** (as with apex).
+How it is fast: a tensor is walked in pieces (chunks.py) that stay in cache while all of the above happens to them. A
+piece's gradient goes to scratch memory, over the clip, and -κw takes its place, which torch's fused Adam kernel turns
+into -u; there it waits until the tensor's ratio is known. **So `.grad` is scratch space: after `step` its content is
+unspecified** (as with apex).
 
 Where ranks hold pieces of a parameter (`Partition`), all pieces are turned into -u
 first, and one all-reduce makes their norms those of whole parameters.
@@ -54,7 +55,7 @@ from hf_soo.engine.strategy import Partition, mend_steps
 from hf_soo.optimizers.ranges import check_arguments
 
 Turn = Callable[[list[Slot], list[Tensor], dict[str, Any]], None]
-"""Turns what holds -κw of each slot of a piece into -u, with the group's settings."""
+"""Turns -κw, which the gradients of a piece hold, into -u by what they held before, with the group's settings."""
 
 
 @dataclass(slots=True)
@@ -135,7 +136,7 @@ class Lamb(Optimizer):
             given = [self.state_of(param)["step"] for param in group["params"] if param.grad is not None]
             if given:
                 torch._foreach_add_(given, 1)
-        self.move(lambda piece, minus_u, group: _adam_(piece, minus_u, group, excess), divided)
+        self.move(_adam_, divided, excess)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,30 +178,32 @@ class Lamb(Optimizer):
         total = total_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return torch.clamp(total / limit, min=1.0)
 
-    def move(self, turn: Turn, divided: tuple[list[Job], list[Share]]) -> None:
-        """W ← W - η r u; ``turn`` says what u is beside κw."""
+    def move(self, turn: Turn, divided: tuple[list[Job], list[Share]], excess: Tensor | None = None) -> None:
+        """W ← W - η r u of the gradients over ``excess`` (None: 1); ``turn`` says what u is beside κw."""
         whole, shares = divided
         for job in whole:
-            for update in self._updates(job, turn):
+            for update in self._updates(job, turn, excess):
                 _apply_(update, None if update.norms is None else _trust_ratio(update.norms))
         for share in shares:
-            self._step_pieces(share, turn)
+            self._step_pieces(share, turn, excess)
 
-    def _step_pieces(self, share: Share, turn: Turn) -> None:
+    def _step_pieces(self, share: Share, turn: Turn, excess: Tensor | None) -> None:
         """Step pieces of parameters: all updates, then the sum over ranks, then the ratios."""
-        updates = [update for job in share.jobs for update in self._updates(job, turn, share.partition)]
+        updates = [update for job in share.jobs for update in self._updates(job, turn, excess, share.partition)]
         known = [(update.slots, update.norms) for update in updates if update.norms is not None]
         ratios = _trust_ratio(whole_norms(known, share.partition, share.prototype)).unbind()
         for update in reversed(updates):
             adapt = update.norms is not None
             _apply_(update, torch.stack([ratios[slot.tensor] for slot in update.slots]) if adapt else None)
 
-    def _updates(self, job: Job, turn: Turn, partition: Partition | None = None) -> Iterator[_Update]:
+    def _updates(
+        self, job: Job, turn: Turn, excess: Tensor | None, partition: Partition | None = None
+    ) -> Iterator[_Update]:
         """Update moments bundle by bundle, each when it is asked for: what is applied at once is still in cache."""
         size = piece_size(job.params[0])
         scratch = torch.empty(size, dtype=wide_dtype(job.params[0]), device=job.params[0].device)
         for slots, pieces in bundles(slots_of(job.params, self.state, job.ranks is not None, partition), size):
-            found = [_update_(piece, scratch, job.group, turn) for piece in pieces]
+            found = [_update_(piece, scratch, job.group, turn, excess) for piece in pieces]
             norms = [norm for norm in found if norm is not None]
             total = torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else None
             yield _Update(job.group, slots, pieces, total)
@@ -216,7 +219,9 @@ class Lamb(Optimizer):
         return state
 
 
-def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], turn: Turn) -> Tensor | None:
+def _update_(
+    piece: list[Slot], scratch: Tensor, group: dict[str, Any], turn: Turn, excess: Tensor | None
+) -> Tensor | None:
     """Leave -u of a piece in its gradients.
 
     Args:
@@ -224,38 +229,47 @@ def _update_(piece: list[Slot], scratch: Tensor, group: dict[str, Any], turn: Tu
         scratch: at least as many elements as the piece.
         group: the hyperparameters.
         turn: see ``Turn``.
+        excess: what the gradients are divided by first; None: 1.
 
     Returns:
         ‖w‖ and ‖u‖ of each slot, [2, slots], or None where no ratio is wanted.
     """
-    params = [slot.param for slot in piece]
-    grads = [slot.grad for slot in piece]
+    params, grads = [slot.param for slot in piece], [slot.grad for slot in piece]
     sizes = [param.numel() for param in params]
-    whole = scratch[: sum(sizes)]
-    minus_u = list(torch.split(whole, sizes))
-    decay, adapt = group["weight_decay"], _adapts(group)
-    norms: list[Tensor] = []
-    if adapt:
-        torch._foreach_copy_(minus_u, params)
-        norms += torch._foreach_norm(minus_u)  # ‖w‖, in the moments' dtype
-        whole.mul_(-decay)
+    given = scratch[: sum(sizes)]
+    taken = list(torch.split(given, sizes))
+    if len(piece) == 1 and excess is not None:
+        torch.div(grads[0], excess.to(given.device), out=given)
     else:
-        whole.zero_()
-    turn(piece, minus_u, group)
+        torch._foreach_copy_(taken, grads)
+        if excess is not None:
+            given.div_(excess.to(given.device))
+    adapt, norms = _adapts(group), []
     if adapt:
-        norms += torch._foreach_norm(minus_u)  # ‖u‖
-    torch._foreach_copy_(grads, minus_u)
+        norms += torch._foreach_norm(params, dtype=given.dtype)  # ‖w‖
+        _scale(params, -group["weight_decay"], grads)
+    else:
+        torch._foreach_zero_(grads)
+    turn(piece, taken, group)
+    if adapt:
+        norms += torch._foreach_norm(grads)  # ‖u‖
     return torch.stack(norms).view(2, len(piece)) if adapt else None
 
 
-def _adam_(piece: list[Slot], minus_u: list[Tensor], group: dict[str, Any], excess: Tensor | None) -> None:
-    """-κw ← -κw - m̂ / (√v̂ + ε) with the moments updated; the gradients are divided by ``excess`` first."""
-    grads = [slot.grad for slot in piece]
-    if excess is not None:
-        torch._foreach_div_(grads, excess.to(grads[0].device))
+def _scale(tensors: list[Tensor], factor: float, out: list[Tensor]) -> None:
+    """The tensors times a factor, in the dtype of ``out``; a large one in one pass."""
+    if len(tensors) == 1 and tensors[0].dtype == out[0].dtype:
+        torch.mul(tensors[0], factor, out=out[0])
+    else:
+        torch._foreach_copy_(out, tensors)
+        torch._foreach_mul_(out, factor)
+
+
+def _adam_(piece: list[Slot], grads: list[Tensor], group: dict[str, Any]) -> None:
+    """-κw ← -κw - m̂ / (√v̂ + ε) with the moments updated."""
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
-        minus_u,
+        [slot.grad for slot in piece],
         grads,
         [slot.exp_avg for slot in piece],
         [slot.exp_avg_sq for slot in piece],
