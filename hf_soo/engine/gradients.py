@@ -11,10 +11,11 @@ power of two, which is 1 for all usual gradients: nothing that is finite becomes
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ Groups = list[list[Layer]]
 
 USUAL = 48
 """Norms from 2⁻⁴⁸ to 2⁴⁸ have squares with room on both sides in float32: their unit is 1."""
+
+_DOT = 1 << 18
+"""Terms of a product of vectors on a CPU: one of fp32 numbers that is longer has too large a rounding error."""
 
 
 @dataclass(slots=True)
@@ -89,12 +93,17 @@ class Joint:
         """Take |Ĝ|², and choose the unit that it is counted in from now on.
 
         Yields:
-            |Ĝ| of these rows: their sum over ranks is as good for a unit, and cannot overflow.
+            |Ĝ| of these rows: their sum over ranks is as good for a unit, and cannot overflow. Once more on a CPU where
+            it is unusual as it is found without any care.
         """
-        sizes = [norms(tensor) for tensor in self.tensors()]
-        size = sum(sizes, torch.zeros_like(sizes[0]))
-        yield [size]
-        self.unit = None if _is_usual(size) else unit_of(size)
+        on_cpu = self.weight.device.type == "cpu"
+        sizes = [_plain_norms(tensor) if on_cpu else norms(tensor) for tensor in self.tensors()]
+        yield [size := _total(sizes)]
+        usual = _is_usual(size)
+        if on_cpu and not usual:
+            sizes = [norms(tensor) for tensor in self.tensors()]
+            yield [size := _total(sizes)]
+        self.unit = None if usual else unit_of(size)
         self.size = _sum_of_squares(sizes, self.unit)
 
     def measured(self) -> Tensor:
@@ -117,27 +126,27 @@ class Joint:
         """Ĝ R for R [L, m (+ 1), k]: [L, n, k], row by row."""
         m = self.weight.shape[-1]
         product = self.weight @ right[..., :m, :]
-        return product if self.bias is None else product + self.bias[..., None] * right[..., m:, :]
+        return product if self.bias is None else product.baddbmm_(self.bias[..., None], right[..., m:, :])
 
     def from_left(self, left: Tensor) -> Joint:
         """C Ĝ for C [L, k, n], a sum over rows (a named method: torch takes 25 µs to hand ``@`` over)."""
-        bias = None if self.bias is None else torch.einsum("...kn,...n->...k", left, self.bias)
+        bias = None if self.bias is None else (left @ self.bias[..., None]).squeeze(-1)
         return Joint(left @ self.weight, bias, unit=self.unit)
 
     def minus(self, U: Tensor, V: Joint) -> Joint:
         """Ĝ - U V as a new one, for U [L, n, k] and V over the columns of Ĝ (see ``split``)."""
         bias = self.bias
         if bias is not None and V.bias is not None:
-            bias = bias - torch.einsum("...nk,...k->...n", U, V.bias)
-        return Joint(self.weight - U @ V.weight, bias, unit=self.unit)
+            bias = torch.baddbmm(bias[..., None], U, V.bias[..., None], alpha=-1).squeeze(-1)
+        return Joint(torch.baddbmm(self.weight, U, V.weight, alpha=-1), bias, unit=self.unit)
 
     def subtract_(self, *products: tuple[Tensor, Joint]) -> None:
         """Ĝ ← Ĝ - Σ U V in place, for thin U [L, n, k] and V over the columns of Ĝ, in one product."""
         thin, wide = zip(*products, strict=True)
-        self.weight.baddbmm_(torch.cat(thin, dim=-1), torch.cat([V.weight for V in wide], dim=-2), alpha=-1)
-        for U, V in products:
-            if self.bias is not None and V.bias is not None:
-                self.bias.sub_(torch.einsum("...nk,...k->...n", U, V.bias))
+        U = torch.cat(thin, dim=-1)
+        self.weight.baddbmm_(U, torch.cat([V.weight for V in wide], dim=-2), alpha=-1)
+        if self.bias is not None:
+            self.bias[..., None].baddbmm_(U, torch.cat([V.bias for V in wide], dim=-1)[..., None], alpha=-1)
 
     def subtract_outer_(self, u: Tensor, a: Tensor, divisor: float) -> None:
         """Ĝ ← (Ĝ - u aᵀ) / γ in place, for u [L, n], a [L, m (+ 1)] and the divisor γ."""
@@ -165,10 +174,12 @@ class Joint:
         Returns:
             Squared norms and inner product; ``after`` is not finite where Ĝ was kept.
         """
-        inner = (self.in_unit(P) * self.in_unit(G)).sum((-2, -1))
-        moved = TransformNorms(squared_norm(G, unit=self.unit), squared_norm(P, unit=self.unit), inner)
+        moved = TransformNorms(
+            squared_norm(G, unit=self.unit), squared_norm(P, unit=self.unit), inner(P, G, unit=self.unit)
+        )
         yield [moved.before, moved.after, moved.inner]
-        P = torch.where(moved.after.isfinite()[..., None, None], P, G)
+        if not _is_usual(moved.after, math.inf):
+            torch.where(moved.after.isfinite()[..., None, None], P, G, out=P)
         self.weight.copy_(P[..., : self.weight.shape[-1]])
         if self.bias is not None:
             self.bias.copy_(P[..., -1])
@@ -218,11 +229,25 @@ def squared_norm(*tensors: Tensor, unit: Tensor | None = None) -> Tensor:
 
 
 def _sum_of_squares(sizes: Sequence[Tensor], unit: Tensor | None) -> Tensor:
-    total: Tensor | float = 0.0
-    for size in sizes:
-        total = (size if unit is None else size / unit).square() + total
-    assert isinstance(total, Tensor)
-    return total
+    return reduce(torch.add, [(size if unit is None else size / unit).square() for size in sizes])
+
+
+def _total(sizes: Sequence[Tensor]) -> Tensor:
+    """Their sum as a tensor of its own."""
+    return sizes[0].clone() if len(sizes) == 1 else reduce(torch.add, sizes)
+
+
+def inner(X: Tensor, Y: Tensor, unit: Tensor | None = None) -> Tensor:
+    """⟨X, Y⟩ over all but the first dimension, in units squared, [L]."""
+    if unit is not None:
+        X, Y = X / _along(unit, X), Y / _along(unit, Y)
+    if len(X) > 1:
+        return torch.bmm(X.flatten(1)[:, None], Y.flatten(1)[..., None]).view(-1)
+    X, Y = X.reshape(-1), Y.reshape(-1)
+    if X.device.type != "cpu" or len(X) <= _DOT:
+        return torch.dot(X, Y).view(1)
+    parts = zip(torch.split(X, _DOT), torch.split(Y, _DOT), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in parts]).sum(0, keepdim=True)
 
 
 def norms(tensor: Tensor) -> Tensor:
@@ -245,7 +270,7 @@ def _all_but_first(tensor: Tensor) -> tuple[int, ...]:
     return tuple(range(1, tensor.ndim))
 
 
-def _is_usual(sizes: Tensor, limit: int = USUAL) -> bool:
+def _is_usual(sizes: Tensor, limit: float = USUAL) -> bool:
     """Whether all norms have the unit 1. Asked on a CPU alone, where nothing waits for an answer."""
     return sizes.device.type == "cpu" and all(2.0**-limit < size < 2.0**limit for size in sizes.tolist())
 
@@ -323,24 +348,3 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 def computed(tensor: Tensor) -> Tensor:
     """A tensor in its accumulation dtype."""
     return tensor.to(accumulation_dtype(tensor.dtype))
-
-
-def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[Layer]]:
-    """Layers to work on together.
-
-    Args:
-        layers: any layers.
-        batched: all layers of one shape, or one by one, in place and in cache; None: the latter on a CPU.
-
-    Yields:
-        Lists of layers that share a shape, a dtype and a device; those of a stack are a list of their own.
-    """
-    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
-    if batched is False or (batched is None and on_cpu):
-        yield from ([layer] for layer in layers)
-        return
-    by_shape: dict[Any, list[Layer]] = defaultdict(list)
-    for layer in layers:
-        kind = (layer.shape, layer.bias is None, layer.weight.dtype, layer.weight.device, layer.stack)
-        by_shape[kind].append(layer)
-    yield from by_shape.values()

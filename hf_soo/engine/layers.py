@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_soo.engine.dtensors import full_shape, local
+
+_CPU_STACK = 1 << 20
+"""Elements of the layers that a CPU works on together: small ones cost calls, and large ones copies, out of cache."""
 
 
 @dataclass(eq=False)
@@ -283,3 +288,23 @@ def group_sums(rows: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return rows.sum(0, keepdim=True, dtype=dtype)
     return torch.stack([part.sum(0, dtype=dtype) for part in rows.tensor_split(groups)])
+
+
+def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[Layer]]:
+    """Layers to work on together.
+
+    Args:
+        layers: any layers.
+        batched: all layers of one shape, or one by one, in place; None: the first, on a CPU as many as fit its cache.
+
+    Yields:
+        Lists of layers that share a shape, a dtype and a device; those of a stack are a list of their own.
+    """
+    by_shape: dict[Any, list[Layer]] = defaultdict(list)
+    for i, layer in enumerate(layers):
+        kind = (layer.shape, layer.bias is None, layer.weight.dtype, layer.weight.device, layer.stack)
+        by_shape[i if batched is False else kind].append(layer)
+    for alike in by_shape.values():
+        few = batched is None and alike[0].weight.device.type == "cpu"
+        size = max(1, _CPU_STACK // max(1, math.prod(alike[0].shape))) if few else len(alike)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))

@@ -15,8 +15,8 @@ from hf_soo.engine.capture import Capture, Statistics, Window
 from hf_soo.engine.comm import Communicator
 from hf_soo.engine.diagnostics import Diagnostics
 from hf_soo.engine.dtensors import is_dtensor
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, RowSums, TransformNorms, groups_of, run_with_shared_sums
-from hf_soo.engine.layers import Layer
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, RowSums, TransformNorms, run_with_shared_sums
+from hf_soo.engine.layers import Layer, groups_of
 from hf_soo.engine.pieces.row_shards import RowShards
 from hf_soo.engine.placement import Assignment, Grid, Placement, Replicated, make_plan
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, Updated, local_state, stacked, unstack_
@@ -39,8 +39,8 @@ class Step:
         placement: which rank works for which layer.
         comm: the means of communication.
         diagnostics: records of the last step.
-        batched: work on layers of one shape together, or one by one, in place and in cache; None: the latter on a CPU,
-            and for methods whose factors are too large to be stacked.
+        batched: work on layers of one shape together, or one by one, in place; None: see ``groups_of``, and one by one
+            for methods whose factors are too large to be stacked.
     """
 
     def __init__(self, preconditioner: Preconditioner, layers: list[Layer], model: nn.Module) -> None:

@@ -244,7 +244,8 @@ def _update_(
         torch._foreach_copy_(taken, grads)
         if excess is not None:
             given.div_(excess.to(given.device))
-    adapt, norms = _adapts(group), []
+    adapt = _adapts(group)
+    norms: list[Tensor] = []
     if adapt:
         norms += torch._foreach_norm(params, dtype=given.dtype)  # ‖w‖
         _scale(params, -group["weight_decay"], grads)

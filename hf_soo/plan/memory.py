@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-from hf_soo.engine.gradients import groups_of
-from hf_soo.engine.layers import Layer
+from hf_soo.engine.layers import Layer, groups_of
 from hf_soo.optimizers.bases import BASES
 from hf_soo.plan.messages import FLOAT, padded_elements
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of

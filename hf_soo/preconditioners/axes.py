@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soo.engine.gradients import Joint, TransformNorms, run_whole
+from hf_soo.engine.gradients import Joint, TransformNorms, inner, run_whole
 from hf_soo.engine.preconditioner import Factor, LayerState
 
 Slices = tuple[slice, ...]
@@ -120,15 +120,6 @@ def _along(vector: Tensor, X: Tensor, axis: int) -> Tensor:
 def others(sizes: Sequence[int], axis: int) -> int:
     """The product of the other axes' lengths."""
     return math.prod(sizes) // sizes[axis]
-
-
-def inner(X: Tensor, Y: Tensor, unit: Tensor | None = None) -> Tensor:
-    """⟨X, Y⟩ over all axes, in units squared, [L]."""
-    if unit is not None:
-        X, Y = X / layerwise(unit, X), Y / layerwise(unit, Y)
-    if len(X) == 1:
-        return torch.dot(X.reshape(-1), Y.reshape(-1)).view(1)
-    return torch.bmm(X.flatten(1)[:, None], Y.flatten(1)[..., None]).view(-1)
 
 
 def learned(grad: Joint) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,13 +36,13 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Count, Positive, Weight, Whole
 from hf_soo.engine.flops import RowSumSizes
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range, norms, run_whole, squared_norm
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range, inner, norms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, Outcome, Periodic, RowWise, Updated
 from hf_soo.engine.rescale import DEFAULT_KL_CLIP, RescaleName, make_rescale
 from hf_soo.engine.selection import select_parameters
 from hf_soo.engine.sums import NOISE_LEVEL
-from hf_soo.preconditioners.axes import inner, put_back, squeezed, unfolded
+from hf_soo.preconditioners.axes import put_back, squeezed, unfolded
 from hf_soo.preconditioners.eva import eva_product
 from hf_soo.preconditioners.kronecker import KVScale
 

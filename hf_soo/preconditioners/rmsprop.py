@@ -34,11 +34,11 @@ from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Checked, Count, NonNegative, Share
 from hf_soo.engine.chunks import piece_size
 from hf_soo.engine.flops import RowSumSizes
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, squared_norm
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, inner, run_whole, squared_norm
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, RowWise, Updated
 from hf_soo.engine.selection import select_all_parameters
-from hf_soo.preconditioners.axes import inner, layerwise, total
+from hf_soo.preconditioners.axes import layerwise, total
 from hf_soo.preconditioners.config import StateDtype, stored_dtype
 
 BF16_LOWEST_RATE = 2.0**-9
@@ -117,11 +117,12 @@ class RMSProp(RowWise):
         used = valid.to(grad.dtype)
         keep, root = 1 - rate * used, (rate * self.batch_size) ** 0.5 * used
         for g, s, scratch in _chunks(grad, state["gradient"]["second_moment"]):
-            # ŝ ← (1-β)ŝ + (√(βB) g)²
-            torch.mul(g, layerwise(root, g), out=scratch).nan_to_num_(0.0, 0.0, 0.0)  # 0 x inf is nan
-            wide = s.to(g.dtype).mul_(layerwise(keep, g)).addcmul_(scratch, scratch)
-            if statistics.grad.unit is not None:  # else no square is out of range, and a pass is saved
-                wide.clamp_(max=torch.finfo(s.dtype).max)
+            wide = s.to(g.dtype)
+            if statistics.grad.unit is None:  # all are finite, and so are their squares: ŝ ← (1-β)ŝ + βBg²
+                wide.mul_(1 - rate).addcmul_(g, g, value=rate * self.batch_size)
+            else:  # ŝ ← (1-β)ŝ + (√(βB) g)²
+                torch.mul(g, layerwise(root, g), out=scratch).nan_to_num_(0.0, 0.0, 0.0)  # 0 x inf is nan
+                wide.mul_(layerwise(keep, g)).addcmul_(scratch, scratch).clamp_(max=torch.finfo(s.dtype).max)
             if wide.dtype != s.dtype:
                 s.copy_(wide)
         return state, Updated.of_gradient(statistics.grad.from_unit(statistics.grad.from_unit(size)), valid)

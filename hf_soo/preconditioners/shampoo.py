@@ -37,14 +37,13 @@ from torch import Tensor
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Checked, Count, Positive, Share, Weight
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
-from hf_soo.engine.gradients import Joint, TransformNorms
+from hf_soo.engine.gradients import Joint, TransformNorms, inner
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, Outcome, Preconditioner, Updated
 from hf_soo.engine.selection import select_parameters
 from hf_soo.preconditioners.axes import (
     Cut,
     applied,
-    inner,
     layerwise,
     learned,
     put_back,

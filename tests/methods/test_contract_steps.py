@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_soo.engine.layers import LinearLayer, groups_of
 from tests.methods.toy import (
     CASES,
     batches,
@@ -112,6 +113,17 @@ def test_batched_layers_equal_single_ones(case: str) -> None:
         results.append(weights(net))
     # the same sums, other kernels: 1e-14 a step
     assert_close_report(results[1], results[0], tolerance(case, 1e-11), f"{case} batched")
+
+
+def test_a_cpu_works_on_small_layers_of_one_shape_together() -> None:
+    shapes = [(1024, 1025), (512, 512), (3, 2), (1024, 1025), (3, 2), *[(512, 512)] * 4]
+    layers = [LinearLayer(str(i), nn.Linear(*shape)) for i, shape in enumerate(shapes)]
+
+    def groups(batched: bool | None) -> list[str]:
+        return ["".join(layer.name for layer in group) for group in groups_of(layers, batched)]
+
+    assert groups(None) == ["0", "3", "1567", "8", "24"]  # four of 512 x 512 are the 2²⁰ elements that fit
+    assert groups(True) == ["03", "15678", "24"] and groups(False) == list("012345678")
 
 
 @every_case
