@@ -115,22 +115,27 @@ class _MuonHalves(_AdamHalves):
 
     def take(self, gradients: Iterable[LocalGradient]) -> None:
         """See ``Halves``; the polar factors of "update" go through one rank each."""
-        at_once, matrices = [], {}
+        at_once: list[LocalGradient] = []
+        groups: dict[int, list[LocalGradient]] = {}
         for piece in gradients:
-            if self.place == "update" and piece.group["algorithm"] == "muon":
-                matrices[_place(piece.param, piece.cut)] = piece
-            else:
-                at_once.append(piece)
+            whole = self.place == "update" and piece.group["algorithm"] == "muon"
+            (groups.setdefault(id(piece.group), []) if whole else at_once).append(piece)
         super().take(at_once)
-        for group in self.base.groups_by("muon") if matrices else []:
-            found = self.base.orthogonalised(
-                group, lambda piece: self.base.direction(matrices[_place(piece.param, piece.part)])
-            )
-            for where, factor in found:
-                piece = matrices[_place(where.param, where.part)]
-                piece.grad.copy_(factor.view_as(piece.grad))
-                if piece.scale != 1.0:
-                    piece.grad.mul_(piece.scale)
+        for pieces in groups.values():
+            self._take_whole(pieces)
+
+    def _take_whole(self, pieces: list[LocalGradient]) -> None:
+        """The gradients of a group's matrices become pieces of their polar factors."""
+        at = {_place(piece.param, piece.cut): piece for piece in pieces}
+        params = list({id(piece.param): piece.param for piece in pieces}.values())  # ZeRO-3 empties the group's list
+        found = self.base.orthogonalised(
+            pieces[0].group, lambda piece: self.base.direction(at[_place(piece.param, piece.part)]), params
+        )
+        for where, factor in found:
+            piece = at[_place(where.param, where.part)]
+            piece.grad.copy_(factor.view_as(piece.grad))
+            if piece.scale != 1.0:
+                piece.grad.mul_(piece.scale)
 
     def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
         if piece.group["algorithm"] == "adamw":

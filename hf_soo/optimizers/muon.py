@@ -172,20 +172,21 @@ class Muon(Optimizer):
             self.move_along(piece, group, factor)
 
     def orthogonalised(
-        self, group: dict[str, Any], direction: Callable[[Piece], Tensor]
+        self, group: dict[str, Any], direction: Callable[[Piece], Tensor], params: Sequence[Tensor] | None = None
     ) -> Iterator[tuple[Piece, Tensor]]:
         """This rank's pieces of O = polar(direction) of a group's matrices, each made whole at one rank.
 
         Args:
             group: of "muon"; every rank that holds pieces must go through all.
             direction: a piece -> its direction, asked for when it is needed.
+            params: the group's that have a gradient; None: look.
 
         Yields:
             (a piece, its O, in any shape).
         """
-        for params in self._stepped(group):
-            rule = self._rule(group, params[0])
-            known = self._matrices(params, rule)
+        for alike in _alike(self._stepped(group) if params is None else params):
+            rule = self._rule(group, alike[0])
+            known = self._matrices(alike, rule)
             if rule.row_beta is None:
                 yield from known.through(direction, rule, rule.prototype)
                 continue
@@ -218,20 +219,16 @@ class Muon(Optimizer):
 
     def pieces(self, group: dict[str, Any]) -> list[Piece]:
         """This rank's pieces of a group's matrices."""
-        stepped = self._stepped(group)
-        return [p for params in stepped for p in self._matrices(params, self._rule(group, params[0])).pieces]
+        found = _alike(self._stepped(group))
+        return [piece for alike in found for piece in self._matrices(alike, self._rule(group, alike[0])).pieces]
 
     def _rule(self, group: dict[str, Any], like: Tensor) -> Orthogonaliser:
         count = self._nonfinite.setdefault(like.device, torch.zeros((), device=like.device))
         return Orthogonaliser.of(group, like, count)
 
-    def _stepped(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The tensors of a group that are stepped on, of one dtype and device together; flat ones all are."""
-        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for param in group["params"]:
-            if self.partition is not None or param.grad is not None:
-                alike.setdefault((param.dtype, param.device), []).append(param)
-        return list(alike.values())
+    def _stepped(self, group: dict[str, Any]) -> list[Tensor]:
+        """The tensors of a group that are stepped on; flat ones all are."""
+        return [param for param in group["params"] if self.partition is not None or param.grad is not None]
 
     def move_along(self, piece: Piece, group: dict[str, Any], factor: Tensor) -> None:
         """W ← (1-ηκ)W - η s · factor, of a piece of a matrix."""
@@ -318,6 +315,14 @@ class Muon(Optimizer):
                 raise ValueError(
                     f"Muon: a matrix of shape {shape} has not two to four dimensions; leave it out of `matrices`."
                 )
+
+
+def _alike(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those of one dtype and device together."""
+    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for param in params:
+        found.setdefault((param.dtype, param.device), []).append(param)
+    return list(found.values())
 
 
 def _from_torch(group: dict[str, Any]) -> dict[str, Any]:
