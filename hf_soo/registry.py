@@ -15,17 +15,18 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from hf_soo import preconditioners
-from hf_soo.engine.checks import require, shown, unknown_key
+from hf_soo.engine.checks import once, require, shown, unknown_key
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Conv1dLayer, Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.placement import make_plan
 from hf_soo.engine.preconditioner import Method, Preconditioner
 from hf_soo.engine.selection import Selection, compile_patterns, select_layers
-from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base
+from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base, wrappers_of
 from hf_soo.optimizers.groups import Groups, decay_groups, given_groups
 from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.optimizers.muon import Muon
+from hf_soo.optimizers.wrappers import WRAPPERS, around
 from hf_soo.preconditioners.config import make_config
 
 FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo", "soap")
@@ -104,7 +105,9 @@ class OptimizerSettings:
             args |= settings
         else:
             require("apply_to", place, ApplyTo)
-            config = make_config(name, method.config, {k: v for k, v in settings.items() if k != "apply_to"})
+            args = once([*args.items(), *((key, value) for key, value in settings.items() if key in WRAPPERS)])
+            own = {key: value for key, value in settings.items() if key not in {"apply_to", *WRAPPERS}}
+            config = make_config(name, method.config, own)
         for what, patterns in (("include", include), ("exclude", exclude)):
             compile_patterns(what, patterns)
         stepper = method.base if base is None else base
@@ -183,9 +186,10 @@ class OptimizerSettings:
         config = {} if self.config is None else dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
         if self.config is None:
             selection = Selection([], _left_to_adamw(inner, model))
+        wrappers = wrappers_of(inner, self.base_args)
         return PreconditionedOptimizer(
             inner, preconditioner, selection, name=self.name, config=config, model=model,
-            halves=halves_of(inner, self.apply_to),
+            halves=around(halves_of(inner, self.apply_to), wrappers), wrappers=wrappers,
         )  # fmt: skip
 
     def _parts(self, model: nn.Module, groups: Groups, lr: float) -> tuple[Optimizer, Preconditioner, Selection]:

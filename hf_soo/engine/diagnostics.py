@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -125,10 +125,13 @@ class Diagnostics:
                 table[name] = [Outcome(new) if new else old for new, old in zip(codes, before, strict=True)]
         return table
 
-    def rows(self) -> dict[str, dict[str, float | str]]:
+    def rows(self, distances: Iterable[tuple[str, list[float]]] = ()) -> dict[str, dict[str, float | str]]:
         """Per layer: cos(G, P) of the last step; |a|², |b|² and what became of each side at the last update.
 
         Reads from the device: one host sync for each group of layers.
+
+        Args:
+            distances: a layer's name and |F - I| of each of its sides, to stand there too.
         """
         table: dict[str, dict[str, float | str]] = {}
         for names, moved in self._moved:
@@ -142,6 +145,9 @@ class Diagnostics:
                 row |= dict(zip((NORMS[side] for side in self._sides), norms, strict=True))
                 texts = (outcome.text for outcome in outcomes[name])
                 row |= dict(zip((f"{side}_side" for side in self._sides), texts, strict=True))
+        for name, each in distances:
+            row = table.setdefault(name, {})
+            row |= dict(zip((f"{side}_distance" for side in self._sides), each, strict=True))
         return table
 
     def health(self, layers: Sequence[str]) -> dict[str, float]:

@@ -12,20 +12,21 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hf_soo.engine import diagnostics, fisher
+from hf_soo.engine.around import Halves, TwoWeights, Wrappers
 from hf_soo.engine.comm import refuse_join
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.passes.loss import LossWatch
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.routing import ParameterIndex, routing, warn_of_what_is_left
 from hf_soo.engine.selection import Selection
-from hf_soo.engine.state import Identity, OverBase
+from hf_soo.engine.state import Identity
 from hf_soo.engine.step import Step
-from hf_soo.engine.strategy import Halves, Strategy
+from hf_soo.engine.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
 
-class PreconditionedOptimizer(OverBase):
+class PreconditionedOptimizer(TwoWeights):
     """A base optimizer that steps on preconditioned gradients.
 
     ``param_groups`` and ``state`` are the base's own objects, so schedulers, GradScaler and Trainer see an ordinary
@@ -33,7 +34,7 @@ class PreconditionedOptimizer(OverBase):
 
     Attributes:
         base, preconditioner: the optimizer that takes the step, and the method.
-        halves: the base's step cut in two, where the method acts on what lies between.
+        halves, wrappers: the base's step cut in two, where the method acts on what lies between; what is put around it.
         stages: what it does to its layers before the base steps; it owns layers, factors, hooks and strategy.
         steps: optimizer steps done.
         switched: whether the method has handed over to its base for good (MKOR-H).
@@ -53,6 +54,7 @@ class PreconditionedOptimizer(OverBase):
         config: dict[str, Any],
         model: nn.Module,
         halves: Halves | None = None,
+        wrappers: Wrappers | None = None,
     ) -> None:
         """Wrap a base over the model's parameters. ``hf_soo.build_optimizer`` is the way to make one.
 
@@ -60,7 +62,7 @@ class PreconditionedOptimizer(OverBase):
         ``halves`` of the base make the method act on the base's directions instead of on the gradients.
         """
         super().__init__(base.param_groups, base.defaults)
-        self.base, self.halves, self._taken = base, halves, False
+        self.base, self.halves, self.wrappers, self._taken = base, halves, wrappers, False
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
@@ -135,6 +137,8 @@ class PreconditionedOptimizer(OverBase):
                     self._taken = True
                 rates = {layer: self.param_groups[group]["lr"] for layer, group in index.items()}
                 stages.transform(rates)  # G -> P, and its length
+        if self.wrappers is not None and not self._taken:
+            self.wrappers.mix(self._linked_base(), stages.strategy, self.parameter_index.parameters)
         result, self._taken = base_step(), False
         if skipped():
             self.begin_window()
@@ -279,24 +283,12 @@ class PreconditionedOptimizer(OverBase):
 
         Where ranks share the work (K-FAC), |F - I| is of the layers that this rank preconditions.
         """
-        table = self.stages.diagnostics.rows()
-        names = [f"{side}_distance" for side in self.preconditioner.side_names]
-        for layer, distances in self.stages.distances():
-            table.setdefault(layer, {}).update(zip(names, distances, strict=True))
-        return table
+        return self.stages.diagnostics.rows(self.stages.distances())
 
     def health(self) -> dict[str, float]:
         """A few numbers for a log line; see ``Diagnostics.health``; and what the base has to say, as ``Muon`` may."""
         own = self.stages.diagnostics.health([layer.name for layer in self.layers])
         return own | getattr(self.base, "health", dict)()
-
-    def train(self) -> None:
-        """Tell a base that has two sets of weights (schedule-free) that training goes on; others have nothing to do."""
-        getattr(self.base, "train", lambda: None)()
-
-    def eval(self) -> None:
-        """Tell such a base that the model is evaluated or saved now."""
-        getattr(self.base, "eval", lambda: None)()
 
     def state_dict(self) -> dict[str, Any]:
         """See ``OverBase``; with the hooks that are registered for it."""

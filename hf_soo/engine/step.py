@@ -32,7 +32,7 @@ class Step:
 
     Attributes:
         preconditioner: the method.
-        layers: the layers it moves.
+        layers, model: the layers it moves, and what they lie in.
         states: layer name -> its factors, as far as this rank keeps them.
         capture: the hooks on the layers.
         strategy: where tensors lie.
@@ -51,7 +51,7 @@ class Step:
             layers: what it moves.
             model: what they lie in.
         """
-        self.preconditioner, self.layers, self._model = preconditioner, layers, model
+        self.preconditioner, self.layers, self.model = preconditioner, layers, model
         self.comm = Communicator()
         self._shares_work = preconditioner.workers(1) is not None
         self.strategy: Strategy = WholeTensors()
@@ -165,7 +165,7 @@ class Step:
         """Give layers up before the first step: their hooks and factors go."""
         self.capture.remove()
         self.layers = [layer for layer in self.layers if layer.name not in names]
-        self.capture = Capture(self.layers, self.preconditioner.recorder, self._model)
+        self.capture = Capture(self.layers, self.preconditioner.recorder, self.model)
         self.assign()
 
     # ---- the five lines ----------------------------------------------------------------------------------------------

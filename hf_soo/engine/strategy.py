@@ -11,12 +11,12 @@ A base's state is kept in whole tensors by parameter name, so that a run can go 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine import dtensors
@@ -29,6 +29,9 @@ Entry = dict[str, Any]
 
 Names = Sequence[Sequence[str]]
 """The names of the parameters of each group of the base."""
+
+Value = Callable[[dict[str, Any], Tensor, "slice | None"], Tensor]
+"""(group, the tensor that the base steps on, a parameter's place in it as `LocalGradient.cut`) -> this rank's part."""
 
 
 class Partition(Protocol):
@@ -89,16 +92,6 @@ class LocalGradient:
     def of(self, state: Tensor) -> Tensor:
         """The part of a tensor of the base's state, as a view."""
         return dtensors.local(state) if self.cut is None else state.view(-1)[self.cut]
-
-
-class Halves(Protocol):
-    """A base's step in two, for a method that acts on what lies between (``optimizers.halves``)."""
-
-    def take(self, gradients: Iterable[LocalGradient]) -> None:
-        """The base takes the gradients in, and its directions take their place."""
-
-    def move(self) -> None:
-        """The weights move by what the gradients hold."""
 
 
 class Strategy(ABC):
@@ -194,6 +187,25 @@ class Strategy(ABC):
         """The model's own parameters of each group of the base, with their names."""
         groups = zip(names, base.param_groups, strict=False)  # whose lengths are checked afterwards
         return [list(zip(mine, group["params"], strict=False)) for mine, group in groups]
+
+    def weights(self, base: Optimizer, names: Names, value: Value) -> Iterator[tuple[Tensor, Tensor]]:
+        """(where this rank keeps a weight that the model computes with, what shall stand there).
+
+        Every rank must go through all, and call ``forget_gathered`` when it has written them.
+
+        Args:
+            base: the optimizer.
+            names: of the parameters of each group.
+            value: what shall stand there.
+        """
+        for group in base.param_groups:
+            for param in group["params"]:
+                yield dtensors.local(param.detach()), value(group, param, None)
+
+    def forget_gathered(self, model: nn.Module) -> None:
+        """Weights were written where they are kept: what ranks have gathered of them for a pass is old (FSDP2)."""
+        for module in model.modules():
+            getattr(module, "reshard", lambda: None)()
 
     # ---- the base's state --------------------------------------------------------------------------------------------
 

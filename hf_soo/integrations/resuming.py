@@ -82,6 +82,7 @@ class ResumingMixin(_Base):
                 or the ranks were given different things.
         """
         compare_arguments(self.args, resume_from_checkpoint)
+        self._show(False)
         trial = kwargs.get("trial", args[0] if args else None)
         lock = on_all_ranks(lambda: self._hold(trial))
         try:
@@ -110,7 +111,18 @@ class ResumingMixin(_Base):
         written_by = strategy_in(checkpoint) if checkpoint is not None and self._names_ours else None
         return written_by if written_by != strategy_of(self) else None
 
+    def _show(self, shown: bool) -> None:
+        """Give the model the weights that it is evaluated with, or those that it is trained with, if there are two."""
+        if self.second_order is not None and self.second_order.wrappers is not None:
+            (self.second_order.eval if shown else self.second_order.train)()
+
     # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, of the weights that the model is evaluated with; checkpoints have those it is trained with."""
+        if not self._saving:
+            self._show(True)
+        super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         """While a checkpoint is being written, where it is until it is whole."""
@@ -118,6 +130,7 @@ class ResumingMixin(_Base):
         return os.path.join(folder, SAVING) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._show(False)
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         saved = run / SAVING / name
         try:
@@ -209,9 +222,14 @@ class ResumingMixin(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_best_model(self) -> None:
-        require_weights(self.args, str(self.state.best_model_checkpoint))
-        if not self._load_renamed(str(self.state.best_model_checkpoint)):
+        best = str(self.state.best_model_checkpoint)
+        require_weights(self.args, best)
+        self._show(False)
+        if not self._load_renamed(best):
             super()._load_best_model()
+        ours = self.second_order
+        if ours is not None and ours.wrappers is not None and ours.wrappers.shows and not self.is_deepspeed_enabled:
+            load_base(ours, best)  # what was best were its averages
 
     def _load_renamed(self, checkpoint: str) -> bool:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -146,6 +146,11 @@ class SecondOrderTrainerMixin(ResumingMixin):
             )
         if ours is None:
             return
+        if args.load_best_model_at_end and args.save_only_model and ours.wrappers is not None and ours.wrappers.shows:
+            raise ValueError(
+                "load_best_model_at_end with save_only_model, but the averages that the model is evaluated with are in "
+                "the optimizer's state; leave save_only_model out."
+            )
         model = self._bare()
         names = {name for group in ours.parameter_index.parameters for name in group}
         held = {id(p) for group in ours.param_groups for p in group["params"]}

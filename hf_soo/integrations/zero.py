@@ -19,7 +19,7 @@ from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.pieces.exchange import Cut, Span
 from hf_soo.engine.pieces.fragments import Fragment, Fragments
-from hf_soo.engine.strategy import Entry, LocalGradient, Names, on_cpu
+from hf_soo.engine.strategy import Entry, LocalGradient, Names, Value, on_cpu
 
 
 class ZeroFragments(Fragments):
@@ -45,7 +45,7 @@ class ZeroFragments(Fragments):
         everybody: list[list[Span]] = [[]] * self.size
         dist.all_gather_object(everybody, mine)
         self._spans = [list(spans) for spans in zip(*everybody, strict=True)]
-        self._norm = torch.zeros(())
+        self._norm: Tensor | None = None
         self._fragments: dict[int, list[Fragment]] = {}
         self._matrices: dict[int, list[tuple[Cut, slice]]] = {}
         for number, (parameter, span) in enumerate(zip(self.parameters, mine, strict=True)):
@@ -94,6 +94,19 @@ class ZeroFragments(Fragments):
                 flat, start = self.flat_of(parameter)
                 cut, piece = slice(start, start + self.own_span(parameter).length), self.piece(parameter).view(-1)
                 yield LocalGradient(group, flat, flat[cut], piece, cut, self.loss_scale, name in moved)
+        self._norm = None  # whoever asks for gradients may have changed them
+
+    def weights(self, base: Optimizer, names: Names, value: Value) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the model; the base steps on copies of its own."""
+        for group, mine in zip(base.param_groups, names, strict=True):
+            for parameter in (self.named[name] for name in mine):
+                flat, start = self.flat_of(parameter)
+                piece = value(group, flat, slice(start, start + self.own_span(parameter).length))
+                yield self._weight(parameter, piece)
+
+    @abstractmethod
+    def _weight(self, parameter: Any, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """Where this rank keeps a parameter, and what shall stand there, from this rank's piece of that."""
 
     # ---- norms of whole parameters -----------------------------------------------------------------------------------
 
@@ -124,8 +137,8 @@ class ZeroFragments(Fragments):
         return self._norm
 
     def grad_norm(self) -> Tensor:
-        """As measured last: after the preconditioner."""
-        return self._norm
+        """As measured last, after the preconditioner; anew if they may have changed since."""
+        return self.measure() if self._norm is None else self._norm
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply all gradients by a 0-d factor."""
@@ -195,6 +208,11 @@ class _FlatFragments(ZeroFragments):
         (flat,) = self.zero.optimizer.param_groups[self._group[id(parameter)]]["params"]
         return flat, 0 if mapping is None else int(mapping.hp_fragment_address.start)
 
+    def _weight(self, parameter: Any, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """All of it, on every rank."""
+        (whole,) = self.assemble([piece], [self.spans(parameter)])
+        return parameter.data, whole.view_as(parameter)
+
     @property
     def skips_overflow(self) -> bool:
         """Not in bf16 without DeepSpeed's check; BF16_Optimizer always does."""
@@ -227,6 +245,15 @@ class _ScatteredFragments(ZeroFragments):
         """In its sub-group."""
         i, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return self.zero.fp32_partitioned_groups_flat[i], int(offset)
+
+    def _weight(self, parameter: Any, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """The part without padding."""
+        return parameter.ds_tensor.data.view(-1)[: piece.numel()], piece
+
+    def forget_gathered(self, model: nn.Module) -> None:
+        """Small parameters stay gathered, so they are again."""
+        self.zero.checkpoint_event_prologue()
+        self.zero.checkpoint_event_epilogue()
 
 
 def fragments_of(zero: Any, model: nn.Module, comm: Communicator) -> ZeroFragments:

@@ -21,6 +21,7 @@ from hf_soo.optimizers.halves import ApplyTo, halves_of
 from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import FUSED_DEVICES, Muon
 from hf_soo.optimizers.ranges import check_arguments
+from hf_soo.optimizers.wrappers import WRAPPERS, Wrappers, split_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def build_base(
         base: a name in ``BASES``, an optimizer class, or "package.module:Class".
         groups: parameter groups.
         lr: learning rate of all groups.
-        args: further arguments of the class.
+        args: further arguments of the class, and of what is put around it (``wrappers_of``).
         hidden: the weights of hidden layers, for a base that treats matrices apart.
 
     Returns:
@@ -103,9 +104,10 @@ def build_base(
     """
     cls, defaults = _resolve_base(base)
     valid = base_arguments(cls)
+    args, around = split_arguments(args, valid)
     for key in args:
         if key not in valid:
-            raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", str(key), valid))
+            raise ValueError(unknown_key(f"argument of base optimizer {cls.__name__}", str(key), [*valid, *WRAPPERS]))
     check_arguments(cls, {"lr": lr, **args})
     for group in groups:
         check_arguments(cls, {key: value for key, value in group.items() if key != "params"})
@@ -132,11 +134,22 @@ def build_base(
         given = f" with {shown(dict(args))}" if args else ""
         raise ValueError(f"base optimizer {cls.__name__}{given}: {error}") from error
     decays = [decay for group in groups if (decay := group.get("weight_decay"))]
-    if decays and "weight_decay" not in optimizer.defaults:
+    if decays and "weight_decay" not in optimizer.defaults and not around.get("cautious"):
         raise ValueError(f"weight_decay={decays[0]} has no effect with {cls.__name__}, which has none; leave it out.")
     if isinstance(optimizer, torch.optim.SGD):
         optimizer.register_step_pre_hook(_mend_fused_sgd)
     return optimizer
+
+
+def wrappers_of(base: Optimizer, args: Mapping[str, Any]) -> Wrappers | None:
+    """What its arguments put around a base; None for nothing.
+
+    Args:
+        base: from ``build_base``.
+        args: as given there.
+    """
+    _, around = split_arguments(args, base_arguments(type(base)))
+    return Wrappers(base, around) if any(around.values()) else None
 
 
 def check_base(base: str | type[Optimizer], args: Mapping[str, Any], apply_to: ApplyTo = "gradient") -> None:

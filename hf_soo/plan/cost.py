@@ -27,6 +27,7 @@ from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.optimizers.bases import BASES
+from hf_soo.optimizers.wrappers import state_bytes
 from hf_soo.plan.messages import FLOAT, Message
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
@@ -58,7 +59,8 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> _Work:
     own = layout.share(shape.count, "zero1", "zero2", "zero3", "fsdp2")
     base = own * float(_BASE_OPERATIONS[method.base])
     # The base reads gradient, parameter and state, and writes the latter two; LAMB writes its update too, and reads it.
-    moved = own * (FLOAT * (5 if method.base == "lamb" else 3) + 2 * BASES[method.base].state_bytes)
+    state = BASES[method.base].state_bytes + state_bytes(method.around)
+    moved = own * (FLOAT * (5 if method.base == "lamb" else 3) + 2 * state)
     base += max((share.flops for share in shares_of_muon(method, shape, layout)), default=0.0)
     if transform is None or method.step_kinds is None:
         return _Work(passes, 0.0, 0.0, 0.0, 0.0, base, float(moved))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from hf_soo.engine.layers import Layer, groups_of
 from hf_soo.optimizers.bases import BASES
+from hf_soo.optimizers.wrappers import state_bytes
 from hf_soo.plan.messages import FLOAT, padded_elements
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
@@ -27,7 +28,7 @@ def memory(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int |
 
     ``capture`` are the buffers that a window is summed in and that stay, ``capture_transient`` those of windows that
     update (K-FAC's). ``gradient_copies`` are the stacks of gradients of one shape that a GPU works on, or the whole
-    gradients gathered from all ranks.
+    gradients gathered from all ranks, or the weights before the step, for cautious decay.
     """
     buffers = sum(tensor.nbytes for each in method.buffers for tensor in each)
     transient = method.preconditioner is not None and method.preconditioner.recorder.transient
@@ -42,7 +43,7 @@ def memory(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int |
         "factors": factors(method, layout)[1] if rank is None else dict(_factors(method, layout))[rank],
         "capture": 0 if transient else buffers,
         "capture_transient": buffers if transient else 0,
-        "gradient_copies": _copies(method, layout),
+        "gradient_copies": max(_copies(method, layout), _weights_before(method, shape, layout)),
         "gathered_parameters": _gathered(shape, layout),
         "activations": _activations(shape, layout),
     }
@@ -87,6 +88,7 @@ def _base_state(method: MethodOnModel, shape: ModelShape, layout: Layout) -> int
     if method.base == "muon":
         hidden = sum(matrix.numel() for matrix in shape.matrices)
         each += (ADAMW_BYTES - each) * (1 - hidden / shape.count)
+    each += state_bytes(method.around)
     return round(each * _stored(shape, layout, "zero1", "zero2", "zero3"))
 
 
@@ -106,6 +108,11 @@ def _copies(method: MethodOnModel, layout: Layout) -> int:
         return 0
     groups = [copied(group) for group in groups_of(method.layers, True)]
     return sum(groups) if transform.rescale.joint else max(groups)
+
+
+def _weights_before(method: MethodOnModel, shape: ModelShape, layout: Layout) -> int:
+    stepped = FLOAT if layout.deepspeed else layout.weight_bytes
+    return stepped * _stored(shape, layout, "zero1", "zero2", "zero3") if method.around.get("cautious") else 0
 
 
 def _gathered(shape: ModelShape, layout: Layout) -> int:

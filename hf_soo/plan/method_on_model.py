@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from hf_soo.engine.placement import Plan, make_plan
 from hf_soo.engine.preconditioner import LayerState, Preconditioner, local_state
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.optimizers.bases import BASES, base_arguments, check_flat
+from hf_soo.optimizers.wrappers import WRAPPERS, split_arguments
 from hf_soo.plan.request import PlanConfig
 from hf_soo.preconditioners.config import make_config
 from hf_soo.registry import METHODS, takes_batch_size
@@ -31,12 +33,14 @@ class MethodOnModel:
         preconditioner: the transform; None: a base alone.
         layers: what it moves.
         base: the name of its base.
+        around: the settings of what is put around its base.
     """
 
     pair: Pair
     preconditioner: Preconditioner | None
     layers: list[Layer]
     base: str
+    around: Mapping[str, Any]
 
     @classmethod
     def of(cls, pair: Pair, model: nn.Module, batch: int) -> MethodOnModel:
@@ -46,22 +50,22 @@ class MethodOnModel:
             ValueError: a setting is refused, or the base is none of ours.
         """
         method = METHODS[pair.name]
-        if method.config is None:
-            valid = base_arguments(BASES[pair.name].cls)
-            for key, _ in pair.settings:
-                if key not in valid:
-                    raise ValueError(unknown_key(f"argument of {pair.name!r}", key, valid))
-            return cls(pair, None, [], pair.name)
-        base = pair.base or method.base
+        base = pair.name if method.config is None else pair.base or method.base
         if base not in BASES:
             raise ValueError(f"base={base!r} of {pair.name!r} is not known to the plan; use one of {', '.join(BASES)}.")
-        settings = dict(pair.settings)
+        valid = base_arguments(BASES[base].cls)
+        settings, around = split_arguments(dict(pair.settings), () if method.config else valid)
+        if method.config is None:
+            for key in settings:
+                if key not in valid:
+                    raise ValueError(unknown_key(f"argument of {pair.name!r}", key, [*valid, *WRAPPERS]))
+            return cls(pair, None, [], pair.name, around)
         if takes_batch_size(pair.name):
             settings.setdefault("batch_size", batch)
-        pair = Pair(pair.name, base, tuple(settings.items()))
+        pair = Pair(pair.name, base, (*settings.items(), *around.items()))
         preconditioner = method.make(make_config(pair.name, method.config, settings))
         selection = method.select(model, None, None, preconditioner.skip_reason)
-        return cls(pair, preconditioner, selection.layers, base)
+        return cls(pair, preconditioner, selection.layers, base, around)
 
     @property
     def label(self) -> str:

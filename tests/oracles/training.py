@@ -187,6 +187,7 @@ class Lamb:
     eps: float = 1e-6
     max_grad_norm: float = 1.0
     corrected: bool = True
+    always_adapt: bool = False
     t: int = 0
     moments: list[tuple[Array, Array]] = field(default_factory=list)
 
@@ -198,7 +199,7 @@ class Lamb:
         for p, g, (m, v), decay in zip(params, grads, self.moments, _each(self.weight_decay, params), strict=True):
             u = self._adam(m, v, g / excess) + decay * p
             norms = np.linalg.norm(p), np.linalg.norm(u)
-            ratio = norms[0] / norms[1] if decay != 0 and min(norms) > 0 else 1.0
+            ratio = norms[0] / norms[1] if (decay != 0 or self.always_adapt) and min(norms) > 0 else 1.0
             p -= lr * ratio * u
 
     def _adam(self, m: Array, v: Array, g: Array) -> Array:

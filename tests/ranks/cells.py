@@ -79,6 +79,10 @@ SUMS_IN_FP32 = Strategy("ZeRO-1 x 2, fp32 sums", "zero", 2, 1, {"data_types": {"
 EPSILON = "eps=1e-4"
 # Periods that make a run of six steps see steps with an update and steps without.
 PERIODS = "warmup_updates=2,update_period=2"
+AROUND = {
+    "slow_momentum": 0.9, "slow_weight": 1.0, "cautious": True, "ema_decay": 0.8, "lookahead": 0.5,
+    "lookahead_decay": 0.9,
+}  # fmt: skip
 # Six iterations that converge, in fp32: five of Jordan's amplify a rounding where a singular value is tiny.
 MUON = "rest_lr=1e-3,rest_eps=1e-4,ns_dtype=float32,ns_coefficients=polar_express,ns_steps=6"
 OVER_MUON = {"base_optim": "muon", "base_optim_args": MUON}
@@ -96,6 +100,9 @@ METHODS = {
         Method("rf_rmsprop", {"optim": "rf_rmsprop", "optim_args": "factor_lr=0.5"}),
         Method("mkor over lamb", {"optim": "mkor", "optim_args": PERIODS, "base_optim": "lamb"}),
         # P has entries where the gradients, and so √v̂, are nearly 0: Adam's ε bounds what is made of their rounding
+        Method(
+            "all around lamb", {"optim": "mkor", "optim_args": PERIODS, "base_optim": "lamb", "base_optim_args": AROUND}
+        ),
         Method(
             "mkor on momentum",
             {"optim": "mkor", "optim_args": f"{PERIODS},apply_to=momentum", "base_optim_args": "eps=1e-3"},
@@ -182,6 +189,7 @@ OTHER_WAYS: list[Cell] = [
     *(("kfac_expand", way) for way in ("checkpointing", "resume")),
     ("mkor on momentum", "clip"),
     ("mkor on lamb's momentum", "resume"),
+    ("all around lamb", "resume"),
     ("muon", "resume"),
 ]
 

@@ -39,8 +39,8 @@ BY_NAME = {strategy.name: strategy for strategy in (SINGLE, *STRATEGIES)} | {
         }},
     ),
 }  # fmt: skip
-# trust ratios of whole tensors, and a state that lies in row shards under FSDP2
-NAMES = ("mkor over lamb", "rf_rmsprop")
+# trust ratios of whole tensors and averages beside the moments, and a state that lies in row shards under FSDP2
+NAMES = ("all around lamb", "rf_rmsprop")
 
 
 @dataclass(frozen=True)

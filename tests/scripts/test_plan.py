@@ -314,3 +314,16 @@ def test_a_step_of_a_kind_sends_its_messages_alone(mini: nn.Module) -> None:
     with_refresh, without = (sent(found, kind) for kind in kinds.distinct)
     assert with_refresh["inverses"] > 0 == without["inverses"]
     assert with_refresh["directions"] == without["directions"] > 0
+
+
+def test_what_is_put_around_a_base_is_counted(mini: nn.Module) -> None:
+    """Four bytes of a parameter for each state; cautious decay copies the weights for a step."""
+    shape, settings = ModelShape.of(mini), "ema_decay=0.999,lookahead=0.5,slow_momentum=0.99"
+    for optim in ("mkor", "adamw"):
+        (plain, layout), (around, _) = asked(mini, optim), asked(mini, optim, f"{settings},cautious=true")
+        one, other = memory(plain, shape, layout), memory(around, shape, layout)
+        assert other["base_state"] - one["base_state"] == 12 * shape.count
+        assert other["gradient_copies"] == max(one["gradient_copies"], layout.weight_bytes * shape.count)
+        assert work(around, shape, layout).traffic - work(plain, shape, layout).traffic == 24 * shape.count
+    with pytest.raises(ValueError, match="ema_decay=2 is not allowed"):
+        asked(mini, "mkor", "ema_decay=2")
