@@ -92,4 +92,4 @@ def _show_and_keep(config: BenchConfig) -> None:
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(config.json), json.dumps(jsonable(results), indent=1, ensure_ascii=False) + "\n")
 
-    run(config, show)
+    print(report.roofline(run(config, show)), end="")

@@ -210,6 +210,8 @@ def _measure(
         rounds = [stepper.round(reference, config.steps, peer) for _ in range(config.rounds)]
         found, limit = ratios(rounds, stepper.kinds), roofline.limit(optimizer, stepper.kinds, rates)
         # the seconds of the limit and of AdamW are of one moment, as the step's and AdamW's of one round are
+        for part in ("memory", "arithmetic"):
+            limit[f"{part}_ratio"] = limit[f"{part}_seconds"] / adamw_seconds
         limit["step_to_limit_ratio"] = (found["step_ratio"] or 0.0) * adamw_seconds / limit["limit_seconds"]
         return {
             "optimizer": pair.name,

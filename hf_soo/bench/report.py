@@ -26,7 +26,14 @@ COLUMNS = {
     "train/base": "train_step_ratio/",
     "state B/param": "state_bytes_per_parameter",
     "memory": "peak_memory_ratio",
+}
+_ROOFLINE = {
+    "MB moved": "megabytes",
+    "GFLOP": "gflops",
+    "memory limit": "memory_ratio",
+    "arithmetic limit": "arithmetic_ratio",
     "bound by": "bound",
+    "step": "step_ratio",
     "step/limit": "step_to_limit_ratio",
 }
 _OVER_BASE = ("step_ratio", "train_step_ratio")
@@ -65,10 +72,25 @@ def line(row: dict[str, Any], shown: dict[str, str] = COLUMNS, rows: Sequence[di
     """
     alone = next((each for each in rows if each["optimizer"] == each["base"] == row["base"]), row)
     over = {} if alone is row else {f"{key}/": row[key] / alone[key] for key in _OVER_BASE}
-    values = {**row, **row.get("roofline", {}), **over}
-    cells, name = map(_cell, map(values.get, shown.values())), plain(name_of(row))
+    return _line(row, {**row, **over}, shown)
+
+
+def roofline(results: dict[str, Any]) -> str:
+    """What each step must move and do, the limits as ratios to AdamW(foreach)'s step, and the step over the larger."""
+    found = [(row, row["roofline"]) for row in results["rows"] if "roofline" in row]
+    if not found:
+        return ""
+    lines = [f"\n| {'optimizer':<16} | {' | '.join(_ROOFLINE)} |", "|---" * (len(_ROOFLINE) + 1) + "|"]
+    for row, limit in found:
+        values = {**row, **limit, "megabytes": limit["bytes"] / 1e6}
+        lines.append(_line(row, {**values, "gflops": sum(limit["operations"].values()) / 1e9}, _ROOFLINE))
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any], values: dict[str, Any], shown: dict[str, str]) -> str:
+    cells = map(_cell, map(values.get, shown.values()))
     padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, shown, strict=True))
-    return f"| {name:<16} | {' | '.join(padded)} |"
+    return f"| {plain(name_of(row)):<16} | {' | '.join(padded)} |"
 
 
 def _cell(value: float | str | None) -> str:
@@ -80,7 +102,11 @@ def _cell(value: float | str | None) -> str:
 def _table(results: dict[str, Any]) -> str:
     """A benchmark as markdown; ratios are to AdamW(foreach=True) in the same process and round."""
     shown = columns(results)
-    return "\n".join([heading(results), *(line(row, shown, results["rows"]) for row in results["rows"])]) + "\n"
+    return (
+        "\n".join([heading(results), *(line(row, shown, results["rows"]) for row in results["rows"])])
+        + "\n"
+        + roofline(results)
+    )
 
 
 def text_of(folder: Path) -> str:

@@ -15,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 
 import hf_soo
+from hf_soo.bench.measure import run
+from hf_soo.bench.report import roofline
 from hf_soo.bench.roofline import Rates, _load_of, limit, pass_flops
 from hf_soo.bench.step_kinds import Kind, StepKinds
 from hf_soo.bench.workload import BenchConfig, Clock, Workload, model_size
 from hf_soo.engine.optimizer import PreconditionedOptimizer
+from tests.ranks.distributed import run_ranks
 
 PLAIN, UPDATE = Kind(False, False), Kind(True, False)
 OFTEN = {"update_period": 1000, "warmup_updates": 1}
@@ -47,7 +50,7 @@ class Sweeps(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[tuple[int, int, int], int] = {}  # what was written here, and the sweep
+        self.made: dict[int, dict[tuple[int, int], int]] = {}  # storage -> what was written of it -> the sweep
         self.fresh: set[int] = set()  # storages of temporaries
         self.reads: dict[tuple[tuple[int, int, int], int], int] = {}
         self.writes: dict[tuple[tuple[int, int, int], int], int] = {}
@@ -80,31 +83,50 @@ class Sweeps(TorchDispatchMode):
         return argument == "grads"
 
     def _count(self, given: list[Tensor], written: list[Tensor]) -> None:
-        sweep = max((self.made.get(key(t), 0) for t in given), default=0)
+        sweep = max(map(self._sweep, given), default=0)
         for t in given:
-            if self.made.get(key(t), -1) != sweep:
+            if self._sweep(t, -1) != sweep:
                 self.reads[key(t), sweep] = t.nbytes
         for t in written:
             small = 2 * t.numel() < max((g.numel() for g in given), default=0)
-            self.made[key(t)] = sweep + small
+            storage, start, end = key(t)
+            known = self.made.setdefault(storage, {})
+            for covered in [(a, b) for a, b in known if start <= a and b <= end]:
+                del known[covered]
+            known[start, end] = sweep + small
             self.writes[key(t), sweep] = t.nbytes
+
+    def _sweep(self, t: Tensor, before: int = 0) -> int:
+        """In which the latest part of a tensor was made; those of before the step have ``before``."""
+        storage, start, end = key(t)
+        parts = self.made.get(storage, {}).items()
+        return max((sweep for (a, b), sweep in parts if a < end and start < b), default=before)
 
     @property
     def bytes(self) -> int:
-        later = {(k, s) for (k, s) in self.writes if any(k == r and q > s for r, q in self.reads)}
-        kept = {(k, s): n for (k, s), n in self.writes.items() if k[0] not in self.fresh or (k, s) in later}
-        return sum(self.reads.values()) + sum(kept.values())
+        last = {}  # of each storage, when it was read last
+        for (storage, _, _), sweep in self.reads:
+            last[storage] = max(sweep, last.get(storage, 0))
+        kept = [
+            n
+            for ((storage, _, _), s), n in self.writes.items()
+            if storage not in self.fresh or last.get(storage, -1) > s
+        ]
+        return sum(self.reads.values()) + sum(kept)
 
 
 def key(t: Tensor) -> tuple[int, int, int]:
-    return t.untyped_storage().data_ptr(), t.storage_offset(), t.numel()
+    """Where a tensor lies: its storage, and from which number of it to which."""
+    start = t.storage_offset()
+    length = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return t.untyped_storage().data_ptr(), start, start + length
 
 
 BYTES: dict[str, tuple[Callable[[], PreconditionedOptimizer], Kind, float]] = {
     "adamw": (lambda: stepped("adamw"), PLAIN, 1.0),
     "sgd": (lambda: stepped("sgd"), PLAIN, 1.0),
     "rmsprop": (lambda: stepped("rmsprop"), PLAIN, 1.0),
-    "lamb": (lambda: stepped("lamb"), PLAIN, 1.3),
+    "lamb": (lambda: stepped("lamb"), PLAIN, 1.7),
     "muon": (lambda: stepped("muon"), PLAIN, 2.0),
     "mkor": (lambda: stepped("mkor", "adamw", history=2, **OFTEN), PLAIN, 1.5),
     "eva": (lambda: stepped("eva", "sgd", update_period=1000), PLAIN, 1.5),
@@ -216,3 +238,40 @@ def test_rates_are_measured() -> None:
     rates = Rates(torch.device("cpu"), Clock(torch.device("cpu")), 0)
     assert 1e8 < rates.bytes_per_second() < 1e13 and 1e8 < rates.operations_per_second("float32") < 1e14
     assert set(rates.found) == {"bytes", "float32"}
+
+
+def test_the_report_shows_the_limits() -> None:
+    limit = {"bytes": 28e6, "operations": {"float32": 3e9, "eigh": 1e9}, "memory_ratio": 0.3, "arithmetic_ratio": 0.25}
+    limit |= {"bound": "memory", "step_to_limit_ratio": 2.0}
+    row = {"optimizer": "mkor", "base": "lamb", "step_ratio": 0.6, "roofline": limit}
+    *_, head, _rule, line = roofline({"rows": [row, {"optimizer": "old"}]}).splitlines()
+    cells = dict(zip(map(str.strip, head.split("|")), map(str.strip, line.split("|")), strict=True))
+    del cells[""]
+    assert cells == {
+        "optimizer": "mkor+lamb",
+        "MB moved": "28.00",
+        "GFLOP": "4.00",
+        "memory limit": "0.30",
+        "arithmetic limit": "0.25",
+        "bound by": "memory",
+        "step": "0.60",
+        "step/limit": "2.00",
+    }
+    assert roofline({"rows": [{"optimizer": "old"}]}) == ""
+
+
+def timed(rank: int, world: int) -> dict[str, Any]:
+    config = BenchConfig(preset="toy", batch_size=2, seq_length=16, rounds=1, steps=1, ranks=world, optim="mkor+sgd")
+    work = Workload(config)
+    work.forward_backward(work.model)
+    mean = torch.cat([p.grad.flatten() for p in work.parameters if p.grad is not None])
+    return {"results": run(config, lambda results: None), "mean": mean, "ids": work.batch["input_ids"]}
+
+
+def test_ranks_share_a_step() -> None:
+    """Each has a batch of its own, the gradients are their mean, and no memory is measured."""
+    first, second = run_ranks(2, timed)
+    assert not torch.equal(first["ids"], second["ids"]) and torch.equal(first["mean"], second["mean"])
+    row = first["results"]["rows"][0]
+    assert first["results"]["settings"]["ranks"] == 2 and row["peak_memory_ratio"] is None
+    assert row["tokens_per_second"] * row["train_step_seconds"] == pytest.approx(2 * 2 * 16)

@@ -17,10 +17,9 @@ from hf_soo.bench.measure import Pair, _adamw, _peak_memory, _peak_memory_apart,
 from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.step_kinds import Kind
 from hf_soo.bench.workload import BenchConfig, Workload
-from hf_soo.cli import report_of
+from hf_soo.cli import main, report_of
 from hf_soo.engine.flops import Factorisation, MinimalWork, Product
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from tests.scripts.launch_runs import run_script
 from tests.scripts.script_runs import ROOT
 
 ROW_KEYS = {
@@ -196,10 +195,11 @@ def test_a_bad_setting_shows_before_anything_is_timed() -> None:
         run(tiny(optim="lamb,mkor:histroy=4"), lambda results: pytest.fail("something was measured first"))
 
 
-def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
+def test_the_command_writes_the_fixed_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = shlex.split("--preset toy --batch_size 2 --seq_length 16 --rounds 2 --steps 2 --memory false")
     optimizers = shlex.split("--optim mkor,sgd,mkor:representation=dense --base adamw --autocast true")
-    done = run_script("scripts/bench_step.py", *size, *optimizers, "--json", str(tmp_path / "new" / "b.json"))
+    assert main(["bench", *size, *optimizers, "--json", str(tmp_path / "new" / "b.json")]) == 0
+    said = capsys.readouterr().out
     results = json.loads((tmp_path / "new" / "b.json").read_text())
     assert {"device", "versions", "preset", "parameters", "reference", "rows"} <= set(results)
     assert set(results["reference"]) == {"adamw_foreach_seconds", "adamw_fused_ratio"}
@@ -218,9 +218,9 @@ def test_the_script_writes_the_fixed_keys(tmp_path: Path) -> None:
     assert 0 < dense["bare_products_ratio"] < dense["step_ratio"] and dense["step_to_bare_ratio"] > 1
     assert mkor["state_bytes_per_parameter"] > 8 and sgd["state_bytes_per_parameter"] == 4
     assert mkor["peak_memory_ratio"] is None and sgd["capture_ratio"] is None
-    assert "| mkor:representation=dense+adamw " in done.stdout and "| sgd " in done.stdout
+    assert "| mkor:representation=dense+adamw " in said and "| sgd " in said
     _, table = report_of(tmp_path / "new")  # `hf-soo report` makes the same table of the JSON
-    assert table == done.stdout
+    assert table == said
 
 
 def test_the_script_fails_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
