@@ -266,7 +266,7 @@ def _peak_memory_apart(config: BenchConfig, pair: Pair | None) -> int | None:
 
 
 def _peak_memory(config: BenchConfig, pair: Pair | None) -> int:
-    """Bytes that three whole train steps need over what the process held before the model was built.
+    """Bytes that two whole train steps need over what the process held before the model was built.
 
     Args:
         config: the model and batch.
@@ -279,7 +279,7 @@ def _peak_memory(config: BenchConfig, pair: Pair | None) -> int:
     before = machine.peak_memory_bytes(torch.device(config.device))
     work = Workload(config)
     optimizer = _adamw(work.model, foreach=True) if pair is None else pair.build(work.model)
-    for index in range(3):
+    for index in range(2):
         optimizer.zero_grad()
         work.forward_backward(work.model)
         if isinstance(optimizer, PreconditionedOptimizer):

@@ -71,7 +71,7 @@ def _launches_of(call: Callable[[], object], device: torch.device) -> int:
             torch.cuda.synchronize(device)
     events = profiled.events() or []
     if cuda:
-        return sum(event.device_type.name == "CUDA" for event in events)
+        return sum(event.device_type.name == "CUDA" and not event.is_user_annotation for event in events)
     return sum(event.name.startswith("aten::") and not event.cpu_children for event in events)
 
 

@@ -63,13 +63,18 @@ def run_suite(config: SuiteConfig, launch: Launch | None = None) -> int:
 
     Returns:
         ``DONE``, ``SOME_FAILED`` or ``MORE``.
+
+    Raises:
+        ValueError: there is no GPU for the suite.
     """
     assert config.suite is not None
+    device = torch.device("cuda" if config.suite == "gpu" and config.scale == "full" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("suite='gpu', but torch sees no GPU; --scale tiny runs all its jobs on the CPU.")
     folder, began = Path(config.results), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"suite_{config.suite}.json"
     known: dict[str, Any] = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    device = torch.device("cuda" if config.suite == "gpu" and config.scale == "full" else "cpu")
     about = {"kind": "suite", "suite": config.suite, "scale": config.scale, "device": machine.device_name(device)}
     ended: dict[str, dict[str, Any]] = known.get("jobs", {})
     first = True

@@ -64,6 +64,12 @@ def test_the_gpu_suite_runs(
     assert run_suite(config, lambda words, seconds: pytest.fail("nothing is left")) == DONE
 
 
+def test_the_gpu_suite_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU; --scale tiny"):
+        run_suite(SuiteConfig(suite="gpu", results=str(tmp_path)))
+
+
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("scale", ["full", "tiny"])
 def test_the_jobs_flags_are_known(suite: str, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
