@@ -132,6 +132,20 @@ def learned(grad: Joint) -> tuple[Tensor, Tensor, Tensor]:
     return grad.in_unit(grad.weight), grad.from_unit(grad.from_unit(size)), size.isfinite()
 
 
+def everywhere(valid: Tensor) -> bool:
+    """Whether a bool holds for all layers [L]. Asked on a CPU alone, where nothing waits for an answer."""
+    return valid.device.type == "cpu" and bool(valid.all())
+
+
+def add_gram_(L: Tensor, X: Tensor, axis: int, valid: Tensor, beta: float, alpha: float) -> None:
+    """L ← βL + α X₍ₙ₎X₍ₙ₎ᵀ in place, for the layers that are ``valid`` [L]; without a copy if all are."""
+    Z = unfolded(X, axis)
+    if everywhere(valid):
+        L.baddbmm_(Z, Z.mT, beta=beta, alpha=alpha)
+    else:
+        torch.where(layerwise(valid, L), torch.baddbmm(L, Z, Z.mT, beta=beta, alpha=alpha), L, out=L)
+
+
 def layerwise(values: Tensor, X: Tensor) -> Tensor:
     """A number for each layer, [L], so that it multiplies X."""
     return values.view(-1, *[1] * (X.ndim - 1))

@@ -43,6 +43,7 @@ from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, O
 from hf_soo.engine.selection import select_parameters
 from hf_soo.preconditioners.axes import (
     Cut,
+    add_gram_,
     applied,
     layerwise,
     learned,
@@ -50,7 +51,6 @@ from hf_soo.preconditioners.axes import (
     replace,
     squeezed,
     total,
-    unfolded,
 )
 from hf_soo.preconditioners.spd import inverse_root
 
@@ -152,10 +152,8 @@ class Shampoo(Preconditioner):
         for block, part in enumerate(cut.parts(cut.view(G))):
             for axis, factor in enumerate(cut.factors(state, block)):
                 assert factor is not None
-                Z, L = unfolded(part, axis), factor["factor"]
                 # L ← βL + (1-β) G₍ₙ₎G₍ₙ₎ᵀ
-                new = torch.baddbmm(L, Z, Z.mT, beta=beta, alpha=weight)
-                torch.where(layerwise(valid, L), new, L, out=L)
+                add_gram_(factor["factor"], part, axis, valid, beta, weight)
                 factor["updates"].add_(valid)
         if config.grafting == "adam":
             v = state[GRAFT]["second_moment"]

@@ -45,7 +45,7 @@ from hf_soo.engine.gradients import Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import ONE_SIDE, Factor, LayerState, Method, Outcome, Preconditioner, Updated
 from hf_soo.engine.selection import select_parameters
-from hf_soo.preconditioners.axes import applied, layerwise, learned, put_back, replace, squeezed, unfolded
+from hf_soo.preconditioners.axes import add_gram_, applied, everywhere, layerwise, learned, put_back, replace, squeezed
 from hf_soo.preconditioners.spd import eigen
 
 MOMENT = "moment"
@@ -75,7 +75,7 @@ class SOAPConfig(Checked):
 class SOAP(Preconditioner):
     """SOAP as a transform of single tensors.
 
-    State "axis{j}": "factor" L and "basis" Q [d, d], 0 before the first; "moment": "second" V in the tensor's shape,
+    State "axis{j}": "factor" L and "basis" Q [d, d], 0 before the first; "moment": "second" V̂ in the tensor's shape,
     its "updates" t, and how many "bases" there have been.
     """
 
@@ -142,27 +142,29 @@ class SOAP(Preconditioner):
         return state, failed[:, None] * Outcome.FAILED.value
 
     def update(self, state: LayerState, statistics: Statistics) -> tuple[LayerState, Updated]:
-        """V in the bases as they are, then every L, in place; nothing for a gradient that is not finite."""
+        """V̂ in the bases as they are, then every L, in place; nothing for a gradient that is not finite."""
         assert statistics.grad is not None
         config, moment, (G, size, valid) = self.config, state[MOMENT], learned(statistics.grad)
         view = G.reshape(len(G), *squeezed(G.shape[1:]))
         V = moment["second"].view(view.shape)
-        # V ← β₂V + (1-β₂) G' ⊙ G'; zero as long as there is no basis
-        torch.where(layerwise(valid, V), V.lerp(_rotate(state, view).square_(), 1 - config.moment_decay), V, out=V)
         moment["updates"].add_(valid & (moment["bases"] > 0))
+        # V̂ ← V̂ + (1-β₂)/(1-β₂ᵗ) (G' ⊙ G' - V̂); zero as long as there is no basis
+        left = 1 - config.moment_decay ** moment["updates"].to(V.dtype)
+        share = layerwise((1 - config.moment_decay) / torch.where(left > 0, left, 1.0), V)
+        G_ = _rotate(state, view).square_()
+        if everywhere(valid):
+            V.lerp_(G_, share)
+        else:
+            torch.where(layerwise(valid, V), V.lerp(G_, share), V, out=V)
         for axis, factor in _factors(state).items():
-            Z, L = unfolded(view, axis), factor["factor"]
             # L ← βL + (1-β) G₍ₙ₎G₍ₙ₎ᵀ
-            new = torch.baddbmm(L, Z, Z.mT, beta=config.factor_decay, alpha=1 - config.factor_decay)
-            torch.where(layerwise(valid, L), new, L, out=L)
+            add_gram_(factor["factor"], view, axis, valid, config.factor_decay, 1 - config.factor_decay)
         return state, Updated.of_gradient(size, valid)
 
     def transform(self, state: LayerState, grad: Joint) -> TransformNorms:
         """P = Q [M' / (√V̂ + ε)]; a P that is not finite leaves M."""
         moment, M = state[MOMENT], grad.weight.reshape(len(grad.weight), *squeezed(grad.weight.shape[1:]))
-        weight = 1 - self.config.moment_decay ** moment["updates"].to(moment["second"].dtype)
-        V_hat = moment["second"].view(M.shape) / layerwise(torch.where(weight > 0, weight, 1.0), M)
-        N = _rotate(state, M).div_(V_hat.sqrt_().add_(self.config.eps))
+        N = _rotate(state, M).div_(moment["second"].view(M.shape).sqrt().add_(self.config.eps))
         moved = replace(M, _rotate(state, N, back=True).to(M.dtype), grad.unit)
         put_back(grad.weight, M)
         return moved
