@@ -88,7 +88,7 @@ class _SgdHalves(Halves):
 
 
 class _AdamHalves(Halves):
-    """torch.optim.AdamW."""
+    """Adam's moments."""
 
     def _direction(self, piece: LocalGradient, state: dict[str, Tensor], grad: Tensor, first: bool) -> Tensor:
         if not state:
@@ -106,6 +106,33 @@ class _AdamHalves(Halves):
             m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
             direction = _divided(direction.to(m.dtype), v, state["step"], group)
         weight.add_(direction, alpha=-group["lr"])
+
+
+class _AdamWHalves(_AdamHalves):
+    """torch.optim.AdamW, whose own kernel steps on what the method leaves to it, where the rest is cut apart anyway."""
+
+    def take(self, gradients: Iterable[LocalGradient]) -> None:
+        """See ``Halves``."""
+        pieces = list(gradients)
+        apart = self.place == "numerator" and all(piece.cut is None for piece in pieces)
+        self._left = {piece.param for piece in pieces if apart and not piece.moved}
+        super().take(piece for piece in pieces if piece.param not in self._left)
+
+    def move(self) -> None:
+        """See ``Halves``."""
+        params = [(param, group) for group in self.base.param_groups for param in group["params"]]
+        grads = {param: param.grad for param, _ in params if param.grad is not None and param not in self._left}
+        for param, group in params:
+            if param in grads:
+                self._move(param, group)
+        if self._left:
+            step = type(self.base).step
+            for param in grads:
+                param.grad = None
+            # without its hooks, which are for a whole step
+            (step.__wrapped__ if getattr(step, "hooked", False) else step)(self.base)  # type: ignore[attr-defined]
+            for param, grad in grads.items():
+                param.grad = grad
 
 
 class _MuonHalves(_AdamHalves):
@@ -226,7 +253,7 @@ def _corrected(moment: Tensor, step: Tensor, beta: float) -> Tensor:
 
 
 _HALVES: dict[type[Optimizer], type[Halves]] = {
-    torch.optim.SGD: _SgdHalves, torch.optim.AdamW: _AdamHalves, Muon: _MuonHalves, Lamb: _LambHalves,
+    torch.optim.SGD: _SgdHalves, torch.optim.AdamW: _AdamWHalves, Muon: _MuonHalves, Lamb: _LambHalves,
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def learned(grad: Joint) -> tuple[Tensor, Tensor, Tensor]:
 
 def everywhere(valid: Tensor) -> bool:
     """Whether a bool holds for all layers [L]. Asked on a CPU alone, where nothing waits for an answer."""
-    return valid.device.type == "cpu" and bool(valid.all())
+    return valid.device.type == "cpu" and all(valid.tolist())
 
 
 def add_gram_(L: Tensor, X: Tensor, axis: int, valid: Tensor, beta: float, alpha: float) -> None:

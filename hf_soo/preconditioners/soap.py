@@ -123,7 +123,7 @@ class SOAP(Preconditioner):
         return state | {MOMENT: {"second": like.new_zeros(layer.shape, dtype=dtype), **counts}}
 
     def refresh(self, state: LayerState) -> tuple[LayerState, Tensor]:
-        """New bases, in place; reads from the device which layers have none. One that cannot be computed stays."""
+        """New bases, in place; reads from the device which layers have one. One that cannot be computed stays."""
         moment, failed = state[MOMENT], torch.zeros_like(state[MOMENT]["bases"], dtype=torch.bool)
         known = moment["bases"].tolist()
         for axis, factor in _factors(state).items():
@@ -131,13 +131,11 @@ class SOAP(Preconditioner):
             ramp = torch.linspace(1, 0, L.shape[-1], dtype=L.dtype, device=L.device)
             L = L + torch.diag_embed(self.config.ties * L.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * ramp)
             for i, bases in enumerate(known):
-                new = _rotated(L[i], Q[i]) if bases else _first(L[i])
-                if new is None:
-                    failed[i] = True
-                    continue
-                Q[i], order = new
+                new, order, ok = _rotated(L[i], Q[i]) if bases else _first(L[i])
+                Q[i] = torch.where(ok, new, Q[i])
                 V = moment["second"][i].view(squeezed(moment["second"].shape[1:]))
-                V.copy_(V.index_select(axis, order))
+                V.copy_(V.index_select(axis, torch.where(ok, order, torch.arange(len(order), device=order.device))))
+                failed[i] |= ~ok
         moment["bases"].add_(~failed)
         return state, failed[:, None] * Outcome.FAILED.value
 
@@ -188,18 +186,18 @@ def _rotate(state: LayerState, X: Tensor, back: bool = False) -> Tensor:
     return applied(X, bases, transpose=not back)
 
 
-def _first(L: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The eigenvectors of L [d, d], the largest eigenvalue's first, and the order that V keeps; None: none found."""
+def _first(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvectors of L [d, d], the largest eigenvalue's first; the order that V keeps; whether there are any."""
     _, Q, ok = eigen(L[None])
-    return (Q[0].flip(-1), torch.arange(len(L), device=L.device)) if ok.all() else None
+    return Q[0].flip(-1), torch.arange(len(L), device=L.device), ok[0]
 
 
-def _rotated(L: Tensor, Q: Tensor) -> tuple[Tensor, Tensor] | None:
-    """QR(L Q) with the columns in the order of their Rayleigh quotients, and that order; None: L is not finite."""
+def _rotated(L: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """QR(L Q), its columns in the order of their Rayleigh quotients; that order; whether it is finite."""
     S = L @ Q
     order = (Q * S).sum(0).argsort(descending=True, stable=True)
     Q = torch.linalg.qr(S[:, order]).Q
-    return (Q, order) if Q.isfinite().all() else None
+    return Q, order, Q.isfinite().all()
 
 
 METHOD = Method(

@@ -85,7 +85,8 @@ def test_non_finite_statistics_keep_the_old_factors(case: str, caplog: pytest.Lo
     ]
     assert any(changed)
     # A gradient that is not finite reaches the base as it came, and so the weight: to skip such steps is the caller's.
-    assert weights(model).isfinite().all() != learns_from_gradients(case)
+    # Muon leaves such a matrix where it is.
+    assert weights(model).isfinite().all() != (learns_from_gradients(case) and "muon" not in case)
     side = optimizer.preconditioner.side_names[0]
     assert optimizer.diagnostics()[spoiled][f"{side}_side"] == "non-finite statistics"
     unused = [layer.name for layer in optimizer.layers if layer.name.startswith("unused")]
