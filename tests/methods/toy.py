@@ -86,7 +86,6 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "if_shampoo": ("if_shampoo", {"batch_size": 12}),
     **FORMS,
     # all that may be put around a base
-    "mkor+adamw-around": ("mkor", {"base": "adamw", **AROUND}),
     "mkor-momentum-around": ("mkor", {"apply_to": "momentum", "base_args": AROUND}),
     "muon-around": ("muon", AROUND),
 }

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import hf_soo
-from hf_soo.optimizers.wrappers import WRAPPERS
+from hf_soo.engine.strategy import LocalGradient
+from hf_soo.optimizers.wrappers import WRAPPERS, Wrappers
 from hf_soo.registry import METHODS
+from tests.methods.test_synchronisation import ON_A_CPU_ALONE, watched
 from tests.oracles import directions
 from tests.oracles.core import assert_close_report
 from tests.oracles.training import AdamW, Lamb, Mkor, Muon, MuonAndRest, Sgd, simulate
@@ -210,6 +212,17 @@ def test_the_switch_to_the_base_keeps_what_is_around_it() -> None:
             assert not torch.equal(optimizer.state[p][key], state[key]), key
 
 
+def test_a_step_reads_no_value() -> None:
+    net, _ = twins()
+    optimizer = hf_soo.build_optimizer("lamb", net, lr=0.05, weight_decay=DECAY, **SETTINGS["all"])
+    run(net, optimizer, batches(1))
+    ((x, t),) = batches(1)
+    half_squares(net, x, t).backward()
+    with watched() as found:
+        optimizer.step()
+    assert found <= set(ON_A_CPU_ALONE)
+
+
 def test_a_model_with_other_weights_is_not_trained() -> None:
     net, _ = twins()
     optimizer = hf_soo.build_optimizer("mkor", net, lr=0.05, ema_decay=0.9)
@@ -218,6 +231,22 @@ def test_a_model_with_other_weights_is_not_trained() -> None:
     optimizer.eval(), optimizer.eval()
     with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
         run(net, optimizer, batches(1))
+
+
+def test_a_scaled_gradient_in_a_part_of_a_flat_tensor() -> None:
+    """As ZeRO has it, under a loss scale."""
+    flat = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    wrappers = Wrappers(base := torch.optim.SGD([flat], lr=0.1), {"slow_momentum": 0.8, "slow_weight": 1.5})
+    one, two = torch.arange(3.0, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for _ in range(2):
+        pieces = [torch.clone(8 * each) for each in (one, two)]
+        cuts = (slice(1, 4), slice(6, 8))
+        wrappers.mix_pieces(
+            LocalGradient(base.param_groups[0], flat, flat[cut], piece, cut, 8.0)
+            for cut, piece in zip(cuts, pieces, strict=True)
+        )
+    for each, piece in zip((one, two), pieces, strict=True):
+        assert_close_report(piece / 8, (each * (1 + 1.5 * (1 - 0.8**2))).numpy(), 1e-12, "mixed")
 
 
 @pytest.mark.parametrize(
