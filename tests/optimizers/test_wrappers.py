@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 
 import hf_soo
 from hf_soo.engine.strategy import LocalGradient
+from hf_soo.optimizers.bases import BASES, ELEMENTWISE
 from hf_soo.optimizers.wrappers import WRAPPERS, Wrappers
-from hf_soo.registry import METHODS
+from hf_soo.registry import METHODS, takes_batch_size
 from tests.methods.test_synchronisation import ON_A_CPU_ALONE, watched
 from tests.oracles import directions
 from tests.oracles.core import assert_close_report
@@ -177,6 +179,46 @@ def test_a_plain_state_resumes_bit_for_bit(dtype: torch.dtype) -> None:
         for key in ("ema", "lookahead_average", "slow_momentum"):
             state, other = optimizer.state[p][key], resumed.state[q][key]
             assert state.dtype == other.dtype == torch.float32 and torch.equal(state, other), key
+
+
+PAIRS = [
+    *((name, None) for name in hf_soo.available()),
+    *(("mkor", base) for base in BASES),
+    # torch's own NAdam does not go on bit for bit in float64
+    *(("mkor", cls) for cls in ELEMENTWISE if cls is not torch.optim.NAdam),
+]
+
+
+@pytest.mark.parametrize(("name", "base"), PAIRS, ids=str)
+def test_every_method_and_base_goes_on_with_all_of_it(name: str, base: Any) -> None:
+    settings = SETTINGS["all"] | ({"batch_size": 12} if takes_batch_size(name) else {})
+
+    def make() -> tuple[nn.Module, Any]:
+        net, _ = twins()
+        decay = DECAY if base is None or base in BASES else None
+        return net, hf_soo.build_optimizer(name, net, lr=1e-3, base=base, weight_decay=decay, **settings)
+
+    def steps(net: nn.Module, optimizer: Any, data: Any) -> None:
+        for x, t in data:
+            optimizer.zero_grad()
+            loss = half_squares(net, x, t)
+            optimizer.report_loss(loss)
+            loss.backward()
+            optimizer.step()
+
+    net, optimizer = make()
+    steps(net, optimizer, batches(2))
+    weights, state = ({key: v.clone() for key, v in net.state_dict().items()}, copy.deepcopy(optimizer.state_dict()))
+    optimizer.eval()
+    assert not any(torch.equal(p, weights[key]) for key, p in net.state_dict().items())
+    optimizer.train()
+    steps(net, optimizer, batches(2, seed=3))
+    again, resumed = make()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    steps(again, resumed, batches(2, seed=3))
+    for p, q in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q) and p.isfinite().all()
 
 
 def test_a_run_may_begin_to_average() -> None:
