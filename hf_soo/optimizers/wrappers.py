@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from hf_soo.engine.around import Halves
 from hf_soo.engine.checks import OpenShare, Positive, require
-from hf_soo.engine.chunks import wide_dtype
+from hf_soo.engine.chunks import piece_size, wide_dtype
 from hf_soo.engine.dtensors import local
 from hf_soo.engine.strategy import LocalGradient, Names, Strategy
 from hf_soo.optimizers.lamb import Lamb
@@ -111,11 +111,13 @@ class Wrappers:
         """In place: s ← βs + (1-β)g, then g ← g + αs."""
         for piece in gradients:
             beta = piece.group["slow_momentum"]
-            if beta is not None:
-                slow = piece.of(self._state(piece.param, "slow_momentum"))
-                grad = piece.grad if piece.scale == 1.0 else piece.grad / piece.scale
-                slow.lerp_(grad.to(slow.dtype).view_as(slow), 1 - beta)
-                piece.grad.add_(slow.view_as(piece.grad), alpha=piece.group["slow_weight"] * piece.scale)
+            if beta is None:
+                continue
+            state = piece.of(self._state(piece.param, "slow_momentum"))
+            for slow, grad in _in_cache(state, piece.grad):
+                unscaled = grad if piece.scale == 1.0 else grad / piece.scale
+                slow.lerp_(unscaled.to(slow.dtype), 1 - beta)
+                grad.add_(slow, alpha=piece.group["slow_weight"] * piece.scale)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -143,18 +145,17 @@ class Wrappers:
         for group, param in self._stepped():
             weight = local(param.detach())
             if (before := self._before.pop(param, None)) is not None:
-                agrees = (before - weight).mul_(before) >= 0
-                weight.sub_(before.mul_(agrees).mul_(group["lr"] * group["cautious_decay"]))
+                _decay(weight, before, group["lr"] * group["cautious_decay"])
             if param in self._early:
                 self._base.state[param].update(self._early.pop(param))
             if group["ema_decay"] is not None:
-                average = local(self._state(param, "ema"))
-                average.lerp_(weight.to(average.dtype), 1 - group["ema_decay"])
+                for average, w in _in_cache(local(self._state(param, "ema")), weight):
+                    average.lerp_(w.to(average.dtype), 1 - group["ema_decay"])
             if group["lookahead"] is not None:
-                average = local(self._state(param, "lookahead_average"))
-                average.lerp_(weight.to(average.dtype), 1 - group["lookahead_decay"])
                 reach = group["lookahead_reach"] = _reach(group)
-                weight.copy_(torch.lerp(weight.to(average.dtype), average, -reach))
+                for average, w in _in_cache(local(self._state(param, "lookahead_average")), weight):
+                    average.lerp_(w.to(average.dtype), 1 - group["lookahead_decay"])
+                    w.copy_(torch.lerp(w.to(average.dtype), average, -reach))
 
     def _stepped(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self._base.param_groups:
@@ -236,6 +237,23 @@ def _reach(group: Mapping[str, Any]) -> float:
     """β η/η₀ (1-γ)/γ; 0 at a rate of 0."""
     rate, peak, decay = group["lr"], group.get("initial_lr", group["lr"]), group["lookahead_decay"]
     return float(group["lookahead"] * rate / peak * (1 - decay) / decay) if peak else 0.0
+
+
+def _decay(weight: Tensor, before: Tensor, rate: float | Tensor) -> None:
+    """In place: w ← w - ηκ w₀ [(w₀ - w) w₀ ≥ 0]."""
+    for w, old in _in_cache(weight, before):
+        agrees = (old - w).mul_(old).ge_(0)  # 0 or 1: a mask of truth values takes several times as long on a CPU
+        w.sub_(agrees.mul_(old).mul_(rate))
+
+
+def _in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, in pieces of rows on which several operations find each other's results in cache."""
+    first = tensors[0]
+    if first.ndim == 0:
+        yield tensors
+        return
+    rows = max(1, piece_size(first) * len(first) // max(1, first.numel()))
+    yield from zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 class _Around:
