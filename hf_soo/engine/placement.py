@@ -106,6 +106,9 @@ class Placement(Protocol):
     def column(self, name: str) -> int:
         """Layers of one column are preconditioned by the same ranks."""
 
+    def gradient_workers(self, name: str) -> Sequence[int] | None:
+        """Those ranks; None: all."""
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place on every rank."""
 
@@ -143,6 +146,9 @@ class Replicated:
     def column(self, name: str) -> int:
         """There is one."""
         return 0
+
+    def gradient_workers(self, name: str) -> None:
+        """All."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """One flat all-reduce."""
@@ -193,6 +199,10 @@ class Grid:
     def column(self, name: str) -> int:
         """See ``Placement``."""
         return self.plan.owner[name] % self.plan.columns
+
+    def gradient_workers(self, name: str) -> Sequence[int]:
+        """See ``Placement``."""
+        return self.plan.column(self.plan.owner[name])
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """See ``Placement``."""

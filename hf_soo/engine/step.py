@@ -74,6 +74,7 @@ class Step:
         self._started = dist.is_available() and dist.is_initialized()
         self.placed, self.placement = self._layout(), self._placement()
         self.strategy.row_wise = self.preconditioner.row_wise and self.placement.everywhere
+        self.strategy.share_work(self.layers, lambda layer: self.preconditioner.flops(layer)[0], self.placement)
         self.states, self._assigned = {}, {}
         self._groups_of.clear()
         for layer in self.layers:
@@ -253,19 +254,19 @@ class Step:
         done += self._write(waiting, rates)
         self.diagnostics.record_transform(done)
 
-    def _transform(self, batch: Groups, grads: list[Joint]) -> list[_Transformed]:
+    def _transform(self, batch: Groups, grads: Sequence[Joint | None]) -> list[_Transformed]:
         """What this rank stores of the groups' P, and the norms of the whole."""
-        pieces = self.strategy.in_pieces
-        sum_ = partial(self.strategy.sum_, batch) if pieces else None
-        products = [self._product(*each) for each in zip(batch, grads, strict=True)]
+        sum_ = partial(self.strategy.sum_, batch) if self.strategy.in_pieces else None
+        mine = [(group, grad) for group, grad in zip(batch, grads, strict=True) if grad is not None]
+        products = [self._product(*each) for each in mine]
         if self.preconditioner.measures:  # before the first of them begins
-            run_with_shared_sums([grad.measure_() for grad in grads], sum_)
+            run_with_shared_sums([grad.measure_() for _, grad in mine], sum_)
         norms = run_with_shared_sums(products, sum_)
-        for each, grad in zip(norms, grads, strict=True):
+        for each, (_, grad) in zip(norms, mine, strict=True):
             each.unit = grad.unit
-        if self.placement.world is not None:
-            self._broadcast(batch, grads, norms)
-        own = self.strategy.own(batch, grads) if pieces else grads
+        if self.placement.world is not None and not self.strategy.shares_work:
+            self._broadcast(mine, norms)
+        own, norms = self.strategy.own(batch, grads, norms)
         return [_Transformed(*each) for each in zip(batch, own, norms, strict=True)]
 
     def _product(self, group: list[Layer], grad: Joint) -> RowSums[TransformNorms]:
@@ -274,11 +275,11 @@ class Step:
         states = [self.states[layer.name] for layer in group]
         return self.preconditioner.transform_rows(stacked(states, self.device, self.preconditioner.shared), grad)
 
-    def _broadcast(self, batch: Groups, grads: list[Joint], norms: list[TransformNorms]) -> None:
+    def _broadcast(self, batch: list[tuple[list[Layer], Joint]], norms: list[TransformNorms]) -> None:
         """P, and what was measured on it, from the gradient workers to the other ranks."""
         of = {
             layer.name: [*grad.parts(i), *(norm[i : i + 1] for norm in record.tensors())]
-            for group, grad, record in zip(batch, grads, norms, strict=True)
+            for (group, grad), record in zip(batch, norms, strict=True)
             for i, layer in enumerate(group)
         }
         self.placement.broadcast_preconditioned_gradients(

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_soo.engine import dtensors
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, TransformNorms
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.pieces.exchange import Cut
+from hf_soo.engine.placement import Placement
 
 Entry = dict[str, Any]
 """The state of one parameter in a base optimizer: {"exp_avg": tensor, "step": tensor, ...}."""
@@ -101,6 +102,7 @@ class Strategy(ABC):
         in_pieces: whether each rank stores a piece of every gradient.
         layout: what distinguishes it from others; factors are placed anew when it changes before the first step.
         row_wise: whether the method can work on rows of a gradient; the step says so.
+        shares_work: whether each gradient in pieces that are no rows is transformed by one rank, and comes back.
         external_step: whether somebody else takes the step (DeepSpeed's engine).
         partition: how the base's tensors make up whole parameters, where they are flat pieces of several.
     """
@@ -108,6 +110,7 @@ class Strategy(ABC):
     layout: str
     in_pieces = False
     row_wise = False
+    shares_work = False
     external_step = False
     partition: FlatPartition | None = None
 
@@ -144,8 +147,18 @@ class Strategy(ABC):
         A single layer in that dtype may be a view: changing it in place writes the gradient.
         """
 
-    def portions(self, groups: Groups, joined: bool) -> Iterator[tuple[Groups, list[Joint]]]:
-        """``batches`` with their gradients, each read when it is its turn."""
+    def share_work(self, layers: Sequence[Layer], cost: Callable[[Layer], float], placement: Placement) -> None:
+        """Deal layers whose gradients are put together out of pieces to the ranks that can transform them.
+
+        Args:
+            layers: all, before the first step.
+            cost: a layer -> operations of G -> P.
+            placement: knows which ranks can.
+        """
+        self.shares_work = False
+
+    def portions(self, groups: Groups, joined: bool) -> Iterator[tuple[Groups, Sequence[Joint | None]]]:
+        """``batches`` with their gradients, each read when it is its turn; None for what another rank transforms."""
         for batch in self.batches(groups, joined):
             yield batch, self.read(batch)
 
@@ -157,9 +170,17 @@ class Strategy(ABC):
     def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
         """Whole gradients of the layers' biases in the accumulation dtype, [d_out] each."""
 
-    def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
-        """What of the whole gradients this rank stores; the rest may be forgotten. For pieces alone."""
-        return list(grads)
+    def own(
+        self, groups: Groups, grads: Sequence[Joint | None], norms: list[TransformNorms]
+    ) -> tuple[list[Joint], list[TransformNorms]]:
+        """What of the groups' P this rank stores, and the norms of all; what was whole may be forgotten.
+
+        Args:
+            groups: of a portion.
+            grads: P of those that this rank was given whole, or by rows.
+            norms: of these.
+        """
+        return [grad for grad in grads if grad is not None], norms
 
     @abstractmethod
     def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:

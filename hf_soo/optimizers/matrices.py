@@ -125,12 +125,10 @@ def _widened(cut: Cut, columns: int) -> Cut:
     Raises:
         NotImplementedError: a rank has parts of rows.
     """
-    *stack, m = cut.shape
-    ends = [end for span in cut.spans for end in (span.start, span.length)]
-    if any(end % m for end in ends):
+    try:
+        return cut.widened(columns)
+    except ValueError as error:
         raise NotImplementedError(
             "Muon: row_beta under ZeRO stage 1, 2 or 3, whose pieces are parts of rows; leave it out, or use FSDP2 or "
             "DistributedDataParallel."
-        )
-    wide = [Span(span.start // m * (m + columns), span.length // m * (m + columns)) for span in cut.spans]
-    return Cut((*stack, m + columns), wide)
+        ) from error

@@ -31,7 +31,7 @@ from hf_soo.optimizers.wrappers import state_bytes
 from hf_soo.plan.messages import FLOAT, Message
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
-from hf_soo.plan.orthogonal import shares_of_muon
+from hf_soo.plan.owners import gathered, shares_of_muon, shares_of_transform
 from hf_soo.plan.request import MEASURE, Layout
 from hf_soo.runs import machine
 from hf_soo.runs.recipes import read_mapping
@@ -71,15 +71,18 @@ def work(method: MethodOnModel, shape: ModelShape, layout: Layout) -> _Work:
     sampled = transform.recorder.fisher_pass is not None  # labels drawn from the model: one more backward pass
     flops = {layer.name: transform.flops(layer) for layer in method.layers}
     grid, ranks = method.grid(layout.ranks), range(layout.ranks)
+    apart = {layer.name for layer in gathered(method, layout)}
+    where = {name: f[0] for name, f in flops.items() if name not in apart}  # G -> P where the gradients lie
     if grid is None:
-        precondition, inverse = (sum(each[i] for each in flops.values()) for i in (0, 2))
+        precondition, inverse = share * sum(where.values()), sum(f[2] for f in flops.values())
     else:
         workers = range(grid.columns)  # one of each column
-        precondition = max(sum(f[0] for n, f in flops.items() if grid.is_gradient_worker(r, n)) for r in workers)
+        precondition = max(sum(f for n, f in where.items() if grid.is_gradient_worker(r, n)) for r in workers)
         inverse = max(sum(f[2] for n, f in flops.items() if grid.owner[n] == r) for r in ranks)
+    precondition += max((each.flops for each in shares_of_transform(method, layout)), default=0.0)
     return _Work(
         passes=passes * (1 + updates * _BACKWARD if sampled else 1),
-        precondition=precondition * share,
+        precondition=precondition,
         statistics=updates
         * sum(
             _statistics(layer, transform, layout.tokens * (shape.used if layer.stack else 1)) for layer in method.layers

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+from hf_soo.engine.capture import GradientRecorder
 from hf_soo.engine.layers import Layer, groups_of
 from hf_soo.optimizers.bases import BASES
 from hf_soo.optimizers.wrappers import state_bytes
 from hf_soo.plan.messages import FLOAT, padded_elements
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
+from hf_soo.plan.owners import gathered, shares_of_transform
 from hf_soo.plan.request import Layout
 
 ADAMW_BYTES = 8  # what Muon's second optimizer keeps for a parameter that is no hidden matrix
@@ -28,7 +30,7 @@ def memory(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int |
 
     ``capture`` are the buffers that a window is summed in and that stay, ``capture_transient`` those of windows that
     update (K-FAC's). ``gradient_copies`` are the stacks of gradients of one shape that a GPU works on, or the whole
-    gradients gathered from all ranks, or the weights before the step, for cautious decay.
+    gradients that a rank gathers, or the weights before the step, for cautious decay.
     """
     buffers = sum(tensor.nbytes for each in method.buffers for tensor in each)
     transient = method.preconditioner is not None and method.preconditioner.recorder.transient
@@ -102,8 +104,11 @@ def _copies(method: MethodOnModel, layout: Layout) -> int:
         return FLOAT * sum(math.prod(layer.matrix) for layer in layers)
 
     if layout.sharded:
-        whole = copied(method.layers)
-        return -(-whole // layout.ranks) if layout.strategy == "fsdp2" and transform.row_wise else whole
+        if isinstance(transform.recorder, GradientRecorder):  # in steps that update
+            return copied(method.layers)
+        apart = gathered(method, layout)
+        most = max((share.back for share in shares_of_transform(method, layout)), default=0)
+        return most + -(-copied(layer for layer in method.layers if layer not in apart) // layout.ranks)
     if not transform.stacks:
         return 0
     groups = [copied(group) for group in groups_of(method.layers, True)]

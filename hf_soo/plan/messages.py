@@ -35,7 +35,7 @@ from hf_soo.engine.preconditioner import Preconditioner
 from hf_soo.engine.sums import SumRecorder
 from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
-from hf_soo.plan.orthogonal import shares_of_muon
+from hf_soo.plan.owners import Share, gathered, shares_of_muon, shares_of_transform
 from hf_soo.plan.request import Layout
 
 Collective = Literal["all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"]
@@ -80,7 +80,7 @@ def messages(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int
         return []
     found = [*_training(shape, layout), *_second_order(method, layout, rank)]
     if layout.sharded:
-        found += _of_shards(method, layout)
+        found += _of_shards(method, layout, rank)
     found += _of_base(method, shape, layout, rank)
     return [message for message in found if message.bytes]
 
@@ -137,43 +137,48 @@ def _second_order(method: MethodOnModel, layout: Layout, rank: int | None) -> It
     yield Message("statistics", "all_reduce", counts + outcomes, W, count=2, when="update")
     yield Message("statistics", "reduce", triangles, W, count=owners, when="update")
     yield Message("statistics", "all_reduce", outcomes, W, when="refresh")
-    yield from _of_grid(method.layers, transform, grid, range(grid.columns) if rank is None else [rank])
+    apart = {layer.name for layer in gathered(method, layout)}  # their P comes back from one rank in pieces
+    moved = [layer for layer in method.layers if layer.name not in apart]
+    yield from _of_grid(method.layers, moved, transform, grid, range(grid.columns) if rank is None else [rank])
 
 
-def _of_grid(layers: Sequence[Layer], transform: Preconditioner, grid: Plan, ranks: Sequence[int]) -> Iterator[Message]:
-    """Inverses down the columns and directions along the rows, for those of ``ranks`` with the most."""
+def _of_grid(
+    layers: Sequence[Layer], whole: Sequence[Layer], transform: Preconditioner, grid: Plan, ranks: Sequence[int]
+) -> Iterator[Message]:
+    """Inverses down the columns, and directions of the ``whole`` layers along the rows, for the rank with the most."""
     k, columns = grid.workers, grid.columns
     if k > 1:
         shared = {layer.name: bytes_of(transform.init(layer), transform.shared) for layer in layers}
         most = max(sum(b for name, b in shared.items() if grid.is_gradient_worker(rank, name)) for rank in ranks)
         yield Message("inverses", "broadcast", most, k, count=k, stride=columns, when="refresh", received=most)
     if columns > 1:
-        moved = {layer.name: FLOAT * (math.prod(layer.matrix) + 3) for layer in layers}
+        moved = {layer.name: FLOAT * (math.prod(layer.matrix) + 3) for layer in whole}
         away = max(sum(b for name, b in moved.items() if not grid.is_gradient_worker(rank, name)) for rank in ranks)
         yield Message("directions", "broadcast", sum(moved.values()), columns, count=columns, received=away)
 
 
-def _of_shards(method: MethodOnModel, layout: Layout) -> Iterator[Message]:
-    """What a method needs of gradients that other ranks hold: sums over row shards, or the whole of them."""
+def _of_shards(method: MethodOnModel, layout: Layout, rank: int | None) -> Iterator[Message]:
+    """What a method needs of gradients that other ranks hold: sums over row shards, or whole ones at one rank each."""
     transform, W, layers = method.preconditioner, layout.ranks, method.layers
     if transform is None:
         return
-    if layout.strategy != "fsdp2":  # flat fragments that end anywhere: whole gradients
-        yield Message("shards", "all_gather", FLOAT * sum(math.prod(layer.matrix) for layer in layers), W)
+    apart, recorder = gathered(method, layout), transform.recorder
+    if apart:
+        yield from _exchanged("shards", shares_of_transform(method, layout), rank)
+        yield Message("shards", "all_reduce", 4 * DOUBLE * len(apart), W)  # the norms that their owners measure
+    if apart and isinstance(recorder, GradientRecorder):  # factors that learn from them are everybody's
+        whole = sum(math.prod(layer.matrix) for layer in apart)
+        if layout.strategy == "fsdp2":  # an expert lies on a rank or two
+            whole = padded_elements((layer.matrix for layer in apart if not layer.stack), W)
+            whole += sum(math.prod(layer.matrix) for layer in apart if layer.stack)
+        yield Message("shards", "all_gather", FLOAT * whole, W, when="update")
+    if layout.strategy != "fsdp2":
         return
-    recorder = transform.recorder
     if isinstance(recorder, SumRecorder) and recorder.outputs and recorder.groups == 1:  # b = bias.grad
         biases = sum(layer.shape[0] for layer in layers if layer.bias is not None)
         yield Message("shards", "all_gather", FLOAT * biases, W, when="update")
-    thin = [layer for layer in layers if layer.rows_first and transform.row_sums(layer) is not None]
+    thin = [layer for layer in layers if layer not in apart]
     sums = [each for layer in thin if (each := transform.row_sums(layer)) is not None]
-    if len(thin) < len(layers):  # it needs all rows, or they lie apart: stored transposed, or an expert's
-        gathered = [layer for layer in layers if layer not in thin]
-        whole = padded_elements((layer.matrix for layer in gathered if not layer.stack), W)
-        whole += sum(math.prod(layer.matrix) for layer in gathered if layer.stack)  # an expert lies on a rank or two
-        yield Message("shards", "all_gather", FLOAT * whole, W)
-        if isinstance(recorder, GradientRecorder):
-            yield Message("shards", "all_gather", FLOAT * whole, W, when="update")
     if not thin:
         return
     for numbers in zip(*(each.update for each in sums), strict=True):  # all layers in one message
@@ -190,6 +195,10 @@ def _of_base(method: MethodOnModel, shape: ModelShape, layout: Layout, rank: int
     if method.base == "lamb" and layout.sharded:
         yield Message("base", "all_reduce", FLOAT * 2 * len(shape.parameters), W)
         yield Message("base", "all_reduce", FLOAT * 2, W)
-    shares = shares_of_muon(method, shape, layout)
+    yield from _exchanged("base", shares_of_muon(method, shape, layout), rank)
+
+
+def _exchanged(kind: str, shares: Sequence[Share], rank: int | None) -> Iterator[Message]:
+    """To the owners, and back."""
     for sent in ([share.to_owners for share in shares], [share.back for share in shares]) if shares else ():
-        yield Message("base", "all_to_all", max(sent) if rank is None else sent[rank], W)
+        yield Message(kind, "all_to_all", max(sent) if rank is None else sent[rank], len(shares))

@@ -88,7 +88,7 @@ def test_kfac_factors_gradients_statistics_and_makespan(large: nn.Module) -> Non
     shape = ModelShape.of(large)
     held, found = memory(method, shape, layout), messages(method, shape, layout)
     assert held["capture_transient"] / GB == pytest.approx(4.246, rel=0.01)
-    assert held["gradient_copies"] / GB == pytest.approx(1.217, rel=0.01)
+    assert 1.217 / 64 < held["gradient_copies"] / GB < 2 * 1.217 / 64  # each layer is whole at one rank
     (triangles,) = [m for m in by_kind(found, "statistics") if m.collective == "reduce"]
     assert triangles.bytes / GB == pytest.approx(2.124, rel=0.01)
     # The busiest rank inverts as much as one feed-forward layer is, 4096³ + 1025³, every 100 steps.
@@ -133,7 +133,7 @@ def test_mkor_on_bert_large(large: nn.Module) -> None:
 
 
 def test_what_shards_need_of_each_other(mini: nn.Module) -> None:
-    """FSDP2: thin products, a few scalars, or the whole gradients; ZeRO's fragments: always the whole."""
+    """FSDP2: thin products, a few scalars, or whole gradients at one rank each; ZeRO's fragments: always the latter."""
     shape = ModelShape.of(mini)
 
     def shards(optim: str, optim_args: str | None = None, strategy: str = "fsdp2") -> dict[str, int]:
@@ -144,19 +144,26 @@ def test_what_shards_need_of_each_other(mini: nn.Module) -> None:
     method, _ = asked(mini, "mkor")
     sizes = [(layer.shape[0], layer.shape[1] + 1) for layer in method.layers]
     L, biases = len(sizes), 4 * sum(n for n, _ in sizes)
-    whole, padded = (4 * sum(rows(n) * m for n, m in sizes) for rows in (int, lambda n: -(-n // 64) * 64))
+
+    # pieces to the owners, the largest layer back from its owner (there are more ranks than layers), and four norms
+    def exchanged(pieces: int) -> int:
+        return 4 * pieces + 4 * max(n * m for n, m in sizes) + 32 * L
+
+    by_rows = exchanged(sum(-(-n // 64) * m for n, m in sizes))
     # beside what its formula needs, |G| of each layer for the unit of the squares
     assert shards("mkor") == {"step": 4 * (32 * sum(m for _, m in sizes) + (3 + 1) * L), "update": biases}
     assert shards("mkor", "sides=input") == {"step": 4 * (3 + 1) * L}
     assert shards("eva") == {"step": 4 * (2 + 1) * L, "update": biases}
     assert shards("eva_f") == {"step": 4 * (2 + 1) * L}
     assert shards("foof") == {"step": 4 * (3 + 1) * L}
-    assert shards("kfac_expand") == {"step": padded}
-    assert shards("mkor", "representation=dense") == {"step": padded, "update": biases}
+    assert shards("kfac_expand") == {"step": by_rows}
+    assert shards("mkor", "representation=dense") == {"step": by_rows, "update": biases}
     assert set(shards("shampoo")) == {"step", "update"}
     assert shards("lamb") == {}
-    for stage in ("zero1", "zero2", "zero3"):
-        assert shards("mkor", strategy=stage) == {"step": whole}
+    parts = [part for n, m in sizes for part in (n * (m - 1), n)]
+    assert shards("mkor", strategy="zero3") == {"step": exchanged(sum(-(-part // 64) for part in parts))}
+    for stage in ("zero1", "zero2"):
+        assert shards("mkor", strategy=stage) == {"step": exchanged(-(-sum(parts) // 64))}
     assert shards("mkor", strategy="zero0") == shards("mkor", strategy="ddp") == {}
 
 

@@ -12,7 +12,7 @@ from hf_soo.plan.command import _dry_run
 from hf_soo.plan.messages import messages
 from hf_soo.plan.method_on_model import asked_methods
 from hf_soo.plan.model_shape import ModelShape, build_model
-from hf_soo.plan.orthogonal import Share, shares_of_muon
+from hf_soo.plan.owners import Share, shares_of_muon
 from hf_soo.plan.request import Layout, PlanConfig
 
 RANKS, TINY = 3, "bert-tiny"  # the matrices' rows do not divide by three

@@ -52,6 +52,18 @@ class Cut:
         """Whether a rank holds everything."""
         return self.spans[rank].length == prod(self.shape)
 
+    def widened(self, columns: int) -> Cut:
+        """With some more columns beside the matrix, [..., m] becoming [..., m + columns].
+
+        Raises:
+            ValueError: a rank has parts of rows.
+        """
+        *stack, m = self.shape
+        if any(end % m for span in self.spans for end in (span.start, span.length)):
+            raise ValueError(f"rows of {m} are cut: {list(self.spans)}.")
+        wide = m + columns
+        return Cut((*stack, wide), [Span(span.start // m * wide, span.length // m * wide) for span in self.spans])
+
     def sent(self, rank: int, owner: int) -> Span:
         """What a rank sends to the owner: nothing if that one has everything."""
         return Span(0, 0) if self.whole_at(owner) else self.spans[rank]
@@ -64,11 +76,17 @@ def row_spans(shape: Sequence[int], ranks: int) -> list[Span]:
     return [Span(a * width, (b - a) * width) for a, b in pairwise(cuts)]
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[int]:
-    """The rank that each piece of work goes to: dearest first, each to the one with the least so far."""
+def deal(costs: Sequence[float], ranks: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
+    """The rank that each piece of work goes to: dearest first, each to the one with the least so far.
+
+    Args:
+        costs: of each, in any unit.
+        ranks: how many there are.
+        allowed: the ranks that can do each; None: all.
+    """
     load, owner = [0.0] * ranks, [0] * len(costs)
     for i in _dearest_first(costs):
-        owner[i] = min(range(ranks), key=lambda rank: (load[rank], rank))
+        owner[i] = min(range(ranks) if allowed is None else allowed[i], key=lambda rank: (load[rank], rank))
         load[owner[i]] += costs[i]
     return owner
 
@@ -80,7 +98,14 @@ def _dearest_first(costs: Sequence[float]) -> list[int]:
 class Exchange:
     """Owners and messages for some tensors of one group of ranks; every rank builds the same one."""
 
-    def __init__(self, comm: Communicator, group: Group, cuts: Sequence[Cut], costs: Sequence[float]) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        group: Group,
+        cuts: Sequence[Cut],
+        costs: Sequence[float],
+        owner: Sequence[int] | None = None,
+    ) -> None:
         """Deal the tensors.
 
         Args:
@@ -88,11 +113,12 @@ class Exchange:
             group: the ranks that hold the pieces.
             cuts: how each tensor lies on them.
             costs: of the work on each, in any unit.
+            owner: of each; None: deal them.
         """
         self.comm, self.group, self.cuts = comm, group, cuts
         self.ranks = range(len(cuts[0].spans) if cuts else 1)
         self.rank = dist.get_rank(group) if len(self.ranks) > 1 else 0
-        self.owner = deal(costs, len(self.ranks))
+        self.owner = deal(costs, len(self.ranks)) if owner is None else list(owner)
         self.buckets = list(self._buckets(_dearest_first(costs)))
 
     def _buckets(self, order: Sequence[int]) -> Iterator[list[int]]:
@@ -101,12 +127,16 @@ class Exchange:
         for i in order:
             bytes_ = 4 * max(span.length for span in self.cuts[i].spans)
             if bucket and held + bytes_ > BUCKET_BYTES:
-                yield sorted(bucket, key=lambda i: self.owner[i])  # as a message has them
+                yield bucket
                 bucket, held = [], 0
             bucket.append(i)
             held += bytes_
         if bucket:
-            yield sorted(bucket, key=lambda i: self.owner[i])
+            yield bucket
+
+    def _in_order(self, bucket: Sequence[int]) -> list[int]:
+        """Rank by rank, as a message has them."""
+        return sorted(bucket, key=lambda i: self.owner[i])
 
     def run(
         self, piece: Callable[[int], Tensor], work: Callable[[list[Tensor]], list[Tensor]], prototype: Tensor
@@ -121,21 +151,22 @@ class Exchange:
         Yields:
             (tensor number, this rank's piece of the result, in any shape).
         """
-        coming = [self._gather(bucket, piece) for bucket in self.buckets[:1]]
+        coming = [self.gather(bucket, piece) for bucket in self.buckets[:1]]
         going: list[Numbered] = []
         for number, bucket in enumerate(self.buckets):
             whole = dict(coming.pop())
-            coming += [self._gather(following, piece) for following in self.buckets[number + 1 : number + 2]]
+            coming += [self.gather(following, piece) for following in self.buckets[number + 1 : number + 2]]
             results = dict(zip(whole, work(list(whole.values())), strict=True))
             del whole
-            going.append(self._scatter(bucket, results, prototype))
+            going.append(self.scatter(bucket, results, prototype))
             if number:
                 yield from going.pop(0)
         for last in going:
             yield from last
 
-    def _gather(self, bucket: Sequence[int], piece: Callable[[int], Tensor]) -> Numbered:
-        """Send this rank's pieces to the owners; then (number, whole tensor) of those that it owns."""
+    def gather(self, bucket: Sequence[int], piece: Callable[[int], Tensor]) -> Numbered:
+        """Send this rank's pieces of some tensors to the owners; then (number, whole tensor) of those that it owns."""
+        bucket = self._in_order(bucket)
         pieces = {i: piece(i) for i in bucket}
         if len(self.ranks) == 1:
             return ((i, each.reshape(self.cuts[i].shape)) for i, each in pieces.items())
@@ -161,10 +192,17 @@ class Exchange:
         for i in list(whole):
             yield i, whole.pop(i).view(self.cuts[i].shape)
 
-    def _scatter(self, bucket: Sequence[int], results: dict[int, Tensor], prototype: Tensor) -> Numbered:
-        """Send the results of this rank to where their pieces lie; then (number, this rank's piece)."""
+    def scatter(self, bucket: Sequence[int], results: dict[int, Tensor], prototype: Tensor) -> Numbered:
+        """Send this rank's results for some tensors to where their pieces lie; then (number, this rank's piece).
+
+        Args:
+            bucket: their numbers.
+            results: of those that this rank owns, in the order of ``bucket``.
+            prototype: has the dtype and the device of all results.
+        """
         if len(self.ranks) == 1:
             return iter(results.items())
+        bucket = self._in_order(bucket)
         sent = [[self.cuts[i].spans[to] for i in results] for to in self.ranks]
         received = [[self.cuts[i].spans[self.rank] for i in bucket if self.owner[i] == source] for source in self.ranks]
         flat = [result.reshape(-1) for result in results.values()]

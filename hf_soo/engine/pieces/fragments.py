@@ -1,15 +1,15 @@
 """Gradients of which each rank stores a piece: FSDP2's row shards, and ZeRO's fragments.
 
 A piece is a range of the flat gradient. Methods that can (``Preconditioner.row_wise``) work on row shards where they
-lie; for the others, and for pieces that are no rows, whole gradients are gathered some layers at a time, and each rank
-keeps its piece of P.
+lie; for the others, and for pieces that are no rows, each layer's pieces go to one rank, some layers at a time, and
+come back as pieces of P. Factors that learn from whole gradients have them gathered on every rank.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from hf_soo.engine.comm import Communicator, Group
 from hf_soo.engine.dtensors import full_shape
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, computed
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, TransformNorms, computed
 from hf_soo.engine.layers import Layer, accumulation_dtype
-from hf_soo.engine.pieces.exchange import Span
+from hf_soo.engine.pieces.exchange import Cut, Exchange, Span, deal
+from hf_soo.engine.placement import Placement
 from hf_soo.engine.strategy import Strategy
 
 GATHER_BYTES = 2**28
@@ -41,7 +42,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What of a parameter belongs to a layer: elements ``start`` and on, of ``shape``; mostly all."""
 
     parameter: Tensor
@@ -49,7 +50,7 @@ class _Part:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, layer: Layer, parameter: Tensor) -> _Part:
+    def of(cls, layer: Layer, parameter: Tensor) -> Part:
         """The part of the weight, or of the bias."""
         return cls(parameter, *layer.part(full_shape(parameter)))
 
@@ -81,6 +82,8 @@ class Fragments(Strategy):
         """Take the group of ranks that hold the pieces of a gradient."""
         self.comm, self.group = comm, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._owner: dict[str, int] = {}  # layer name -> the rank that transforms it; empty: all do
+        self._exchanges: dict[tuple[str, ...], Exchange] = {}
 
     @abstractmethod
     def spans(self, parameter: Tensor) -> list[Span]:
@@ -119,38 +122,104 @@ class Fragments(Strategy):
         if portion:
             yield portion
 
+    def share_work(self, layers: Sequence[Layer], cost: Callable[[Layer], float], placement: Placement) -> None:
+        """See ``Strategy``; not where the ranks that can are of several groups (K-FAC's grid under HSDP)."""
+        self._exchanges.clear()
+        self.shares_work = placement.world in (None, self.size)
+        apart = [layer for layer in layers if self.shares_work and not self.by_rows(layer)]
+        allowed = [placement.gradient_workers(layer.name) or range(self.size) for layer in apart]
+        owners = deal([cost(layer) for layer in apart], self.size, allowed)
+        self._owner = {layer.name: owner for layer, owner in zip(apart, owners, strict=True)}
+
+    def portions(self, groups: Groups, joined: bool) -> Iterator[tuple[Groups, Sequence[Joint | None]]]:
+        """See ``Strategy``."""
+        for batch in self.batches(groups, joined):
+            fetched = self.shares_work and not self.by_rows(batch[0][0])
+            yield batch, self._fetch([layer for (layer,) in batch]) if fetched else self.read(batch)
+
     def read(self, groups: Groups) -> list[Joint]:
         """Views of the shards, or one message."""
         if groups and self.by_rows(groups[0][0]):
             return [self._read_rows(group) for group in groups]
         layers = [layer for (layer,) in groups]
-        parts = [_Part.of(layer, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        whole = iter(self._gather(parts))
-        return [
-            Joint(layer.as_matrix(next(whole))[None], None if layer.bias is None else next(whole)[None])
-            for layer in layers
-        ]
+        whole = iter(self._gather(parts_of(layers)))
+        return [_joint(layer, whole) for layer in layers]
+
+    def _fetch(self, layers: list[Layer]) -> list[Joint | None]:
+        """Whole gradients of the layers that this rank transforms; one message."""
+        parts, dtype = parts_of(layers), _dtype(layers)
+        pieces = [self._free(part).to(dtype) for part in parts]
+        found = iter([whole for _, whole in self._exchange(layers).gather(range(len(parts)), pieces.__getitem__)])
+        return [_joint(layer, found) if self._owner[layer.name] == self.rank else None for layer in layers]
+
+    def _exchange(self, layers: Sequence[Layer]) -> Exchange:
+        """Of the parts of some layers."""
+        key = tuple(layer.name for layer in layers)
+        if key not in self._exchanges:
+            cuts = [Cut(part.shape, self._part_spans(part)) for part in parts_of(layers)]
+            owner = [self._owner[layer.name] for layer in layers for _ in parts_of([layer])]
+            self._exchanges[key] = Exchange(self.comm, self.group, cuts, [0.0] * len(cuts), owner)
+        return self._exchanges[key]
+
+    def _part_spans(self, part: Part) -> list[Span]:
+        return [part.of_span(span) for span in self.spans(part.parameter)]
+
+    def _free(self, part: Part) -> Tensor:
+        """This rank's piece in the accumulation dtype, free of the loss scale."""
+        piece, scale = computed(self._piece(part)), self.loss_scale
+        return piece if scale == 1.0 else piece / scale
 
     def _read_rows(self, layers: Sequence[Layer]) -> Joint:
         weights = [computed(layer.as_matrix(self.piece(layer.weight))) for layer in layers]
         biases = [None if layer.bias is None else computed(self.piece(layer.bias)) for layer in layers]
         return Joint.of(weights, biases, self.rows(layers[0]))
 
-    def own(self, groups: Groups, grads: Sequence[Joint]) -> list[Joint]:
-        """The rows, or this rank's flat pieces of a whole P."""
-        return [
-            grad if self.by_rows(group[0]) else self._own(group[0], grad)
-            for group, grad in zip(groups, grads, strict=True)
-        ]
+    def own(
+        self, groups: Groups, grads: Sequence[Joint | None], norms: list[TransformNorms]
+    ) -> tuple[list[Joint], list[TransformNorms]]:
+        """The rows, or this rank's flat pieces of a whole P; one message, and a small one for the norms."""
+        if self.by_rows(groups[0][0]):
+            return super().own(groups, grads, norms)
+        layers = [layer for (layer,) in groups]
+        if not self.shares_work:
+            return [self._own(layer, grad) for layer, grad in zip(layers, grads, strict=True) if grad], norms
+        return self._return(layers, grads), self._seen_by_all(layers, grads, norms)
+
+    def _return(self, layers: list[Layer], grads: Sequence[Joint | None]) -> list[Joint]:
+        """Pieces of P of all layers, [1, length] each."""
+        parts, flat = parts_of(layers), []
+        for layer, grad in zip(layers, grads, strict=True):
+            if grad is not None:
+                like = torch.empty(Part.of(layer, layer.weight).shape, device="meta")
+                flat += [layer.from_matrix(grad.weight[0], like).reshape(-1), *([] if grad.bias is None else grad.bias)]
+        exchange = self._exchange(layers)
+        mine = (i for i, owner in enumerate(exchange.owner) if owner == self.rank)
+        prototype = torch.empty(0, dtype=_dtype(layers), device=layers[0].weight.device)
+        found = exchange.scatter(range(len(parts)), dict(zip(mine, flat, strict=True)), prototype)
+        pieces = [piece[None] for _, piece in sorted(found, key=lambda each: each[0])]
+        return [Joint(pieces.pop(0), None if layer.bias is None else pieces.pop(0)) for layer in layers]
+
+    def _seen_by_all(
+        self, layers: list[Layer], grads: Sequence[Joint | None], norms: list[TransformNorms]
+    ) -> list[TransformNorms]:
+        """What each rank has measured on its layers, on every rank."""
+        dtype, mine = _dtype(layers), iter(norms)
+        table = torch.zeros(4, len(layers), dtype=torch.float64, device=layers[0].weight.device)
+        for i, each in enumerate(None if grad is None else next(mine) for grad in grads):
+            if each is not None:
+                unit = torch.ones_like(each.before) if each.unit is None else each.unit
+                table[:, i] = torch.cat([*each.tensors(), unit])
+        self.comm.sum_([table], self.group)
+        return [TransformNorms(*row.to(dtype)[:, None].unbind()) for row in table.unbind(1)]
 
     def _own(self, layer: Layer, grad: Joint) -> Joint:
-        part = _Part.of(layer, layer.weight)
+        part = Part.of(layer, layer.weight)
         weight = self._cut(part, layer.from_matrix(grad.weight[0], torch.empty(part.shape, device="meta")))
         if layer.bias is None or grad.bias is None:
             return Joint(weight, None)
-        return Joint(weight, self._cut(_Part.of(layer, layer.bias), grad.bias[0]))
+        return Joint(weight, self._cut(Part.of(layer, layer.bias), grad.bias[0]))
 
-    def _cut(self, part: _Part, whole: Tensor) -> Tensor:
+    def _cut(self, part: Part, whole: Tensor) -> Tensor:
         """This rank's piece of a whole tensor, [1, length]; a copy, so that the whole can be freed."""
         mine = part.of_span(self.spans(part.parameter)[self.rank])
         return whole.reshape(1, -1)[:, mine.start : mine.start + mine.length].clone()
@@ -161,13 +230,13 @@ class Fragments(Strategy):
         for i, layer in enumerate(group):
             for parameter, new in ((layer.weight, grad.weight), (layer.bias, grad.bias)):
                 if parameter is not None and new is not None:
-                    piece = self._piece(_Part.of(layer, parameter))
+                    piece = self._piece(Part.of(layer, parameter))
                     if piece.data_ptr() != new[i].data_ptr():  # else it was changed in place
                         piece.copy_((new[i] * scale if scale != 1.0 else new[i]).reshape(piece.shape))
 
     def biases(self, layers: Sequence[Layer]) -> list[Tensor]:
         """One message."""
-        return self._gather([_Part.of(layer, layer.bias) for layer in layers if layer.bias is not None])
+        return self._gather([Part.of(layer, layer.bias) for layer in layers if layer.bias is not None])
 
     def sum_(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
         """One message, if the groups were read by rows."""
@@ -186,7 +255,7 @@ class Fragments(Strategy):
         (whole,) = self.assemble([rows], [spans])
         return whole.view(-1, *rows.shape[1:])
 
-    def _piece(self, part: _Part) -> Tensor:
+    def _piece(self, part: Part) -> Tensor:
         """What this rank stores of a part's gradient."""
         piece = self.piece(part.parameter)
         if part.all:
@@ -196,16 +265,11 @@ class Fragments(Strategy):
         first = part.start + own.start - mine.start if own.length else 0
         return piece.view(-1)[first : first + own.length]
 
-    def _gather(self, parts: Sequence[_Part]) -> list[Tensor]:
+    def _gather(self, parts: Sequence[Part]) -> list[Tensor]:
         """Whole gradients in the accumulation dtype, free of the loss scale, in one message."""
         if not parts:
             return []
-        scale = self.loss_scale
-        pieces = [computed(self._piece(part)) for part in parts]
-        if scale != 1.0:
-            pieces = [piece / scale for piece in pieces]
-        spans = [[part.of_span(span) for span in self.spans(part.parameter)] for part in parts]
-        whole = self.assemble(pieces, spans)
+        whole = self.assemble([self._free(part) for part in parts], [self._part_spans(part) for part in parts])
         return [tensor.view(part.shape) for tensor, part in zip(whole, parts, strict=True)]
 
     def assemble(self, pieces: Sequence[Tensor], spans: Sequence[list[Span]]) -> list[Tensor]:
@@ -230,6 +294,22 @@ class Fragments(Strategy):
             whole.append(_joined(gathered, offsets, each))
             offsets = [offset + length for offset, length in zip(offsets, slot, strict=True)]
         return whole
+
+
+def parts_of(layers: Sequence[Layer]) -> list[Part]:
+    """Those of the weight, and of the bias if there is one, layer by layer."""
+    return [Part.of(layer, p) for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+
+
+def _joint(layer: Layer, whole: Iterator[Tensor]) -> Joint:
+    """A layer's gradient from the next of its ``_parts``."""
+    weight = layer.as_matrix(next(whole))[None]
+    return Joint(weight, None if layer.bias is None else next(whole)[None])
+
+
+def _dtype(layers: Sequence[Layer]) -> torch.dtype:
+    """That holds the gradients of all layers."""
+    return reduce(torch.promote_types, (accumulation_dtype(layer.weight.dtype) for layer in layers))
 
 
 def _cut_evenly(spans: list[Span]) -> bool:
