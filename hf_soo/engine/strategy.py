@@ -148,13 +148,7 @@ class Strategy(ABC):
         """
 
     def share_work(self, layers: Sequence[Layer], cost: Callable[[Layer], float], placement: Placement) -> None:
-        """Deal layers whose gradients are put together out of pieces to the ranks that can transform them.
-
-        Args:
-            layers: all, before the first step.
-            cost: a layer -> operations of G -> P.
-            placement: knows which ranks can.
-        """
+        """Deal layers in pieces that are no rows, by the cost of G -> P, to the ranks that can transform them."""
         self.shares_work = False
 
     def portions(self, groups: Groups, joined: bool) -> Iterator[tuple[Groups, Sequence[Joint | None]]]:
@@ -173,13 +167,7 @@ class Strategy(ABC):
     def own(
         self, groups: Groups, grads: Sequence[Joint | None], norms: list[TransformNorms]
     ) -> tuple[list[Joint], list[TransformNorms]]:
-        """What of the groups' P this rank stores, and the norms of all; what was whole may be forgotten.
-
-        Args:
-            groups: of a portion.
-            grads: P of those that this rank was given whole, or by rows.
-            norms: of these.
-        """
+        """What of the groups' P this rank stores, and all norms; from P that it was given whole or by rows."""
         return [grad for grad in grads if grad is not None], norms
 
     @abstractmethod
