@@ -34,11 +34,11 @@ _CHEAP = (
 _PLAN = "plan --model bert-large-uncased --beside adamw,lamb,kaisa,muon --seq 512 --batch 4096 --precision bf16"
 _TABLE = (
     Job("large2", f"{_LARGE2} {_CHEAP} --rounds 3 --steps 5"),
-    Job("large2_muon", f"{_LARGE2} --optim muon,mkor+muon,newton_muon --rounds 3 --steps 1"),
+    Job("large2_muon", f"{_LARGE2} --optim muon,mkor+muon,newton_muon --rounds 2 --steps 1"),
     Job("large2_kfac", f"{_LARGE2} --optim kfac_expand,foof --rounds 2 --steps 1"),
     Job("large2_kaisa", f"{_LARGE2} --optim kaisa --rounds 1 --steps 1"),  # a round takes two minutes
     Job("large2_shampoo", f"{_LARGE2} --optim if_shampoo:batch_size=8,shampoo,soap --rounds 2 --steps 1"),
-    Job("mini", "bench --preset mini --optim lamb,mkor+lamb,rf_rmsprop:batch_size=8+sgd --rounds 5 --steps 5"),
+    Job("mini", "bench --preset mini --optim lamb,mkor+lamb,rf_rmsprop:batch_size=8+sgd --rounds 3 --steps 5"),
     # torch's Muon, in bf16 whatever the device, takes minutes for a step of large2 on a CPU without units for it
     Job("mini_muon", "bench --preset mini --optim muon --peer torch.optim:Muon --rounds 2 --steps 1"),
 )
