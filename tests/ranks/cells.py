@@ -260,7 +260,10 @@ def make_trainer(strategy: Strategy, method: Method, way: str, folder: Path, dat
 def run_cell(strategy: Strategy, method: Method, way: str, folder: Path, data: Dataset[Any]) -> Result:
     """One run; its final weights, or the words of a refusal."""
     try:
-        trainer = make_trainer(strategy, method, way, folder, data)
+        try:
+            trainer = make_trainer(strategy, method, way, folder, data)
+        except ValueError as error:  # in a comparison, a setting that the older version does not know
+            return f"ValueError: {error}"
         trainer.train()
         if way == "resume":
             trainer = make_trainer(strategy, method, way, folder, data)
