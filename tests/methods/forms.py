@@ -40,6 +40,12 @@ class Toy(nn.Module):
         return self.decoder(x + self.frozen(x))
 
 
+# All that may be put around a base.
+AROUND: dict[str, Any] = {
+    "slow_momentum": 0.9, "slow_weight": 2.0, "cautious": True, "ema_decay": 0.8, "lookahead": 0.5,
+    "lookahead_decay": 0.9,
+}  # fmt: skip
+
 # The forms of a method that run other code than its defaults.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mkor-dense": ("mkor", {"representation": "dense"}),
@@ -73,5 +79,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "shampoo-sum": ("shampoo", {"factor_decay": 1.0, "grafting": "none", "base": "sgd"}),
     "shampoo-adam": ("shampoo", {"grafting": "adam", "max_dim": 5, "inverse_period": 3}),
     "shampoo-orthogonal": ("shampoo", {"grafting": "muon", "base": "sgd", "trace_scaling": True}),
+    "mkor-momentum-around": ("mkor", {"apply_to": "momentum", "base_args": AROUND}),
+    "muon-around": ("muon", AROUND),
     "mkor+class": ("mkor", {"base": "torch.optim:Adam", "base_args": {"betas": (0.8, 0.9)}}),
 }

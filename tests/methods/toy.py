@@ -75,19 +75,12 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-AROUND = {
-    "slow_momentum": 0.9, "slow_weight": 2.0, "cautious": True, "ema_decay": 0.8, "lookahead": 0.5,
-    "lookahead_decay": 0.9,
-}  # fmt: skip
 # Every name of the registry, and the forms of a method that run other code.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     **{name: (name, {}) for name in hf_soo.available()},
     "rf_rmsprop": ("rf_rmsprop", {"batch_size": 12}),
     "if_shampoo": ("if_shampoo", {"batch_size": 12}),
     **FORMS,
-    # all that may be put around a base
-    "mkor-momentum-around": ("mkor", {"apply_to": "momentum", "base_args": AROUND}),
-    "muon-around": ("muon", AROUND),
 }
 LEARNING_RATE = {
     "adamw": 1e-2, "rmsprop": 1e-3, "mkor+adamw": 1e-2,
