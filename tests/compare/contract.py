@@ -104,6 +104,7 @@ _FACTORS: list[dict[str, Any]] = [
     {"inverse": "eigen", "rescale": "none"}, {"factor_decay": 0.5, "update_period": 2, "inverse_period": 4},
     {"warmup_updates": 2}, {"rescale": "global", "kl_clip": 1e-3}, {"rescale": "kl_clip", "kl_clip": 1e-6},
     {"row_filter": "all"}, {"max_dim": 9}, {"factor_start": "identity"}, {"grad_workers": 1},
+    {"epsilon": 0.1},
 ]  # fmt: skip
 _BOTH_FACTORS: list[dict[str, Any]] = [
     *_FACTORS, {"fisher": "mc"}, {"loss_terms": 7, "damping_mode": "absolute"},
@@ -118,7 +119,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "kfac_expand": _BOTH_FACTORS,
     "kfac_reduce": _BOTH_FACTORS,
     "kaisa": _BOTH_FACTORS,
-    "foof": _FACTORS,
+    "foof": [*_FACTORS, {"input_blocks": 3}],
     "rf_rmsprop": [{"batch_size": 60}, {"factor_lr": 0.1}, {"eps": 0.1}, {"state_dtype": "bfloat16"}],
     "if_shampoo": [
         {"batch_size": 60}, {"factor_lr": 0.3}, {"riemannian_momentum": 0.1}, {"damping": 0.1}, {"update_period": 5},
