@@ -96,6 +96,8 @@ METHODS = {
         Method("eva_f", {"optim": "eva_f"}),
         Method("kfac_expand", {"optim": "kfac_expand", "optim_args": f"{PERIODS},inverse_period=4,damping=0.3"}),
         Method("if_shampoo", {"optim": "if_shampoo"}),
+        # in fp32 the eigenvectors of small eigenvalues are rounding's, but for what ties and ε make of them
+        Method("soap", {"optim": "soap", "optim_args": "inverse_period=2,ties=0.1,eps=5e-3"}),
         # the default rate of 0.01 leaves its curvature at 1, and the run an AdamW run, for so few steps
         Method("rf_rmsprop", {"optim": "rf_rmsprop", "optim_args": "factor_lr=0.5"}),
         Method("mkor over lamb", {"optim": "mkor", "optim_args": PERIODS, "base_optim": "lamb"}),
