@@ -129,9 +129,9 @@ class SOAP(Preconditioner):
         for axis, factor in _factors(state).items():
             L, Q = factor["factor"], factor["basis"]
             ramp = torch.linspace(1, 0, L.shape[-1], dtype=L.dtype, device=L.device)
-            L = L + torch.diag_embed(self.config.ties * L.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * ramp)
+            ties = self.config.ties * L.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * ramp
             for i, bases in enumerate(known):
-                new, order, ok = _rotated(L[i], Q[i]) if bases else _first(L[i])
+                new, order, ok = _rotated(L[i], Q[i], ties[i]) if bases else _first(L[i] + ties[i].diag())
                 Q[i] = torch.where(ok, new, Q[i])
                 V = moment["second"][i].view(squeezed(moment["second"].shape[1:]))
                 V.copy_(V.index_select(axis, torch.where(ok, order, torch.arange(len(order), device=order.device))))
@@ -192,11 +192,14 @@ def _first(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return Q[0].flip(-1), torch.arange(len(L), device=L.device), ok[0]
 
 
-def _rotated(L: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """QR(L Q), its columns in the order of their Rayleigh quotients; that order; whether it is finite."""
-    S = L @ Q
-    order = (Q * S).sum(0).argsort(descending=True, stable=True)
-    Q = torch.linalg.qr(S[:, order]).Q
+def _rotated(L: Tensor, Q: Tensor, ties: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """QR((L + diag(ties)) Q), the columns in the order of their Rayleigh quotients; that order; whether it is finite.
+
+    The transposed product has the columns as rows, which are put in order, and read by LAPACK, without a copy more.
+    """
+    St = (Q.mT @ L).addcmul_(Q.mT, ties)
+    order = (Q.mT * St).sum(1).argsort(descending=True, stable=True)
+    Q = torch.linalg.qr(St[order].mT).Q
     return Q, order, Q.isfinite().all()
 
 
