@@ -241,10 +241,12 @@ def inner(X: Tensor, Y: Tensor, unit: Tensor | None = None) -> Tensor:
     """⟨X, Y⟩ over all but the first dimension, in units squared, [L]."""
     if unit is not None:
         X, Y = X / _along(unit, X), Y / _along(unit, Y)
+    on_cpu = X.device.type == "cpu"
     if len(X) > 1:
-        return torch.bmm(X.flatten(1)[:, None], Y.flatten(1)[..., None]).view(-1)
+        X, Y = X.flatten(1), Y.flatten(1)
+        return (X * Y).sum(1) if on_cpu else torch.bmm(X[:, None], Y[..., None]).view(-1)
     X, Y = X.reshape(-1), Y.reshape(-1)
-    if X.device.type != "cpu" or len(X) <= _DOT:
+    if not on_cpu or len(X) <= _DOT:
         return torch.dot(X, Y).view(1)
     parts = zip(torch.split(X, _DOT), torch.split(Y, _DOT), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in parts]).sum(0, keepdim=True)

@@ -19,9 +19,6 @@ from torch.nn import functional as F
 
 from hf_soo.engine.dtensors import full_shape, local
 
-_CPU_STACK = 1 << 20
-"""Elements of the layers that a CPU works on together: small ones cost calls, and large ones copies, out of cache."""
-
 
 @dataclass(eq=False)
 class Layer(ABC):
@@ -290,12 +287,13 @@ def group_sums(rows: Tensor, groups: int) -> Tensor:
     return torch.stack([part.sum(0, dtype=dtype) for part in rows.tensor_split(groups)])
 
 
-def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[Layer]]:
+def groups_of(layers: Sequence[Layer], batched: bool | None, cpu_stack: int = 0) -> Iterator[list[Layer]]:
     """Layers to work on together.
 
     Args:
         layers: any layers.
-        batched: all layers of one shape, or one by one, in place; None: the first, on a CPU as many as fit its cache.
+        batched: all layers of one shape, or one by one, in place; None: the first, on a CPU within ``cpu_stack``.
+        cpu_stack: elements of the layers that are worked on together.
 
     Yields:
         Lists of layers that share a shape, a dtype and a device; those of a stack are a list of their own.
@@ -306,5 +304,5 @@ def groups_of(layers: Sequence[Layer], batched: bool | None) -> Iterator[list[La
         by_shape[i if batched is False else kind].append(layer)
     for alike in by_shape.values():
         few = batched is None and alike[0].weight.device.type == "cpu"
-        size = max(1, _CPU_STACK // max(1, math.prod(alike[0].shape))) if few else len(alike)
+        size = max(1, cpu_stack // max(1, math.prod(alike[0].shape))) if few else len(alike)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))

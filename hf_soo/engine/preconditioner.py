@@ -91,6 +91,8 @@ class Preconditioner(ABC):
         gradient_passes: how often ``transform`` reads or writes the gradient, about.
         least_passes: how often it must read the gradient before the base can, which may make each P as it reads G.
         stacks: whether layers of one shape are worked on together on a GPU: few launches, but a copy of each factor.
+        cpu_stack: elements of the layers of one shape that a CPU works on together: small ones cost calls, and a stack
+            copies, out of cache.
         row_wise: whether it can work on some rows of G, with small sums over the others (``RowWise``).
         row_state: names of the tensors of its state that have the gradient's rows, and are kept where those are.
         refreshes_first: whether inverses are of the factors before this step's update, not after it.
@@ -106,6 +108,7 @@ class Preconditioner(ABC):
     gradient_passes: int = 4
     least_passes: int = 1
     stacks: bool = True
+    cpu_stack: int = 1 << 20
     row_wise: bool = False
     row_state: frozenset[str] = frozenset()
     refreshes_first: bool = False

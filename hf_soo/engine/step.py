@@ -150,7 +150,8 @@ class Step:
             alike: dict[tuple[int, bool], list[Layer]] = defaultdict(list)
             for layer in layers:
                 alike[self._assigned[layer.name].column, self.strategy.by_rows(layer)].append(layer)
-            self._groups_of[key] = [group for key in sorted(alike) for group in groups_of(alike[key], together)]
+            most = self.preconditioner.cpu_stack
+            self._groups_of[key] = [group for key in sorted(alike) for group in groups_of(alike[key], together, most)]
         return self._groups_of[key]
 
     def _kept(self) -> list[Layer]:

@@ -38,7 +38,7 @@ from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, inner, run_w
 from hf_soo.engine.layers import Layer
 from hf_soo.engine.preconditioner import ONE_SIDE, LayerState, Method, RowWise, Updated
 from hf_soo.engine.selection import select_all_parameters
-from hf_soo.preconditioners.axes import layerwise, total
+from hf_soo.preconditioners.axes import layerwise
 from hf_soo.preconditioners.config import StateDtype, stored_dtype
 
 BF16_LOWEST_RATE = 2.0**-9
@@ -81,6 +81,7 @@ class RMSProp(RowWise):
     side_names = ONE_SIDE
     row_state = frozenset({"second_moment"})
     measures = False  # what it divides by has the square of g in it already
+    cpu_stack = 1 << 14  # a few passes over a layer cost less than to stack it
     least_passes = 0  # each entry of P is its own gradient's
     config: RMSPropConfig
 
@@ -130,12 +131,12 @@ class RMSProp(RowWise):
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """P = g / (ŝ + ε), in place; finite wherever g is, since ŝ >= 0 and the divisor is at least the least float."""
         eps = max(self.config.eps, torch.finfo(grad.weight.dtype).tiny)
-        norms: list[TransformNorms] = []
+        squares: list[Tensor] = []
         for g, s, scratch in _chunks(grad.weight, state["gradient"]["second_moment"]):
             P = torch.div(g, torch.add(s.to(g.dtype), eps, out=scratch), out=scratch)
-            norms.append(TransformNorms(inner(g, g), inner(P, P), inner(P, g)))
+            squares += [inner(g, g), inner(P, P), inner(P, g)]
             g.copy_(P)
-        moved = total(norms)
+        moved = TransformNorms(*torch.stack(squares).view(-1, 3, len(grad.weight)).sum(0).unbind())
         yield list(moved.tensors())
         return moved
 

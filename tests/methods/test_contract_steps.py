@@ -120,7 +120,7 @@ def test_a_cpu_works_on_small_layers_of_one_shape_together() -> None:
     layers = [LinearLayer(str(i), nn.Linear(*shape)) for i, shape in enumerate(shapes)]
 
     def groups(batched: bool | None) -> list[str]:
-        return ["".join(layer.name for layer in group) for group in groups_of(layers, batched)]
+        return ["".join(layer.name for layer in group) for group in groups_of(layers, batched, 1 << 20)]
 
     assert groups(None) == ["0", "3", "1567", "8", "24"]  # four of 512 x 512 are the 2²⁰ elements that fit
     assert groups(True) == ["03", "15678", "24"] and groups(False) == list("012345678")
