@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, FisherPass, Statistics, Window
-from hf_soo.engine.gradients import Groups, stack
-from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype
+from hf_soo.engine.gradients import Groups
+from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, stack
 from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.passes.padding import Padding, Shape
 from hf_soo.engine.strategy import Strategy

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_soo.engine.layers import Layer, accumulation_dtype
+from hf_soo.engine.layers import Layer, side_by_side
 
 ALL_ROWS = slice(None)
 
@@ -52,6 +52,8 @@ class Joint:
         rows: which rows of the layers these are.
         unit: of squared norms, [L]; None: 1.
         size: |Ĝ|² of these rows as it was measured, in that unit squared, [L].
+        waits: a thin change of Ĝ waits for the factor of ``scale_``, which comes in any case: one pass less.
+        later: what waits, given the factor.
     """
 
     weight: Tensor
@@ -59,12 +61,14 @@ class Joint:
     rows: slice = field(default_factory=lambda: ALL_ROWS)  # slices cannot be hashed before Python 3.12
     unit: Tensor | None = None
     size: Tensor | None = None
+    waits: bool = False
+    later: Callable[[float], None] | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: slice = ALL_ROWS) -> Joint:
         """Layers of one shape together, from [d_out, d_in] and [d_out] of each; views where there is just one."""
         given = [bias for bias in biases if bias is not None]
-        return cls(_side_by_side(weights), _side_by_side(given) if given else None, rows)
+        return cls(side_by_side(weights), side_by_side(given) if given else None, rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,16 +97,15 @@ class Joint:
         """Take |Ĝ|², and choose the unit that it is counted in from now on.
 
         Yields:
-            |Ĝ| of these rows: their sum over ranks is as good for a unit, and cannot overflow. Once more on a CPU where
-            it is unusual as it is found without any care.
+            |Ĝ| of these rows: their sum over ranks is as good for a unit. Once more on a CPU where it is unusual.
         """
         on_cpu = self.weight.device.type == "cpu"
         sizes = [_plain_norms(tensor) if on_cpu else norms(tensor) for tensor in self.tensors()]
-        yield [size := _total(sizes)]
+        yield [size := sum(sizes[1:], sizes[0].clone())]
         usual = _is_usual(size)
         if on_cpu and not usual:
             sizes = [norms(tensor) for tensor in self.tensors()]
-            yield [size := _total(sizes)]
+            yield [size := sum(sizes[1:], sizes[0].clone())]
         self.unit = None if usual else unit_of(size)
         self.size = _sum_of_squares(sizes, self.unit)
 
@@ -143,17 +146,33 @@ class Joint:
     def subtract_(self, *products: tuple[Tensor, Joint]) -> None:
         """Ĝ ← Ĝ - Σ U V in place, for thin U [L, n, k] and V over the columns of Ĝ, in one product."""
         thin, wide = zip(*products, strict=True)
-        U = torch.cat(thin, dim=-1)
-        self.weight.baddbmm_(U, torch.cat([V.weight for V in wide], dim=-2), alpha=-1)
-        if self.bias is not None:
-            self.bias[..., None].baddbmm_(U, torch.cat([V.bias for V in wide], dim=-1)[..., None], alpha=-1)
+        U, V = torch.cat(thin, dim=-1), torch.cat([each.weight for each in wide], dim=-2)
+
+        def write(f: float) -> None:
+            self.weight.baddbmm_(U, V, beta=f, alpha=-f)
+            if self.bias is not None:
+                v = torch.cat([each.bias for each in wide], dim=-1)
+                self.bias[..., None].baddbmm_(U, v[..., None], beta=f, alpha=-f)
+
+        self._write(write)
+
+    def _write(self, write: Callable[[float], None]) -> None:
+        """Change Ĝ now, or in ``scale_``."""
+        if self.waits:
+            self.later = write
+        else:
+            write(1.0)
 
     def subtract_outer_(self, u: Tensor, a: Tensor, divisor: float) -> None:
         """Ĝ ← (Ĝ - u aᵀ) / γ in place, for u [L, n], a [L, m (+ 1)] and the divisor γ."""
         m = self.weight.shape[-1]
-        self.weight.baddbmm_(u[..., None], a[..., None, :m], beta=1 / divisor, alpha=-1 / divisor)
-        if self.bias is not None:
-            self.bias.sub_(u * a[..., m, None]).div_(divisor)
+
+        def write(f: float) -> None:
+            self.weight.baddbmm_(u[..., None], a[..., None, :m], beta=f / divisor, alpha=-f / divisor)
+            if self.bias is not None:
+                self.bias.sub_(u * a[..., m, None]).div_(divisor).mul_(f)
+
+        self._write(write)
 
     def multiply_(self, left: Tensor | None, right: Tensor | None) -> RowSums[TransformNorms]:
         """Ĝ ← B Ĝ A in place, for B [L, n, n], which needs all rows, and A [L, m, m], or None; see ``replace_``."""
@@ -174,9 +193,8 @@ class Joint:
         Returns:
             Squared norms and inner product; ``after`` is not finite where Ĝ was kept.
         """
-        moved = TransformNorms(
-            squared_norm(G, unit=self.unit), squared_norm(P, unit=self.unit), inner(P, G, unit=self.unit)
-        )
+        before, after = (squared_norm(each, unit=self.unit) for each in (G, P))
+        moved = TransformNorms(before, after, inner(P, G, unit=self.unit))
         yield [moved.before, moved.after, moved.inner]
         if not _is_usual(moved.after, math.inf):
             torch.where(moved.after.isfinite()[..., None, None], P, G, out=P)
@@ -185,11 +203,15 @@ class Joint:
             self.bias.copy_(P[..., -1])
         return moved
 
-    def scale_(self, factor: Tensor) -> None:
-        """Multiply each layer's gradient by its entry of ``factor`` [L], in place."""
-        self.weight.mul_(_along(factor, self.weight))
-        if self.bias is not None:
-            self.bias.mul_(factor[:, None])
+    def scale_(self, factor: Tensor | None) -> None:
+        """Multiply each layer's gradient by its entry of ``factor`` [L] (None: 1), in place."""
+        if self.later is not None and self.weight.device.type == "cpu":  # where alone it waits, of one layer
+            self.later(1.0 if factor is None else factor.tolist()[0])
+            self.later = None
+        elif factor is not None:
+            self.weight.mul_(_along(factor, self.weight))
+            if self.bias is not None:
+                self.bias.mul_(factor[:, None])
 
 
 @dataclass(slots=True)
@@ -232,11 +254,6 @@ def _sum_of_squares(sizes: Sequence[Tensor], unit: Tensor | None) -> Tensor:
     return reduce(torch.add, [(size if unit is None else size / unit).square() for size in sizes])
 
 
-def _total(sizes: Sequence[Tensor]) -> Tensor:
-    """Their sum as a tensor of its own."""
-    return sizes[0].clone() if len(sizes) == 1 else reduce(torch.add, sizes)
-
-
 def inner(X: Tensor, Y: Tensor, unit: Tensor | None = None) -> Tensor:
     """⟨X, Y⟩ over all but the first dimension, in units squared, [L]."""
     if unit is not None:
@@ -264,6 +281,8 @@ def norms(tensor: Tensor) -> Tensor:
 
 
 def _plain_norms(tensor: Tensor) -> Tensor:
+    if len(tensor) == 1 and tensor.ndim > 1 and tensor.device.type == "cpu" and tensor.is_contiguous():
+        return inner(tensor, tensor).sqrt()  # torch adds the squares of a large one up with an error of 10⁻⁴
     size: Tensor = tensor.abs() if tensor.ndim == 1 else torch.linalg.vector_norm(tensor, dim=_all_but_first(tensor))
     return size
 
@@ -327,26 +346,3 @@ def run_whole(computation: RowSums[T]) -> T:
     """What one computation returns that has all rows."""
     (result,) = run_with_shared_sums([computation])
     return result
-
-
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape with a new leading dimension; a view if there is just one."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """``stack``, as a view where the tensors are all of a larger one in a row: nothing as large as them is copied."""
-    first, whole = tensors[0], tensors[0]._base
-    if whole is None or len(tensors) == 1 or len(whole) != len(tensors) or whole.dtype != first.dtype:
-        return stack(tensors)
-    step, start = whole.stride(0), first.storage_offset()
-    alike = all(
-        each._base is whole and each.stride() == first.stride() and each.storage_offset() == start + i * step
-        for i, each in enumerate(tensors)
-    )
-    return whole.as_strided((len(tensors), *first.shape), (step, *first.stride()), start) if alike else stack(tensors)
-
-
-def computed(tensor: Tensor) -> Tensor:
-    """A tensor in its accumulation dtype."""
-    return tensor.to(accumulation_dtype(tensor.dtype))

@@ -306,3 +306,21 @@ def groups_of(layers: Sequence[Layer], batched: bool | None, cpu_stack: int = 0)
         few = batched is None and alike[0].weight.device.type == "cpu"
         size = max(1, cpu_stack // max(1, math.prod(alike[0].shape))) if few else len(alike)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape with a new leading dimension; a view if there is just one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """``stack``, as a view where the tensors are all of a larger one in a row: nothing as large as them is copied."""
+    first, whole = tensors[0], tensors[0]._base
+    if whole is None or len(tensors) == 1 or len(whole) != len(tensors) or whole.dtype != first.dtype:
+        return stack(tensors)
+    step, start = whole.stride(0), first.storage_offset()
+    alike = all(
+        each._base is whole and each.stride() == first.stride() and each.storage_offset() == start + i * step
+        for i, each in enumerate(tensors)
+    )
+    return whole.as_strided((len(tensors), *first.shape), (step, *first.stride()), start) if alike else stack(tensors)

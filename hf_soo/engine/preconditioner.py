@@ -14,8 +14,8 @@ from torch import Tensor
 from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.checks import Checked, Count, Whole
 from hf_soo.engine.flops import ELEMENTWISE, MinimalWork, RowSumSizes
-from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole, stack
-from hf_soo.engine.layers import Layer
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
+from hf_soo.engine.layers import Layer, stack
 from hf_soo.engine.rescale import NoRescale, Rescale
 from hf_soo.engine.selection import Selection, select_layers
 

@@ -39,8 +39,7 @@ class Step:
         placement: which rank works for which layer.
         comm: the means of communication.
         diagnostics: records of the last step.
-        batched: work on layers of one shape together, or one by one, in place; None: see ``groups_of``, and one by one
-            for methods whose factors are too large to be stacked.
+        batched: see ``groups_of``; None: one by one for methods whose factors are too large to be stacked.
     """
 
     def __init__(self, preconditioner: Preconditioner, layers: list[Layer], model: nn.Module) -> None:
@@ -296,8 +295,7 @@ class Step:
         ]
         scales = rule.scales(norms, learning_rates) if ready else None
         for i, each in enumerate(ready):
-            if scales is not None:
-                each.grad.scale_(scales[i])
+            each.grad.scale_(None if scales is None else scales[i])
             self.strategy.write(each.group, each.grad)
         return [([layer.name for layer in each.group], each.norms) for each in ready]
 

@@ -273,7 +273,10 @@ class WholeTensors(Strategy):
     def read(self, groups: Groups) -> list[Joint]:
         """See ``Strategy``."""
         pairs = [[layer.gradients() for layer in group] for group in groups]
-        return [Joint.of([weight for weight, _ in group], [bias for _, bias in group]) for group in pairs]
+        grads = [Joint.of([weight for weight, _ in group], [bias for _, bias in group]) for group in pairs]
+        for grad in grads:
+            grad.waits = len(grad.weight) == 1 and grad.weight.device.type == "cpu"
+        return grads
 
     def write(self, group: list[Layer], grad: Joint) -> None:
         """See ``Strategy``."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, Statistics, Window
-from hf_soo.engine.gradients import Groups, stack, unit_of
-from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums
+from hf_soo.engine.gradients import Groups, unit_of
+from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums, stack
 from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.passes.padding import Padding, first_without_gradient
 from hf_soo.engine.strategy import Strategy

@@ -104,7 +104,9 @@ def _joint_product(G: Tensor, vectors: Sequence[Tensor], damping: float, measure
     for v in vectors[2:]:
         a = (a[..., None] * v[:, None]).flatten(1)
     matrix = G.flatten(2)
-    moved = yield from eva_product(replace(measured, weight=matrix), a, vectors[0], damping)
+    grad = replace(measured, weight=matrix, waits=measured.waits and matrix.data_ptr() == measured.weight.data_ptr())
+    moved = yield from eva_product(grad, a, vectors[0], damping)
+    measured.later = grad.later
     put_back(G, matrix)
     return moved
 

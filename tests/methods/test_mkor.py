@@ -202,3 +202,23 @@ def test_order_in_the_ring_buffer_does_not_matter(rng: np.random.Generator) -> N
         run_whole(lowrank_product(Joint(P, None), C[None], C[None]))
         products.append(P)
     assert_close_report(products[0], products[1], 1e-13, "P")  # sums in another order
+
+
+@pytest.mark.parametrize(("length", "waits"), [(0.5, True), (0.999, False)])
+def test_a_product_that_waits_for_its_factor_is_the_product_times_it(length: float, waits: bool) -> None:
+    """Where F = I - length² QQᵀ leaves nearly nothing, |P| is a difference of nearly equal squares: it is measured."""
+    torch.manual_seed(0)
+    n, m = 7, 5
+    C_b = length * torch.linalg.qr(torch.randn(1, n, n, dtype=torch.float64)).Q
+    C_a = length * torch.linalg.qr(torch.randn(1, m + 1, 2, dtype=torch.float64)).Q.mT
+    weight, bias, f = torch.randn(1, n, m).double(), torch.randn(1, n).double(), torch.tensor([0.3]).double()
+    ways = [Joint(weight.clone(), bias.clone(), waits=each) for each in (False, True)]
+    moved = []
+    for grad in ways:
+        run_whole(grad.measure_())
+        moved.append(run_whole(lowrank_product(grad, C_b, C_a)))
+        assert (grad.later is not None) == (waits and grad is ways[1])
+        grad.scale_(f)
+    for now, later in zip(*(grad.tensors() for grad in ways), strict=True):
+        assert_close_report(later, now, 1e-12, "P")
+    assert_close_report(moved[1].after, moved[0].after, 1e-12, "|P|²")

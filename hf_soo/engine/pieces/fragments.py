@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_soo.engine.comm import Communicator, Group
 from hf_soo.engine.dtensors import full_shape
-from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, TransformNorms, computed
+from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, TransformNorms
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.pieces.exchange import Cut, Exchange, Span, deal
 from hf_soo.engine.placement import Placement
@@ -166,12 +166,12 @@ class Fragments(Strategy):
 
     def _free(self, part: Part) -> Tensor:
         """This rank's piece in the accumulation dtype, free of the loss scale."""
-        piece, scale = computed(self._piece(part)), self.loss_scale
+        piece, scale = _computed(self._piece(part)), self.loss_scale
         return piece if scale == 1.0 else piece / scale
 
     def _read_rows(self, layers: Sequence[Layer]) -> Joint:
-        weights = [computed(layer.as_matrix(self.piece(layer.weight))) for layer in layers]
-        biases = [None if layer.bias is None else computed(self.piece(layer.bias)) for layer in layers]
+        weights = [_computed(layer.as_matrix(self.piece(layer.weight))) for layer in layers]
+        biases = [None if layer.bias is None else _computed(self.piece(layer.bias)) for layer in layers]
         return Joint.of(weights, biases, self.rows(layers[0]))
 
     def own(
@@ -333,3 +333,8 @@ def _joined(gathered: Tensor, offsets: list[int], spans: list[Span]) -> Tensor:
     for rank, span in enumerate(spans):
         whole[span.start : span.start + span.length] = gathered[rank, offsets[rank] : offsets[rank] + span.length]
     return whole
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """A tensor in its accumulation dtype."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
