@@ -238,11 +238,7 @@ class Step:
             )
 
     def transform(self, rates: LearningRates) -> None:
-        """Line 5: G -> P for every layer that has a gradient, then its length; jointly if the rule couples the layers.
-
-        Args:
-            rates: for a rule that couples them.
-        """
+        """Line 5: G -> P for every layer that has a gradient, then its length, by ``rates`` if the rule couples them."""
         rule, waiting, done = self.preconditioner.rescale, [], []
         groups = self._groups([layer for layer in self.layers if self.strategy.has(layer)])
         for batch, grads in self.strategy.portions(groups, joined=self.placement.world is not None):
@@ -266,7 +262,9 @@ class Step:
             each.unit = grad.unit
         if self.placement.world is not None and not self.strategy.shares_work:
             self._broadcast(mine, norms)
-        own, norms = self.strategy.own(batch, grads, norms)
+        own = [grad for _, grad in mine]
+        if self.strategy.in_pieces:
+            own, norms = self.strategy.own(batch, grads, norms)
         return [_Transformed(*each) for each in zip(batch, own, norms, strict=True)]
 
     def _product(self, group: list[Layer], grad: Joint) -> RowSums[TransformNorms]:
