@@ -238,7 +238,7 @@ class Step:
             )
 
     def transform(self, rates: LearningRates) -> None:
-        """Line 5: G -> P for every layer that has a gradient, then its length, by ``rates`` if the rule couples them."""
+        """Line 5: G -> P for every layer that has a gradient, then its length, by ``rates`` if layers are coupled."""
         rule, waiting, done = self.preconditioner.rescale, [], []
         groups = self._groups([layer for layer in self.layers if self.strategy.has(layer)])
         for batch, grads in self.strategy.portions(groups, joined=self.placement.world is not None):

@@ -188,11 +188,7 @@ class KFAC(RowWise):
 
     def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """The damped inverse of the Kronecker product, applied to G."""
-        G = grad.matrix()
-        return grad.replace_(G, self._solved(state, G))
-
-    def _solved(self, state: LayerState, G: Tensor) -> Tensor:
-        return self.form.solve(state, G)
+        return self.form.transform(state, grad)
 
     def distances(self, state: LayerState) -> Tensor:
         """How far each side's inverse is from a mere scale, [L, 2]."""
@@ -210,16 +206,18 @@ class FOOF(KFAC):
 
     sides = (Side.INPUT,)
 
-    def _solved(self, state: LayerState, G: Tensor) -> Tensor:
+    def transform_rows(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """Block by block where the input is cut: [L, k, n, d] times [L, k, d, d]."""
         (own,) = state.values()
         *layers, d, _ = own[self.form.matrix].shape
         if len(layers) == 1:
-            return super()._solved(state, G)
-        (L, n, _), m = G.shape, layers[1] * d
+            return super().transform_rows(state, grad)
+        G, m = grad.matrix(), layers[1] * d
+        L, n, _ = G.shape
         blocks = G[..., :m].reshape(L, n, -1, d).transpose(1, 2).flatten(0, 1)
-        P = super()._solved({side_key(Side.INPUT): apart(own)}, blocks).view(L, -1, n, d).transpose(1, 2).flatten(2)
-        return torch.cat([P, G[..., m:] / (1 + self.config.damping + self.config.epsilon)], dim=-1)
+        P = self.form.solve(apart(own), blocks).view(L, -1, n, d).transpose(1, 2).flatten(2)
+        bias = G[..., m:] / (1 + self.config.damping + self.config.epsilon)
+        return grad.replace_(G, torch.cat([P, bias], dim=-1))
 
     def distances(self, state: LayerState) -> Tensor:
         """As of ``KFAC``, over all blocks."""

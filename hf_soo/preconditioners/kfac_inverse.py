@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_soo.engine.gradients import Joint, RowSums, TransformNorms
 from hf_soo.engine.layers import accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Side
 from hf_soo.preconditioners import spd
@@ -55,11 +56,14 @@ class Cholesky:
         split = {Side.INPUT: pi * damping**0.5, Side.OUTPUT: damping**0.5 / pi}
         return {side: torch.maximum(each, LEAST_SHARE * mean[side]) for side, each in split.items()}
 
-    def solve(self, state: LayerState, G: Tensor) -> Tensor:
-        """P of Ĝ [L, n, m], by two products; or by one, where there is no left side, on any rows."""
-        if side_key(Side.OUTPUT) in state:
-            G = state[side_key(Side.OUTPUT)]["inverse"] @ G
-        return G @ state[side_key(Side.INPUT)]["inverse"]
+    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
+        """Ĝ ← P, by two products; or by one, where there is no left side, on any rows."""
+        left = state[side_key(Side.OUTPUT)]["inverse"] if side_key(Side.OUTPUT) in state else None
+        return grad.multiply_(left, state[side_key(Side.INPUT)]["inverse"])
+
+    def solve(self, right: Factor, G: Tensor) -> Tensor:
+        """P of Ĝ [L, n, m] without a left side."""
+        return G @ right["inverse"]
 
     def distance(self, factor: Factor) -> Tensor:
         """|F/(tr F/d) - I| of a side's inverse F: how far it is from a mere scale, [L]."""
@@ -100,14 +104,20 @@ class Eigen:
             new[side] = {"vectors": vectors, "values": values.clamp(min=0), "damping": damping}
         return new, ok
 
-    def solve(self, state: LayerState, G: Tensor) -> Tensor:
+    def transform(self, state: LayerState, grad: Joint) -> RowSums[TransformNorms]:
         """As of ``Cholesky``, by four products or two: P = Q_b [(Q_bᵀ Ĝ Q_a) / (l_b l_aᵀ + λ)] Q_aᵀ."""
-        right, left = state[side_key(Side.INPUT)], state.get(side_key(Side.OUTPUT))
+        G, right = grad.matrix(), state[side_key(Side.INPUT)]
+        if side_key(Side.OUTPUT) not in state:
+            return grad.replace_(G, self.solve(right, G))
+        left, Q = state[side_key(Side.OUTPUT)], right["vectors"]
+        curvature = left["values"][:, :, None] * right["values"][:, None, :]
+        T = (left["vectors"].mT @ G @ Q) / (curvature + right["damping"][:, None, None])
+        return grad.replace_(G, left["vectors"] @ T @ Q.mT)
+
+    def solve(self, right: Factor, G: Tensor) -> Tensor:
+        """As of ``Cholesky``."""
         Q, curvature = right["vectors"], right["values"][:, None, :]
-        if left is not None:
-            curvature = left["values"][:, :, None] * curvature
-        T = (G @ Q if left is None else left["vectors"].mT @ G @ Q) / (curvature + right["damping"][:, None, None])
-        return T @ Q.mT if left is None else left["vectors"] @ T @ Q.mT
+        return (G @ Q / (curvature + right["damping"][:, None, None])) @ Q.mT
 
     def distance(self, factor: Factor) -> Tensor:
         """As of ``Cholesky``, with √λ as the side's damping."""
