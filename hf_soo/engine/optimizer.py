@@ -176,10 +176,7 @@ class PreconditionedOptimizer(TwoWeights):
     def _step_base(self) -> None:
         """The base's step, or its second half where the method has acted on what the first one made."""
         base = self._linked_base() if self.external_step else self.base
-        if self._taken and self.halves:
-            self.halves.move()
-        else:
-            inner_step(base)
+        inner_step(base, self.halves.move if self._taken and self.halves else None)
 
     def _advance(self) -> None:
         """The step is done; a method that watches the loss of the global batch may be done for good."""
@@ -326,17 +323,17 @@ class PreconditionedOptimizer(TwoWeights):
         self.stages.capture.clear()
 
 
-def inner_step(optimizer: Optimizer) -> Any:
-    """The step of an optimizer inside another one.
+def inner_step(optimizer: Optimizer, instead: Callable[[], None] | None = None) -> Any:
+    """The step of an optimizer inside another one, or what is done ``instead``.
 
     With its own hooks, but without those on the step of every optimizer: the outer one's step has called them.
     """
     step = type(optimizer).step
-    if "step" in vars(optimizer) or not getattr(step, "hooked", False):
+    if instead is None and ("step" in vars(optimizer) or not getattr(step, "hooked", False)):
         return optimizer.step()
     for before in optimizer._optimizer_step_pre_hooks.values():
         before(optimizer, (), {})
-    result = step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+    result = step.__wrapped__(optimizer) if instead is None else instead()  # type: ignore[attr-defined]
     for after in optimizer._optimizer_step_post_hooks.values():
         after(optimizer, (), {})
     return result

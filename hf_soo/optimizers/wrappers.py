@@ -269,10 +269,8 @@ class _Around:
         self.halves.take(pieces)
 
     def move(self) -> None:
-        """See ``Halves``."""
-        self.wrappers.begin()
+        """See ``Halves``; the base's hooks are called around it."""
         self.halves.move()
-        self.wrappers.finish()
 
 
 def around(halves: Halves | None, wrappers: Wrappers | None) -> Halves | None:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import hf_soo
 from hf_soo import PreconditionedOptimizer
 from hf_soo.optimizers import Lamb, Muon
+from hf_soo.registry import METHODS
 
 SETTINGS: dict[str, dict[str, Any]] = {"rf_rmsprop": {"batch_size": 8}, "if_shampoo": {"batch_size": 8}}
 every_name = pytest.mark.parametrize("name", hf_soo.available())
@@ -89,7 +90,8 @@ def test_a_tensor_is_a_learning_rate(name: str, given: Callable[[float], Tensor]
             group["lr"] = given(2.0**-6)
 
     expected = trained(name, lr=2.0**-6)
-    rtol = 1e-5 if name.endswith("muon") else 1e-12  # its decay 1 - ηκ is in the tensor's dtype
+    ours = name.endswith("muon") or METHODS[name].apply_to != "gradient"
+    rtol = 1e-5 if ours else 1e-12  # its decay 1 - ηκ is in the tensor's dtype
     torch.testing.assert_close(trained(name, lr=given(2.0**-6)), expected, rtol=rtol, atol=0)
     torch.testing.assert_close(trained(name, lr=2.0**-6, after=rates), expected, rtol=rtol, atol=0)
 
@@ -143,7 +145,11 @@ def test_maximize_is_the_opposite(name: str) -> None:
     base = build(name, model).base
     if "maximize" not in base.param_groups[0]:
         pytest.skip(f"{type(base).__name__} has no maximize")
-    where = {"maximize": True} if hf_soo.registry.METHODS[name].config is None else {"base_args": {"maximize": True}}
+    where = {"maximize": True} if METHODS[name].config is None else {"base_args": {"maximize": True}}
+    if METHODS[name].apply_to != "gradient":
+        with pytest.raises(NotImplementedError, match="with maximize=True of AdamW; leave it out"):
+            build(name, model, **where)
+        return
     down, up = (trained(name, 1, weight_decay=0.0, **more) - weights(net()) for more in ({}, where))
     torch.testing.assert_close(up, -down, rtol=1e-9, atol=1e-12)
 
@@ -153,7 +159,7 @@ def test_maximize_is_the_opposite(name: str) -> None:
 def test_kernels_agree(name: str, flag: str) -> None:
     if flag not in build(name, net()).base.defaults:
         pytest.skip(f"its base has no {flag}")
-    own = hf_soo.registry.METHODS[name].config is None
+    own = METHODS[name].config is None
     first, second = (trained(name, **({flag: on} if own else {"base_args": {flag: on}})) for on in (True, False))
     torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
 
@@ -449,14 +455,14 @@ class Waves(nn.Module):
 @every_name
 def test_complex_parameters_are_taken_by_the_base_or_refused(name: str) -> None:
     model = Waves()
-    if hf_soo.registry.METHODS[name].base == "lamb":
+    if METHODS[name].base == "lamb":
         with pytest.raises(ValueError, match="complex numbers is not supported; use base="):
             build(name, model)
         return
     optimizer, before = build(name, model), model.phase.weight.detach().clone()
     run(model, optimizer, range(3))
     assert not torch.equal(model.phase.weight, before) and model.phase.weight.isfinite().all()
-    if hf_soo.registry.METHODS[name].config is not None:
+    if METHODS[name].config is not None:
         assert "complex numbers" in optimizer.routing()["phase.weight"]
 
 
