@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_soo.engine.layers import Layer, side_by_side
+from hf_soo.engine.layers import Layer
 
 ALL_ROWS = slice(None)
 
@@ -63,12 +63,6 @@ class Joint:
     size: Tensor | None = None
     waits: bool = False
     later: Callable[[float], None] | None = None
-
-    @classmethod
-    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: slice = ALL_ROWS) -> Joint:
-        """Layers of one shape together, from [d_out, d_in] and [d_out] of each; views where there is just one."""
-        given = [bias for bias in biases if bias is not None]
-        return cls(side_by_side(weights), side_by_side(given) if given else None, rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:

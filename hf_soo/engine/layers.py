@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -313,7 +313,13 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+def joined(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Weights [L, d_out, d_in] and biases [L, d_out] of layers of one shape, which all have a bias or none."""
+    weights, biases = zip(*pairs, strict=True)
+    return _side_by_side(weights), None if biases[0] is None else _side_by_side(biases)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """``stack``, as a view where the tensors are all of a larger one in a row: nothing as large as them is copied."""
     first, whole = tensors[0], tensors[0]._base
     if whole is None or len(tensors) == 1 or len(whole) != len(tensors) or whole.dtype != first.dtype:

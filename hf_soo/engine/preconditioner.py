@@ -15,7 +15,7 @@ from hf_soo.engine.capture import GradientRecorder, Recorder, Statistics
 from hf_soo.engine.checks import Checked, Count, Whole
 from hf_soo.engine.flops import ELEMENTWISE, MinimalWork, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, run_whole
-from hf_soo.engine.layers import Layer, stack
+from hf_soo.engine.layers import Layer
 from hf_soo.engine.rescale import NoRescale, Rescale
 from hf_soo.engine.selection import Selection, select_layers
 
@@ -309,9 +309,14 @@ def stacked(states: Sequence[LayerState], device: torch.device, names: Collectio
             for key, tensor in factor.items():
                 if tensor.device != device:  # the model moved after construction
                     factor[key] = tensor.to(device)
+    first, *others = states
     return {
-        side: {key: stack([state[side][key] for state in states]) for key in factor if names is None or key in names}
-        for side, factor in states[0].items()
+        side: {
+            key: torch.stack([tensor, *(state[side][key] for state in others)]) if others else tensor[None]
+            for key, tensor in factor.items()
+            if names is None or key in names
+        }
+        for side, factor in first.items()
     }
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from hf_soo.engine import dtensors
 from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, TransformNorms
-from hf_soo.engine.layers import Layer
+from hf_soo.engine.layers import Layer, joined
 from hf_soo.engine.pieces.exchange import Cut
 from hf_soo.engine.placement import Placement
 
@@ -272,8 +272,7 @@ class WholeTensors(Strategy):
 
     def read(self, groups: Groups) -> list[Joint]:
         """See ``Strategy``."""
-        pairs = [[layer.gradients() for layer in group] for group in groups]
-        grads = [Joint.of([weight for weight, _ in group], [bias for _, bias in group]) for group in pairs]
+        grads = [Joint(*joined([layer.gradients() for layer in group])) for group in groups]
         for grad in grads:
             grad.waits = len(grad.weight) == 1 and grad.weight.device.type == "cpu"
         return grads

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_soo.engine.comm import Communicator, Group
 from hf_soo.engine.dtensors import full_shape
 from hf_soo.engine.gradients import ALL_ROWS, Groups, Joint, TransformNorms
-from hf_soo.engine.layers import Layer, accumulation_dtype
+from hf_soo.engine.layers import Layer, accumulation_dtype, joined
 from hf_soo.engine.pieces.exchange import Cut, Exchange, Span, deal
 from hf_soo.engine.placement import Placement
 from hf_soo.engine.strategy import Strategy
@@ -172,7 +172,7 @@ class Fragments(Strategy):
     def _read_rows(self, layers: Sequence[Layer]) -> Joint:
         weights = [_computed(layer.as_matrix(self.piece(layer.weight))) for layer in layers]
         biases = [None if layer.bias is None else _computed(self.piece(layer.bias)) for layer in layers]
-        return Joint.of(weights, biases, self.rows(layers[0]))
+        return Joint(*joined(zip(weights, biases, strict=True)), self.rows(layers[0]))
 
     def own(
         self, groups: Groups, grads: Sequence[Joint | None], norms: list[TransformNorms]
