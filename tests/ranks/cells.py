@@ -197,13 +197,18 @@ OTHER_WAYS: list[Cell] = [
 
 
 FEW = ("mkor", "eva", "kfac_expand", "muon", "mkor over muon", "foof over muon", CONTROL.name)
+# What differs from the columns before by what it does to pieces, wherever they lie: a row for each kind of pieces.
+OF_PIECES = ("mkor on muon's momentum", "eva on muon's update", "all around lamb")
 
 
 def cells_of(strategy: Strategy) -> list[Cell]:
-    """The four ranks differ from the two by their number alone."""
-    if strategy.world == 4:
-        return [cell for cell in PLAIN if strategy.kind == "ddp" or cell[0] in FEW]
-    return PLAIN + OTHER_WAYS
+    """The four ranks differ from the two by their number alone, ZeRO-1 from ZeRO-2 by when gradients are reduced."""
+    if strategy.kind == "fsdp2" and strategy.world == 4:
+        return [cell for cell in PLAIN if cell[0] in FEW]
+    every = PLAIN if strategy.world == 4 else PLAIN + OTHER_WAYS
+    if strategy.world == 4 or strategy.stage in (0, 1):
+        return [cell for cell in every if cell[0] not in OF_PIECES]
+    return every
 
 
 # ------------------------------------------------------------------------------------------------ inside a process

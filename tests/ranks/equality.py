@@ -60,7 +60,9 @@ def _one_way(table: dict[str, Row], way: str) -> str:
     methods = list(dict.fromkeys(m for by_cell in table.values() for m, w in by_cell if w == way))
     notes: list[str] = []
 
-    def entry(value: float | str) -> str:
+    def entry(value: float | str | None) -> str:
+        if value is None:
+            return ""
         if isinstance(value, float):
             return f"{value:.0e}"
         if value not in notes:
@@ -70,7 +72,7 @@ def _one_way(table: dict[str, Row], way: str) -> str:
     lines = [f"| {way} | {' | '.join(methods)} |", "|---|" + "---|" * len(methods)]
     for name, by_cell in table.items():
         if any(w == way for _, w in by_cell):
-            lines.append(f"| {name} | {' | '.join(entry(by_cell[m, way]) for m in methods)} |")
+            lines.append(f"| {name} | {' | '.join(entry(by_cell.get((m, way))) for m in methods)} |")
     return "\n".join([*lines, *(f"\n[{i}] {note}" for i, note in enumerate(notes, 1))])
 
 
