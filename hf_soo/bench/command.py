@@ -60,7 +60,7 @@ def _dispatch(flags: list[str]) -> int:
 
 
 def _print_and_keep(config: BenchConfig) -> None:
-
+    """In this process, or in as many as there are ranks."""
     if config.ranks == 1:
         _show_and_keep(config)
         return

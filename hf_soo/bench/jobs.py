@@ -30,7 +30,7 @@ _OFTEN = "--rounds 3 --steps 5"
 
 _PLAN = "plan --model bert-large-uncased --beside adamw,lamb,kaisa,muon --seq 512 --batch 4096 --precision bf16"
 _TABLE = (
-    # few rows in a process: what one leaves behind in the allocator makes the later ones dearer, Eva half as much again
+    # few rows in a process: what one leaves behind in the allocator is the later ones' cost
     Job("large2", f"{_LARGE2} --optim adamw,lamb,sgd {_OFTEN}"),
     Job("large2_mkor", f"{_LARGE2} --optim mkor+adamw,mkor+lamb {_OFTEN}"),
     Job("large2_mkor16", f"{_LARGE2} --optim mkor:history=16+adamw,mkor:history=16+lamb {_OFTEN}"),

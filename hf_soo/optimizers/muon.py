@@ -223,8 +223,9 @@ class Muon(Optimizer):
         return [piece for alike in found for piece in self._matrices(alike, self._rule(group, alike[0])).pieces]
 
     def _rule(self, group: dict[str, Any], like: Tensor) -> Orthogonaliser:
-        count = self._nonfinite.setdefault(like.device, torch.zeros((), device=like.device))
-        return Orthogonaliser.of(group, like, count)
+        if like.device not in self._nonfinite:
+            self._nonfinite[like.device] = torch.zeros((), device=like.device)
+        return Orthogonaliser.of(group, like, self._nonfinite[like.device])
 
     def _stepped(self, group: dict[str, Any]) -> list[Tensor]:
         """The tensors of a group that are stepped on; flat ones all are."""
