@@ -32,6 +32,8 @@ RUNS = {
     "reproduce": ("hf_soo.reproduce.command", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
 }
 
+_TEXTS = ("list", "plan", "report", "recipes")  # the other commands: what they say is a text
+
 # Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table, and whose picture(FOLDER, FILE, TITLE),
 # if it has one, their picture; of several kinds, the first. Runs of all others have one table and one picture.
 REPORTS = {"search": "hf_soo.search.comparison", "bench": "hf_soo.bench.report", "glue": "hf_soo.glue.table"}
@@ -45,13 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in RUNS:
-        command, *flags = given
-        if arguments is None:  # --help says the whole name
-            sys.argv = [f"hf-soo {command}", *flags]
-        code: int = importlib.import_module(RUNS[command][0]).main(flags)
+        code: int = importlib.import_module(RUNS[given[0]][0]).main(given[1:])
         return code
     parser = _parser(given[:1])
-    if given and not given[0].startswith("-") and given[0] not in (known := ("list", "plan", "report", *RUNS)):
+    if given and not given[0].startswith("-") and given[0] not in (known := (*_TEXTS, *RUNS)):
         parser.error(unknown_key("command", given[0], known))
     options = parser.parse_args(given)
     try:
@@ -103,6 +102,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         help="put the table between <!-- results:NAME --> and <!-- /results -->; NAME is the folder's name",
     )
     report.set_defaults(run=_report)
+    _add_recipes(commands)
     plan = commands.add_parser(
         "plan",
         help="memory, communication, FLOPs and predicted step time of a run on other hardware",
@@ -114,6 +114,19 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     for name, (_, text) in RUNS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
+
+
+def _add_recipes(commands: argparse._SubParsersAction[_Parser]) -> None:
+    recipes = commands.add_parser(
+        "recipes",
+        help="the recipes that come with it, for --config",
+        description="List the recipes by name: what each trains, what is published for it, and what was reproduced; "
+        "or one folder of them (pretrain, glue, search, accelerate, ...). With a recipe's NAME print it.",
+    )
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe, or a folder of them")
+    recipes.add_argument("--path", action="store_true", help="print where it lies, for accelerate's --config_file")
+    recipes.add_argument("--copy", metavar="FOLDER", help="copy them all to a new folder, configs for example")
+    recipes.set_defaults(run=_recipes)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +181,18 @@ def _plan(options: argparse.Namespace) -> str:
 
     config = PlanConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PlanConfig)})
     return command.text(command.run(config))
+
+
+def _recipes(options: argparse.Namespace) -> str:
+    from hf_soo.runs import shipped
+
+    if options.copy:
+        return shipped.copy(options.copy)
+    place = shipped.folder() / (options.name or "")
+    if text := shipped.listing(place):
+        return f"{place}\n" if options.path else text
+    (file,) = shipped.find([options.name])
+    return f"{file}\n" if options.path else file.read_text(encoding="utf-8")
 
 
 def _report(options: argparse.Namespace) -> str:

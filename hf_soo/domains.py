@@ -1,16 +1,16 @@
 """Pretrain BERT, or a language model over bytes, with any optimizer of hf_soo, from a YAML file and flags over it.
 
-    accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml
-    accelerate launch scripts/pretrain_bert.py --config configs/smoke/mkor.yaml --compare_with lamb
-    python scripts/pretrain_bert.py --config configs/pretrain/bert_mini_wiki.yaml --config configs/pretrain/mkor.yaml
-    python scripts/pretrain_bert.py --config configs/workloads/byte_gpt_embedded.yaml
+    hf-soo pretrain --config smoke/mkor
+    hf-soo pretrain --config smoke/mkor --compare_with lamb
+    hf-soo pretrain --config bert_mini_wiki --config mkor
+    accelerate launch -m hf_soo.pretrain --config byte_gpt_embedded
 
 The task is the recipe's, or --task: bert (masked words and next sentence) or lm (a small GPT, or BERT, over bytes);
 `--task lm --help` lists the flags of the latter. Every field of TrainingArguments is a flag and a YAML key. The run
 goes on from the last checkpoint in --output_dir unless --restart is given. It leaves one JSON in OUTPUT_DIR/runs; with
 --compare_with, two and a picture of both curves.
 
-`hf-soo pretrain` is the same in one process, `accelerate launch -m hf_soo.cli pretrain` in any number.
+`accelerate launch -m hf_soo.pretrain` is the same in any number of processes, and so is scripts/pretrain_bert.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import importlib
 from collections.abc import Sequence
 
 from hf_soo.runs import arguments
+from hf_soo.runs.recipes import COMMANDS
 from hf_soo.runs.script import Domain, guarded
 
 DOMAINS = {
@@ -38,12 +39,12 @@ def domain_of(flags: Sequence[str]) -> Domain:
     """The domain of a command line: the ``task`` of its recipes, or "bert" where none is said.
 
     Args:
-        flags: of a command line, with ``--config FILE.yaml``.
+        flags: of a command line, with ``--config``; a name is one of `hf-soo pretrain`'s first.
 
     Raises:
         ValueError: no such task, or a recipe that cannot be read.
     """
-    task = arguments.task_of(flags) or _DEFAULT
+    task = arguments.task_of(flags, COMMANDS[_DEFAULT]) or _DEFAULT
     if task not in DOMAINS:
         raise ValueError(f"task={task!r} is none of {', '.join(DOMAINS)}.")
     domain: Domain = importlib.import_module(DOMAINS[task]).DOMAIN

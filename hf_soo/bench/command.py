@@ -1,13 +1,13 @@
 """Time optimizers against AdamW(foreach=True): step, capture, whole train step, state, memory.
 
-    python scripts/bench_step.py --preset large2 --optim mkor,lamb,eva,eva_f --threads 1 --rounds 5 --json bench.json
-    python scripts/bench_step.py --preset mini --optim mkor+adamw,mkor+lamb,mkor:history=64+adamw
-    python scripts/bench_step.py --preset bert-large --device cuda --autocast true --batch_size 32 --seq_length 512
+    hf-soo bench --preset large2 --optim mkor,lamb,eva,eva_f --threads 1 --rounds 5 --json bench.json
+    hf-soo bench --preset mini --optim mkor+adamw,mkor+lamb,mkor:history=64+adamw
+    hf-soo bench --preset bert-large --device cuda --autocast true --batch_size 32 --seq_length 512
     hf-soo bench --suite gpu            again and again until it says that all is done; --suite cpu likewise
 
 All figures are ratios to AdamW(foreach=True) of the same process and round: absolute times drift with whatever else the
 machine does. On one CPU thread the clock is the process's CPU time, else wall time after a synchronisation.
-`hf-soo bench` is the same.
+scripts/bench_step.py is the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(flags: list[str] | None = None) -> int:
 
 def _dispatch(flags: list[str]) -> int:
     """A suite, a pretraining, or the table."""
-    config, several, training = parse((BenchConfig, SuiteConfig, TrainConfig), flags, __doc__ or "")
+    config, several, training = parse((BenchConfig, SuiteConfig, TrainConfig), flags, __doc__ or "", "bench")
     if several.suite is not None:
         return run_suite(several)
     if training.tensors_from is not None:

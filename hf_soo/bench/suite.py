@@ -33,6 +33,7 @@ from hf_soo.runs.record import jsonable
 
 _TRIES = 2
 _LEAST = 60.0  # seconds of a call that a job is begun with, unless it is the first
+_ROOT = Path(hf_soo.__file__).resolve().parents[1]  # of a clone, where the tests are
 DONE, SOME_FAILED, MORE = 0, 1, 3
 """Exit codes: all is done; what failed twice is left; the same line again goes on."""
 
@@ -77,8 +78,8 @@ def run_suite(config: SuiteConfig, launch: Launch | None = None) -> int:
     known: dict[str, Any] = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     about = {"kind": "suite", "suite": config.suite, "scale": config.scale, "device": machine.device_name(device)}
     ended: dict[str, dict[str, Any]] = known.get("jobs", {})
-    first = True
-    for job in SUITES[config.suite]:
+    first, jobs = True, [job for job in SUITES[config.suite] if _is_here(job)]
+    for job in jobs:
         if _over(ended.get(job.name, {})):
             continue
         left = 60 * config.minutes - (time.monotonic() - began)
@@ -90,13 +91,22 @@ def run_suite(config: SuiteConfig, launch: Launch | None = None) -> int:
         text = json.dumps(jsonable({**about, "versions": machine.versions(), "jobs": ended}), indent=1)
         write_atomically(path, text + "\n")
         first = False
-    states = [ended.get(job.name, {}) for job in SUITES[config.suite]]
+    states = [ended.get(job.name, {}) for job in jobs]
     if not all(map(_over, states)):
         print(f"{sum(not _over(state) for state in states)} of {len(states)} jobs are left; the same line goes on.")
         return MORE
-    failed = [job.name for job, state in zip(SUITES[config.suite], states, strict=True) if state["status"] != "done"]
+    failed = [job.name for job, state in zip(jobs, states, strict=True) if state["status"] != "done"]
     print(f"{len(states)} jobs are over" + (f"; failed: {', '.join(failed)}." if failed else "."))
     return SOME_FAILED if failed else DONE
+
+
+def _is_here(job: Job) -> bool:
+    """Whether there is what it runs: a wheel has no tests."""
+    words = shlex.split(job.words)
+    if words[0] != "pytest" or (_ROOT / words[-1]).is_file():
+        return True
+    print(f"{job.name}: left out; {words[-1]} is in a clone of the project alone.")
+    return False
 
 
 def _over(state: dict[str, Any]) -> bool:
@@ -146,8 +156,7 @@ def _in_a_process(words: list[str], seconds: float) -> tuple[int | None, str]:
     module = ["pytest"] if words[0] == "pytest" else ["hf_soo.cli", words[0]]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         command = [sys.executable, "-m", *module, *words[1:]]
-        root = Path(hf_soo.__file__).resolve().parents[1]  # of a checkout, where the tests are
-        where = root if words[0] == "pytest" else None
+        where = _ROOT if words[0] == "pytest" else None
         process = subprocess.Popen(command, stderr=errors, start_new_session=True, cwd=where)
         code: int | None = None
         try:

@@ -55,7 +55,7 @@ class DataArguments(Checked):
 
     _argument_group_name = "data"
 
-    data_dir: str | None = option(None, "Folder written by scripts/prepare_pretraining.py.")
+    data_dir: str | None = option(None, "Folder written by `hf-soo prepare`.")
     corpus: str | None = option(
         None, "Without data_dir: a corpus to prepare once into OUTPUT_DIR/data ('embedded' needs no file)."
     )

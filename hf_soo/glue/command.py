@@ -1,8 +1,8 @@
 """Fine-tune a pretrained model on GLUE with any optimizer of hf_soo, from a YAML file and flags over it.
 
-    accelerate launch scripts/run_glue.py --model_name_or_path bert-base-uncased --task_name mrpc --optim mkor
-    accelerate launch scripts/run_glue.py --config configs/glue/bert_base_mkor.yaml --task_name all --seeds 0 1 2
-    accelerate launch scripts/run_glue.py --config configs/glue/minilm_adamw.yaml --task_name mrpc,stsb --data_dir glue
+    hf-soo glue --model_name_or_path bert-base-uncased --task_name mrpc --optim mkor
+    hf-soo glue --config minilm_adamw --task_name mrpc,stsb --data_dir glue
+    accelerate launch -m hf_soo.glue --config bert_base_mkor --task_name all --seeds 0 1 2
 
 The examples are the hub's (nyu-mll/glue), those of --data_dir (folders as in GLUE's archive: CoLA/train.tsv ...) or of
 --train_file and --validation_file. Metrics are computed here. Every field of TrainingArguments is a flag and a YAML
@@ -10,7 +10,7 @@ key. A run goes on from its last checkpoint, and a finished one is not repeated,
 one JSON in OUTPUT_DIR/runs, where table.md has medians over seeds of all runs; with several tasks or --seeds, each
 has its folder OUTPUT_DIR/TASK/seedN. --do_predict writes OUTPUT_DIR/predictions in the format of the GLUE server.
 
-`hf-soo glue` is the same in one process, `accelerate launch -m hf_soo.cli glue` in any number.
+`accelerate launch -m hf_soo.glue` is the same in any number of processes, and so is scripts/run_glue.py.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from hf_soo.runs import arguments
 from hf_soo.runs.arguments import option
 from hf_soo.runs.recipes import optimizer_names
 from hf_soo.runs.script import guarded
+from hf_soo.runs.shipped import find
 from hf_soo.squad.files import QuestionSet
 from hf_soo.text.corpus import Corpus
 
@@ -64,7 +65,7 @@ class ReproduceArguments(Checked):
     seeds: list[Seed] = field(
         default_factory=lambda: [0], metadata={"help": "Of the fine-tuning on GLUE; the table has medians."}
     )
-    configs: str = option("configs", "Folder of the recipes: configs/ of a clone of hf_soo.")
+    configs: str | None = option(None, "Folder of the recipes; None: those of `hf-soo recipes`.")
     output: str | None = option(None, "Folder for everything; None: out/reproduce_SCALE.")
     num_proc: Count = option(1, "Processes that prepare the text.")
     jobs: Count = option(1, "Stages that run at once; on CPUs they share the cores.")
@@ -86,13 +87,13 @@ class ReproduceArguments(Checked):
             value = getattr(self, name)
             if value is not None and not Path(value).exists():
                 raise ValueError(f"{name}={value!r} does not exist; give an existing path.")
-        known = optimizer_names(self.recipe("pretrain", "phase2")[0])
+        known = optimizer_names(find(self.recipe("pretrain", "phase2"))[0])
         for name in self.optimizers:
             if name not in known:
                 raise ValueError(f"optimizers has {name!r}; allowed are {', '.join(known)}.")
 
     def recipe(self, kind: str, workload: str, *optimizer: str) -> tuple[Path, ...]:
-        """A recipe of this scale.
+        """A recipe of this scale: paths, or where ``configs`` is None names, which any installation finds.
 
         Args:
             kind: folder under ``configs``.
@@ -100,7 +101,7 @@ class ReproduceArguments(Checked):
             optimizer: the name of its file.
         """
         names = (f"bert_{self.scale}_{workload}", *optimizer)
-        return tuple(Path(self.configs) / kind / f"{name}.yaml" for name in names)
+        return tuple(Path(self.configs or "configs") / kind / f"{name}.yaml" for name in names)
 
     @property
     def folder(self) -> Path:
@@ -172,7 +173,7 @@ def _script(
 ) -> Stage:
     recipe = (item for file in configs for item in ("--config", file))
     command = (*shlex.split(of.launch), *COMMAND, name, *recipe, "--output_dir", of.folder / stage)
-    return Stage(stage, tuple(map(str, (*command, *flags))), needs, configs=configs)
+    return Stage(stage, tuple(map(str, (*command, *flags))), needs, configs=tuple(find(configs)))
 
 
 def _check_inputs(of: ReproduceArguments) -> None:
@@ -211,7 +212,7 @@ def _run(flags: list[str]) -> None:
     Raises:
         ValueError: settings that cannot be, or stages that failed.
     """
-    (of,) = arguments.parse((ReproduceArguments,), flags, __doc__ or "")
+    (of,) = arguments.parse((ReproduceArguments,), flags, __doc__ or "", "reproduce")
     planned = _stages(of)
     if of.dry_run:
         print("\n".join(shlex.join(stage.whole) for stage in planned))

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_soo.engine.checks import hints_of
 from hf_soo.runs.recipes import read_recipe, unknown_name, values_of
+from hf_soo.runs.shipped import find
 
 
 def option(default: Any, text: str) -> Any:
@@ -34,25 +35,32 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message}; --help lists every flag.")
 
 
-def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, description: str = "") -> tuple[Any, ...]:
-    """One object of each dataclass, from each ``--config FILE.yaml`` (`recipes`) and the flags over them.
+def parse(
+    classes: Sequence[Any], arguments: Sequence[str] | None = None, description: str = "", command: str = ""
+) -> tuple[Any, ...]:
+    """One object of each dataclass, from each ``--config`` (`recipes`, found by `shipped`) and the flags over them.
 
     Args:
         classes: dataclasses, whose fields are the flags.
         arguments: the command line without the program's name; None: that of the process.
         description: for ``--help``.
+        command: of hf-soo, whose recipes come first; "": none.
 
     Raises:
         ValueError: an unknown flag or YAML key (the nearest name is given), a value of the wrong
-            type, a file that is no recipe.
+            type, a file that is no recipe, a name of none or of several.
     """
     usage = "%(prog)s [--config FILE.yaml] [--flag value ...]"
-    parser = _Parser(classes, description=description, usage=usage, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument(
-        "--config", action="append", metavar="FILE.yaml", help="YAML file of the same names; later ones and flags win"
+    prog = f"hf-soo {command}" if command else None
+    parser = _Parser(
+        classes, prog=prog, description=description, usage=usage, formatter_class=_Help, allow_abbrev=False
     )
+    parser.add_argument(
+        "--config", action="append", metavar="FILE.yaml",
+        help="YAML file of the same names, or the name of one of `hf-soo recipes`; later ones and flags win",
+    )  # fmt: skip
     flags = list(sys.argv[1:] if arguments is None else arguments)
-    files = _find(flags).config
+    files = _find(flags, command).config
     known = {key: hint for cls in classes for key, hint in hints_of(cls).items()}
     settings = read_recipe(files, known, {flag.split("=")[0].removeprefix("--") for flag in flags})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
@@ -63,26 +71,29 @@ def parse(classes: Sequence[Any], arguments: Sequence[str] | None = None, descri
     return tuple(parsed)
 
 
-def task_of(flags: Sequence[str]) -> str | None:
+def task_of(flags: Sequence[str], command: str = "") -> str | None:
     """The ``task`` of a command line: the flag, else that of the last recipe which says one; None: none says it.
 
     Args:
         flags: the command line without the program's name.
+        command: as in `parse`.
 
     Raises:
-        ValueError: a recipe that cannot be read.
+        ValueError: a recipe that cannot be found or read.
     """
-    given = _find(flags)
+    given = _find(flags, command)
     named = [str(task) for task in (given.task, *reversed(values_of("task", given.config))) if task is not None]
     return named[0] if named else None
 
 
-def _find(flags: Sequence[str]) -> argparse.Namespace:
-    """The recipes of a command line and its task, before it is known which other flags there are."""
+def _find(flags: Sequence[str], command: str) -> argparse.Namespace:
+    """The recipes' files of a command line and its task, before it is known which other flags there are."""
     finder = _Parser([], add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append", default=[])
     finder.add_argument("--task")
-    return finder.parse_known_args(flags)[0]
+    given = finder.parse_known_args(flags)[0]
+    given.config = find(given.config, command)
+    return given
 
 
 def _as_flags(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -28,7 +28,7 @@ class PretrainedArguments(Checked):
     _argument_group_name = "model"
 
     model_name_or_path: str | None = option(
-        None, "Folder of a pretrained encoder (also OUTPUT_DIR of scripts/pretrain_bert.py), or its name on the hub."
+        None, "Folder of a pretrained encoder (also OUTPUT_DIR of `hf-soo pretrain`), or its name on the hub."
     )
     config_name: str | None = option(None, "Folder or hub name of the configuration; None: the model's.")
     tokenizer_name: str | None = option(None, "Folder or hub name of the tokenizer; None: the model's.")

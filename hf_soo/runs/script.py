@@ -49,14 +49,16 @@ class Domain:
         Raises:
             ValueError: a recipe of another domain, or flags that cannot be.
         """
-        task = arguments.task_of(flags)
+        command = COMMANDS[self.name]
+        task = arguments.task_of(flags, command)
         if task is not None and task not in COMMANDS:
             raise ValueError(f"task={task!r} is none of {', '.join(COMMANDS)}; a task of GLUE is named by task_name.")
         if task not in {None, self.name}:
             raise ValueError(
                 f"task={task!r}, and this trains {self.name!r}; give these recipes to hf-soo {COMMANDS[str(task)]}."
             )
-        settings = arguments.parse((*self.classes, *more, RunArguments, RunTrainingArguments), flags, description)
+        classes = (*self.classes, *more, RunArguments, RunTrainingArguments)
+        settings = arguments.parse(classes, flags, description, command)
         if (factor := settings[-1].label_smoothing_factor) and not self.smooths_labels:
             raise ValueError(f"label_smoothing_factor={factor}: the loss of {self.name!r} smooths none; leave it out.")
         return settings

@@ -1,10 +1,11 @@
 """Search over the settings of an optimizer on a workload: each trial is a run of its own, with a JSON.
 
-    hf-soo search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --dry_run
-    hf-soo search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --trials 24
-    hf-soo search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --stage confirm --seed 1 2 3 4
-    hf-soo search --queue configs/search/first_table.queue.yaml --hours 8 --results results/evidence
+    hf-soo search muon --workload byte_gpt --dry_run
+    hf-soo search muon --workload byte_gpt --trials 24
+    hf-soo search muon --workload byte_gpt --stage confirm --seed 1 2 3 4
+    hf-soo search --queue first_table.queue --hours 8 --results results/evidence
 
+SPACE, workload and queue are YAML files, or the names of those of `hf-soo recipes search` and `workloads`.
 The same command goes on where it was stopped, on any number of cores at once. The JSONs in RESULTS/WORKLOAD are all
 that is needed for it.
 """
@@ -12,7 +13,6 @@ that is needed for it.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -56,13 +56,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("space", nargs="?", type=Path, metavar="SPACE.yaml", help="what is searched")
-    parser.add_argument("--workload", type=Path, metavar="FILE.yaml", help="recipe of what is trained")
+    parser.add_argument("space", nargs="?", metavar="SPACE.yaml", help="what is searched")
+    parser.add_argument("--workload", metavar="FILE.yaml", help="recipe of what is trained")
     parser.add_argument("--stage", choices=STAGES, default="wide", help="default: wide")
     parser.add_argument("--trials", type=int, metavar="N", help="settings to try; default 24, narrow 12, confirm 2")
     parser.add_argument("--seed", type=int, nargs="+", metavar="S", help="of each setting; default 0, confirm 1 2 3 4")
     parser.add_argument("--whole", action="store_true", help="stop no trial that falls behind; confirm never does")
-    parser.add_argument("--queue", type=Path, metavar="FILE", help="jobs, most telling first, instead of one space")
+    parser.add_argument("--queue", metavar="FILE", help="jobs, most telling first, instead of one space")
     parser.add_argument("--until", metavar="HH:MM", help="give back the trial at hand and end at this time")
     parser.add_argument("--hours", type=float, metavar="H", help="the same, this long from now")
     parser.add_argument(
@@ -80,7 +80,7 @@ def _search(given: argparse.Namespace) -> int:
         raise ValueError("Give a SPACE.yaml with --workload, or --queue FILE.")
     stages = read_queue(given.queue) if given.queue else [_stage_of(given)]
     for stage in stages:
-        _ = stage.recipe  # refuses a workload that is not there
+        _ = stage.recipe  # refuses a workload that cannot be read
     place = Place.of(given.results, given.storage)
     if given.dry_run or given.space is not None:
         for stage in stages:
@@ -93,7 +93,7 @@ def _search(given: argparse.Namespace) -> int:
 
 def _stage_of(given: argparse.Namespace) -> Stage:
     if given.workload is None:
-        raise ValueError("No --workload; give the recipe of what is trained, configs/workloads/byte_gpt.yaml.")
+        raise ValueError("No --workload; give the recipe of what is trained, byte_gpt for example.")
     return make_stage(given.workload, given.space, given.stage, given.trials, given.seed, given.whole)
 
 
@@ -141,7 +141,3 @@ def _plan(stages: Sequence[Stage], place: Place) -> str:
             total += left * seconds
             lines.append(f"  {seconds:.0f} s a run, {duration(left * seconds)} at most")
     return "\n".join([*lines, f"{duration(total)} in all on one core, and less where trials are stopped"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_soo.engine.checks import Count, Seed, require
 from hf_soo.runs.recipes import read_recipe, unknown_name
+from hf_soo.runs.shipped import find
 from hf_soo.search.spaces import Space
 from hf_soo.search.stages import STAGES, Stage
 
@@ -17,20 +18,20 @@ _JOB_KEYS = ("workload", "space", "stage", "trials", "seeds", "whole")
 
 
 def make_stage(
-    workload: Path, space: Path, name: str, trials: int | None, seeds: Sequence[int] | None, whole: bool
+    workload: str | Path, space: str | Path, name: str, trials: int | None, seeds: Sequence[int] | None, whole: bool
 ) -> Stage:
     """A stage with what is usual where nothing is said.
 
     Args:
-        workload: its recipe.
-        space: its file.
+        workload: its recipe, or its name.
+        space: its file, or its name.
         name: "wide", "narrow" or "confirm".
         trials: settings to try.
         seeds: of each setting.
         whole: stop none.
 
     Raises:
-        ValueError: numbers that cannot be, or a space that cannot be read.
+        ValueError: numbers that cannot be, a workload that is not there, or a space that cannot be read.
     """
     require("trials", trials, Count | None)
     require("seeds", seeds, list[Seed] | None)
@@ -39,20 +40,20 @@ def make_stage(
     chosen = tuple(_SEEDS[name] if seeds is None else seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds={list(chosen)} must be given, each once.")
-    return Stage(workload, Space.read(space), name, number, chosen, whole)
+    (file,), (recipe,) = find([space], "search"), find([workload], "workloads")
+    return Stage(recipe, Space.read(file), name, number, chosen, whole)
 
 
-def read_queue(file: Path) -> list[Stage]:
-    """The stages of a queue's file; workloads and spaces are named, or are files as from its folder.
+def read_queue(queue: str | Path) -> list[Stage]:
+    """The stages of a queue's file; workloads and spaces are files as from its folder, or named.
 
     Args:
-        file: ``jobs: [{workload, space, stage, trials, seeds, whole}, ...]``, most telling first.
+        queue: ``jobs: [{workload, space, stage, trials, seeds, whole}, ...]``, most telling first; or its name.
 
     Raises:
         ValueError: no such file, a job with unknown keys or without a workload and a space, or one that cannot be.
     """
-    if not file.is_file():
-        raise ValueError(f"No queue {str(file)!r}; give a file of jobs.")
+    (file,) = find([queue], "search")
     jobs = read_recipe([file], known={"jobs": Any}).get("jobs")
     if not isinstance(jobs, list) or not jobs or not all(isinstance(job, dict) for job in jobs):
         raise ValueError(f"{file}: no 'jobs'; give 'jobs: [{{workload: NAME, space: NAME, stage: wide}}]'.")
@@ -70,8 +71,9 @@ def _job(file: Path, number: int, job: dict[str, Any]) -> Stage:
     if name not in STAGES:
         raise ValueError(f"{where}: stage={name!r} is none of {', '.join(STAGES)}.")
     workload, space = (
-        file.parent / (text if text.endswith(".yaml") else f"{folder}{text}.yaml")
+        path if path.is_file() else text
         for text, folder in ((str(job["workload"]), "../workloads/"), (str(job["space"]), ""))
+        for path in (file.parent / (text if text.endswith(".yaml") else f"{folder}{text}.yaml"),)
     )
     try:
         return make_stage(workload, space, name, trials, seeds, job.get("whole", False))

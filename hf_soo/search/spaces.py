@@ -147,9 +147,6 @@ class Space:
         Raises:
             ValueError: it cannot be read, has no ``space``, or ranges that are none.
         """
-        if not file.is_file():
-            near = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml") if ".queue" not in path.name))
-            raise ValueError(f"No search space {str(file)!r}; " + (f"there are {near}." if near else "give its file."))
         try:
             settings = read_recipe([file])
         except ValueError as error:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import hf_soo
+from hf_soo.runs import shipped
 from hf_soo.runs.recipes import COMMANDS, read_recipe
 from hf_soo.search.evidence import Evidence, Finished, best_settings, setting
 from hf_soo.search.spaces import Params, Space
@@ -64,13 +64,8 @@ class Stage:
         """The workload's settings.
 
         Raises:
-            ValueError: no such workload.
+            ValueError: it cannot be read.
         """
-        if not self.workload.is_file():
-            there = ", ".join(sorted(path.stem for path in self.workload.parent.glob("*.yaml")))
-            raise ValueError(
-                f"No workload {str(self.workload)!r}; " + (f"there are {there}." if there else "give its recipe.")
-            )
         return read_recipe([self.workload])
 
     def seconds(self, evidence: Evidence) -> float | None:
@@ -98,9 +93,9 @@ class Stage:
         return ["--config", str(self.workload), *self.space.as_flags(trial.params, **more)]
 
     def command(self, trial: Trial) -> str:
-        """The command line of a trial, with the recipe's path as from the project's folder."""
+        """The command line of a trial, with the recipe's path as from the folder that ``configs/`` lies in."""
         flags = self.flags(trial)
-        root, recipe = Path(hf_soo.__file__).resolve().parents[1], self.workload.resolve()
+        root, recipe = shipped.folder().parent, self.workload.resolve()
         flags[1] = recipe.relative_to(root).as_posix() if recipe.is_relative_to(root) else recipe.name
         task = str((self.recipe | self.space.fixed).get("task") or "bert")
         return shlex.join(["hf-soo", COMMANDS.get(task, task), *flags])

@@ -1,15 +1,15 @@
 """Fine-tune on SQuAD v1.1 or v2.0 with any optimizer of hf_soo, from a YAML file and flags over it; or score a file.
 
-    accelerate launch scripts/run_squad.py --config configs/squad/bert_base_mkor.yaml
-    accelerate launch scripts/run_squad.py --config configs/squad/bert_base_adamw.yaml --model_name_or_path out/phase2
-    python scripts/run_squad.py --score out/predictions.json --validation_file dev-v1.1.json
+    hf-soo squad --config bert_base_mkor
+    hf-soo squad --score out/predictions.json --validation_file dev-v1.1.json
+    accelerate launch -m hf_soo.squad --config bert_base_adamw --model_name_or_path out/phase2
 
 Flags are those of transformers' run_qa.py, and every field of TrainingArguments; all are YAML keys too. The run goes on
 from the last checkpoint in --output_dir unless --restart is given. It leaves predictions.json, nbest_predictions.json
 and, for v2.0, null_odds.json in OUTPUT_DIR, and one JSON in OUTPUT_DIR/runs with exact match and F1 in percent. --score
 needs no model and prints one line of JSON: {"exact_match": ..., "f1": ...}; --score --help lists its flags.
 
-`hf-soo squad` is the same in one process, `accelerate launch -m hf_soo.cli squad` in any number.
+`accelerate launch -m hf_soo.squad` is the same in any number of processes, and so is scripts/run_squad.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``scripts/run_squad.py --score``: the official metrics of a file of predictions, without a model."""
+"""``hf-soo squad --score``: the official metrics of a file of predictions, without a model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _report_misfits(result: Score, asked: QuestionSet, source: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="run_squad.py", description="Score a file of predictions without a model.", allow_abbrev=False
+        prog="hf-soo squad", description="Score a file of predictions without a model.", allow_abbrev=False
     )
     parser.add_argument("--score", nargs="?", metavar="PREDICTIONS.json", help="question id -> text")  # none: --help
     parser.add_argument("--validation_file", required=True, metavar="DEV.json", help="SQuAD's JSON, or JSON lines")

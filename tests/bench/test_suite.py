@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hf_soo import cli
+from hf_soo.bench import suite
 from hf_soo.bench.jobs import SUITES, TINY, Job
 from hf_soo.bench.measure import parse_pairs
 from hf_soo.bench.pretraining import Sequences, TrainConfig
@@ -88,7 +89,8 @@ def test_the_jobs_flags_are_known(suite: str, scale: Any, monkeypatch: pytest.Mo
             assert command == "pytest"
 
 
-FIRST, SECOND, THIRD = Job("first", "bench --optim a"), Job("second", "bench --optim b"), Job("third", "pytest x")
+FIRST, SECOND = Job("first", "bench --optim a"), Job("second", "bench --optim b")
+THIRD = Job("third", "pytest tests/methods/test_cuda.py")
 
 
 class Launches:
@@ -128,6 +130,16 @@ def test_a_call_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     launch = Launches(tmp_path, (0, ""))
     assert run_suite(SuiteConfig(suite="cpu", results=str(tmp_path), minutes=0.5), launch) == MORE
     assert launch.asked == ["a"]  # less than a minute is left
+
+
+def test_a_wheel_has_no_tests_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(SUITES, "cpu", (THIRD, FIRST))
+    monkeypatch.setattr(suite, "_ROOT", tmp_path)
+    launch = Launches(tmp_path, (0, ""))
+    assert run_suite(SuiteConfig(suite="cpu", results=str(tmp_path)), launch) == DONE and launch.asked == ["a"]
+    said = capsys.readouterr().out
+    assert "third: left out; tests/methods/test_cuda.py is in a clone of the project alone." in said
+    assert "1 jobs are over." in said
 
 
 def test_progress_is_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

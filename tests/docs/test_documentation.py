@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from hf_soo import cli
+from hf_soo.runs import shipped
 from tests.ranks.cells import stay_on_gloo
 from tests.ranks.distributed import run_ranks
 from tests.ranks.equality import markdown, table_of
@@ -77,6 +79,8 @@ def commands_in(words: list[str]) -> list[tuple[str, list[str]]]:
             found.append((SCRIPTS[Path(word).name], words[i + 1 :]))
         elif word in ("hf-soo", "hf_soo.cli"):
             found.append((words[i + 1], words[i + 2 :]))
+        elif word.removeprefix("hf_soo.") in cli.RUNS and words[i - 1] == "-m":
+            found.append((word.removeprefix("hf_soo."), words[i + 1 :]))
     return found
 
 
@@ -93,7 +97,7 @@ def help_of(command: str, *task: str) -> str:
 
 
 def test_commands_name_files_and_flags_that_exist() -> None:
-    known = {name for name in cli.RUNS} | {"list", "report", "plan"}
+    known = {name for name in cli.RUNS} | {"list", "report", "plan", "recipes"}
     checked = 0
     for line in COMMANDS:
         words = shlex.split(line)
@@ -103,6 +107,7 @@ def test_commands_name_files_and_flags_that_exist() -> None:
             for flag in (word for word in rest if word.startswith("--")):
                 assert re.search(rf"{flag}\b", help_of(command, *task)), (command, flag)
                 checked += 1
+            shipped.find([after for flag, after in pairwise(rest) if flag == "--config"], command)
         for file in (word for word in words if word.startswith(("configs/", "scripts/"))):
             assert (ROOT / file).is_file(), file
     assert checked, "no command was found at all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -49,11 +50,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def test_wheel_holds_the_package_alone(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_the_package_and_the_recipes_alone(wheel: zipfile.ZipFile) -> None:
     roots = {name.split("/")[0] for name in wheel.namelist()}
     assert roots == {"hf_soo", f"hf_soo-{hf_soo.__version__}.dist-info"}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_soo").rglob("*.py")}
-    assert sources | {"hf_soo/py.typed"} == {name for name in wheel.namelist() if name.startswith("hf_soo/")}
+    recipes = {
+        f"hf_soo/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*") if path.is_file()
+    }
+    held = {name for name in wheel.namelist() if name.startswith("hf_soo/")}
+    assert sources | recipes | {"hf_soo/py.typed"} == held
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
@@ -62,7 +67,16 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert f"Name: hf-soo\nVersion: {hf_soo.__version__}\n" in metadata
     for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Requires-Dist: torch<3,>=2.9"):
         assert line in metadata.splitlines()
-    for extra in ("deepspeed", "eval", "vision", "lora", "report", "tracking", "test", "dev"):
-        assert f"Provides-Extra: {extra}" in metadata.splitlines()
+    extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
+    assert extras > {"all", "deepspeed", "test", "docs", "dev"}
+    wanted = {extra: set[str]() for extra in extras}
+    for requirement, extra in re.findall(r"^Requires-Dist: (.+); extra == '(\w+)'$", metadata, re.MULTILINE):
+        wanted[extra].add(requirement)
+    users = extras - {"all", "deepspeed", "test", "docs", "dev"}  # DeepSpeed has no wheel
+    assert wanted["all"] == set[str]().union(*(wanted[extra] for extra in users))
+    assert "tensorboard" in str(wanted["tracking"]) and "tensorboard" not in str(wanted["report"])
+    assert "Author: The hf_soo maintainers" in metadata and "Project-URL: Paper of MKOR, https://" in metadata
     assert "hf-soo = hf_soo.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    assert f"version: {hf_soo.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## [{hf_soo.__version__}] - 2" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert b"Apache License" in wheel.read(f"{folder}/licenses/LICENSE")

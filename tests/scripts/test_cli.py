@@ -94,7 +94,10 @@ def test_bad_input_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plant"], "hf-soo: error: 'plant' is no command. Did you mean 'plan'? Valid: list, plan, report, prepare, "),
+        (
+            ["plant"],
+            "hf-soo: error: 'plant' is no command. Did you mean 'plan'? Valid: list, plan, report, recipes, prepare, ",
+        ),
         ([], "hf-soo: error: the following arguments are required: COMMAND; --help says more."),
         (["list", "--x"], "hf-soo: error: unrecognized arguments: --x; --help says more."),
         (["report"], "hf-soo report: error: the following arguments are required: FOLDER; --help says more."),
@@ -136,6 +139,10 @@ def test_every_run_has_its_script_and_its_test() -> None:
     assert set(USES) == set(cli.RUNS) == {*SCRIPTS, "search", "reproduce"}
     for command, script in SCRIPTS.items():
         assert load_script(script).main is importlib.import_module(cli.RUNS[command][0]).main
+    for command, (module, _) in cli.RUNS.items():  # python -m hf_soo.COMMAND
+        started = importlib.import_module(f"hf_soo.{command}")
+        started = importlib.import_module(f"hf_soo.{command}.__main__") if hasattr(started, "__path__") else started
+        assert started.main is importlib.import_module(module).main
 
 
 @pytest.mark.parametrize("command", USES)

@@ -210,7 +210,7 @@ def test_header_of_a_workload(path: Path) -> None:
     text = path.read_text()
     assert f"--config configs/pretrain/{path.stem}.yaml --config configs/pretrain/OPTIMIZER.yaml\n" in text
     shared = next((file for file in SHARED if f"extends: {file.name}\n" in text), path)
-    assert "#   python scripts/prepare_pretraining.py" in shared.read_text()
+    assert "#   hf-soo prepare" in shared.read_text()
 
 
 @pytest.mark.parametrize("path", OPTIMIZERS, ids=ids)

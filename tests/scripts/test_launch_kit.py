@@ -67,7 +67,10 @@ def test_header_has_hardware_and_what_is_tested_and_a_command_that_parses(name: 
     (command,) = re.findall(r"accelerate launch (--config_file .*)", header[0])
     words = shlex.split(command.replace(" R ", " 3 ").replace(" PORT ", " 29501 "))
     given = launcher_arguments(*words)
-    assert words[1] == f"configs/accelerate/{name}.yaml" and given.training_script == "scripts/pretrain_bert.py"
+    assert words[1] == f"configs/accelerate/{name}.yaml" and (given.module, given.training_script) == (
+        True,
+        "hf_soo.pretrain",
+    )
     assert (given.num_machines, given.num_processes) == SHAPES[name][1:]
     assert (given.use_deepspeed, given.use_fsdp) == (name.startswith("zero"), name.startswith("fsdp"))
     assert given.multi_gpu == (SHAPES[name][0] == "MULTI_GPU")

@@ -95,7 +95,7 @@ def test_sbatch_starts_one_launcher_a_node(sixteen_nodes: Cluster) -> None:
     first, last = sorted(sixteen_nodes.calls("accelerate"), key=lambda call: int(call[1]["SLURM_NODEID"]))
     for (command, *words), kept in (first, last):
         given = launcher_arguments(*words)
-        assert (command, kept["OMP_NUM_THREADS"], given.training_script) == ("launch", "8", "scripts/pretrain_bert.py")
+        assert (command, kept["OMP_NUM_THREADS"], given.training_script) == ("launch", "8", "hf_soo.pretrain")
         assert str(given.machine_rank) == kept["SLURM_NODEID"]
         assert (given.num_machines, given.num_processes) == (16, 64)
         assert (given.main_process_ip, given.main_process_port) == ("node00", 14242)

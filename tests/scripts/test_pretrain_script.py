@@ -243,7 +243,7 @@ def test_a_bad_yaml_is_one_line(
     [
         (["--lerning_rate", "1"], "unknown flag '--lerning_rate'; did you mean '--learning_rate'?"),
         (["--max_steps", "two"], "invalid int value: 'two'"),
-        (["--config", "absent.yaml"], "--config absent.yaml: [Errno 2]"),
+        (["--config", "absent.yaml"], "No file 'absent.yaml', and no recipe of that name"),
         (["--config"], "--config: expected one argument"),
         (["--optim", "mkr"], "mkr"),
         (["--optim_args", "update_perod=1"], "Did you mean 'update_period'?"),

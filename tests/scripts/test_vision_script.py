@@ -180,7 +180,7 @@ def test_a_folder_of_images(
             "dataset='owner/absent' is neither 'digits' nor a folder here, and cannot be loaded from the hub: ",
         ),
         (["--num_channels", "2"], "num_channels"),
-        (["--config", "absent.yaml"], "--config absent.yaml: [Errno 2]"),
+        (["--config", "absent.yaml"], "No file 'absent.yaml', and no recipe of that name"),
     ],
 )
 def test_bad_input_is_one_line_and_no_run(
@@ -235,4 +235,4 @@ def test_help_is_grouped(script: ModuleType, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert text.startswith("usage: ") and "[--config FILE.yaml] [--flag value ...]\n" in text.splitlines(True)[0]
     places = [text.index(f"\n{group}:") for group in ("model", "data", "run")]
-    assert places == sorted(places) and "    accelerate launch scripts/run_vision.py --config" in text
+    assert places == sorted(places) and "    accelerate launch -m hf_soo.vision --config" in text

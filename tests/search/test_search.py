@@ -252,14 +252,17 @@ def test_ranges_that_are_none(text: str, message: str) -> None:
     [
         ((), "Give a SPACE.yaml with --workload, or --queue FILE."),
         (("{search}/sgd.yaml",), "No --workload"),
-        (("{search}/sdg.yaml", "--workload", "x.yaml"), "No search space '{search}/sdg.yaml'; there are sgd."),
+        (
+            ("{search}/sdg.yaml", "--workload", "x.yaml"),
+            "No file '{search}/sdg.yaml', and no recipe of that name; did you mean 'sgd'?",
+        ),
         (
             ("{search}/sgd.yaml", "--workload", "{workloads}/toi.yaml"),
-            "No workload '{workloads}/toi.yaml'; there are toy",
+            "No file '{workloads}/toi.yaml', and no recipe of that name; did you mean 'toy'?",
         ),
         (("{search}/sgd.yaml", "--workload", "{workloads}/toy.yaml", "--trials", "4"), "the grid has 6 points"),
         (("{search}/sgd.yaml", "--workload", "{workloads}/toy.yaml", "--seed", "1", "1"), "seeds=[1, 1]"),
-        (("--queue", "{search}/none.queue.yaml"), "No queue"),
+        (("--queue", "{search}/none.queue.yaml"), "No file '{search}/none.queue.yaml', and no recipe"),
         (("--queue", "{search}/all.queue.yaml", "--until", "25:00"), "--until 25:00 is no time of a day"),
         (("{search}/sgd.yaml", "--workload", "{workloads}/toy.yaml", "--stage", "wild"), "invalid choice: 'wild'"),
     ],

@@ -1,15 +1,17 @@
 """Prepare text for BERT pretraining: sentences, word pieces, next-sentence pairs, as an Arrow data set.
 
-    python scripts/prepare_pretraining.py --source embedded --output data/embedded --vocab_size 4000
-    python scripts/prepare_pretraining.py --source text/AA --output data/wiki128 --vocab vocab.txt --num_proc 2
-    python scripts/prepare_pretraining.py --source wikimedia/wikipedia:20231101.en --output data/wiki512 \
+    hf-soo prepare --source embedded --output data/embedded --vocab_size 4000
+    hf-soo prepare --source text/AA --output data/wiki128 --vocab vocab.txt --num_proc 2
+    hf-soo prepare --source wikimedia/wikipedia:20231101.en --output data/wiki512 \
         --max_seq_length 512 --short_seq_prob 0 --eval_documents 0.001 --num_proc 16
-    python scripts/prepare_pretraining.py --source hdf5_shards --output data/shards --vocab vocab.txt
+    hf-soo prepare --source hdf5_shards --output data/shards --vocab vocab.txt
 
-`hf-soo prepare` is the same. Look at a finished folder, and check its files (--inspect --help lists these flags):
+Look at a finished folder, and check its files (--inspect --help lists these flags):
 
-    python scripts/prepare_pretraining.py --inspect 3 --masked --output data/wiki128
-    python scripts/prepare_pretraining.py --verify --output data/wiki128
+    hf-soo prepare --inspect 3 --masked --output data/wiki128
+    hf-soo prepare --verify --output data/wiki128
+
+scripts/prepare_pretraining.py is the same.
 
 Masks are not made here: the collator draws new ones each epoch (hf_soo/bert/masking.py).
 """
@@ -71,7 +73,7 @@ def _prepare(flags: list[str]) -> None:
     from hf_soo.runs.arguments import parse
 
     start = time.perf_counter()
-    (config,) = parse((PrepareConfig,), flags, __doc__ or "")
+    (config,) = parse((PrepareConfig,), flags, __doc__ or "", "prepare")
     manifest = prepare(config)
     print(*describe(manifest), sep="\n")
     print(f"wrote {config.output} ({manifest['vocab_size']:,} word pieces) in {time.perf_counter() - start:.0f} s")
@@ -83,7 +85,7 @@ def _look(flags: list[str]) -> None:
     from hf_soo.bert.data.inspect import describe, show_examples
     from hf_soo.runs.arguments import parse
 
-    (asked,) = parse((_LookArguments,), flags, "Look at a prepared folder.")
+    (asked,) = parse((_LookArguments,), flags, "Look at a prepared folder.", "prepare")
     prepared = load_prepared(asked.output, verify=asked.verify)
     if asked.inspect is not None:
         print(*describe(prepared["manifest"]), *show_examples(prepared, asked.inspect, masked=asked.masked), sep="\n")

@@ -35,7 +35,7 @@ _MANIFEST = {"config": dict, "counts": dict, "files": dict, "vocab_sha256": str}
 _CONFIG = {"source": str, "max_seq_length": int}
 _COUNTS = {"examples": int}
 _FILE = {"bytes": int, "sha256": str}
-_AGAIN = "prepare it again with scripts/prepare_pretraining.py"
+_AGAIN = "prepare it again with `hf-soo prepare`"
 
 
 class Prepared(TypedDict):
