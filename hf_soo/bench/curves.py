@@ -118,6 +118,8 @@ def picture(folder: str | Path, path: str, title: str = "") -> None:
 
 def _draw(panel: Any, methods: Mapping[str, list[_Point]], names: list[str], said: str) -> bool:
     """The lines of one panel; whether there are any."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     places = sorted({point.at for points in methods.values() for point in points})
     drawn = False
     for name, points in methods.items():
@@ -130,8 +132,10 @@ def _draw(panel: Any, methods: Mapping[str, list[_Point]], names: list[str], sai
             drawn = True
     panel.set_xscale("log", base=2)
     panel.set_xticks(places, map(str, places))
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.minorticks_off()
-    panel.set_yscale("log" if said == _STEP else "linear")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -117,6 +118,30 @@ def test_links_lead_somewhere() -> None:
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def messages() -> set[str]:
+    """What the package raises or warns of, "…" for a value."""
+    found = set()
+    for path in (ROOT / "hf_soo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            warns = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "warning"
+            if isinstance(call, ast.Call) and call.args and (warns or isinstance(node, ast.Raise)):
+                found.add(re.sub(r"%[.\d]*[sdf]", "…", words_of(call.args[0])).replace("%%", "%"))
+    return found
+
+
+def words_of(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)  # type: ignore[misc]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
+def test_troubleshooting_quotes_what_is_said() -> None:
+    quoted = re.findall(r"^> (.+)$", PAGES["docs/guides/troubleshooting.md"], re.MULTILINE)
+    assert len(quoted) > 20
+    assert not (gone := set(quoted) - messages()), gone
 
 
 def test_readme_is_short() -> None:
