@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,6 +17,7 @@ import pytest
 from tokenizers import BertWordPieceTokenizer
 
 from hf_soo import cli
+from hf_soo.bench.jobs import SUITES
 from hf_soo.search import worker
 from tests.data.squad_data import colour_questions, write
 from tests.docs.test_documentation import PAGES, ROOT, SCRIPTS
@@ -25,6 +28,7 @@ from tests.tasks.glue_cases import make_model, write_archive
 # What needs a GPU, Slurm or several machines, by how it begins.
 NOT_HERE = (
     "hf-soo bench --suite gpu",
+    "hf-soo report results/bench/pretraining",
     "accelerate launch --config_file configs/accelerate/ddp_8.yaml",
     "accelerate launch --config_file configs/accelerate/fsdp2_8.yaml",
     "accelerate launch --config_file configs/accelerate/zero2_8.yaml",
@@ -34,7 +38,8 @@ NOT_HERE = (
 # What other tests run as it stands -> the test.
 ELSEWHERE = {
     "accelerate launch --config_file configs/accelerate/cpu.yaml": "tests/scripts/test_launch_kit.py::two_processes",
-    "hf-soo bench --suite cpu": "tests/bench/test_suite.py::test_the_dry_run",
+    "hf-soo plan --model bert-large-uncased --optim mkor --base lamb --gpus 64 --strategy fsdp2 --seq 512 --batch 32768 "
+    "--dry-run": "tests/scripts/test_plan_dry_run.py::test_row_shards_on_64_ranks",
 }
 # What makes an environment, which the tests run in.
 ENVIRONMENT = ("pip ", "DS_ACCELERATOR=cpu pip ", "python -m pytest", "git worktree ", "cd ")
@@ -42,15 +47,18 @@ ENVIRONMENT = ("pip ", "DS_ACCELERATOR=cpu pip ", "python -m pytest", "git workt
 _MODEL = "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2"
 _RUN = "--use_cpu true --max_steps 2 --disable_tqdm true --dataloader_pin_memory false"
 _BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 8"
-# Flags after those of the page, which win: the size, and a model of this machine for one of the hub's.
+# How a command begins -> flags after those of the page, which win: the size, and a folder for a model of the hub.
 SMALL = {
     "pretrain": f"{_RUN} {_BATCH} --max_eval_samples 8",
     "glue": f"{_RUN} {_BATCH} --task_name MRPC --max_seq_length 24 --model_name_or_path tiny",
-    "squad": f"{_RUN} {_BATCH} --max_seq_length 24 --doc_stride 4 --max_query_length 8 --model_name_or_path tiny",
+    "squad --config": f"{_RUN} {_BATCH} --max_seq_length 24 --doc_stride 4 --max_query_length 8 --model_name_or_path tiny",
     "vision": f"{_RUN} --max_train_samples 64 --max_eval_samples 64 {_MODEL}",
-    "prepare": "--eval_documents 0.2 --num_proc 1",
-    "bench": "--preset toy --optim mkor --batch_size 2 --seq_length 16 --rounds 1 --steps 1 --memory false",
-    "search": "--trials 1",
+    "prepare --source": "--eval_documents 0.2 --num_proc 1",
+    "bench --suite": "--scale tiny",
+    "reproduce": "--dry_run true",
+    "search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --trials": "--trials 6",
+    "search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --stage": "--trials 1 --seed 5",
+    "search --queue configs/search/first_table.queue.yaml --hours": "--hours 0.0005",
 }
 
 
@@ -64,6 +72,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (tmp_path / "text").mkdir()
     text = write_corpus(tmp_path / "text")
+    (tmp_path / "data" / "wikipedia").mkdir(parents=True)
+    (tmp_path / "data" / "wikipedia" / "text").symlink_to(tmp_path / "text")
     tokenizer = BertWordPieceTokenizer()
     tokenizer.train([str(text)], vocab_size=200, show_progress=False)
     tokenizer.save_model(str(tmp_path))
@@ -113,7 +123,8 @@ def words_of(line: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
 def test_the_commands_of_a_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.subprocess, "Popen", Fork)
+    monkeypatch.setattr(worker, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Fork}))
+    monkeypatch.setitem(SUITES, "cpu", SUITES["cpu"][:1])
     monkeypatch.setattr(datasets, "load_dataset", no_hub(datasets.load_dataset))
     if "results/bench" in PAGES[page]:
         shutil.copytree(ROOT / "results" / "bench", folder / "results" / "bench")
@@ -123,14 +134,21 @@ def test_the_commands_of_a_page(page: str, folder: Path, monkeypatch: pytest.Mon
         if line.startswith((*NOT_HERE, *ELSEWHERE, *ENVIRONMENT)):
             continue
         words = words_of(line)
-        assert cli.main([*words, *shlex.split(SMALL.get(words[0], ""))]) == 0, line
+        more = " ".join(flags for start, flags in SMALL.items() if shlex.join(words).startswith(start))
+        assert cli.main([*words, *shlex.split(more)]) == 0, line
 
 
 def no_hub(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`load_dataset` of local files; SQuAD's name on the hub stands for the files of this folder."""
+    """`load_dataset` of local files; for SQuAD's name on the hub, questions made here."""
+    rows = [
+        {"id": name, "context": "w1 red w2", "question": "which ?", "answers": {"text": ["red"], "answer_start": [3]}}
+        for name in ("a", "b", "c")
+    ]
 
     def local(path: str, *args: Any, **kwargs: Any) -> Any:
-        assert (path != "squad" and os.path.exists(path)) or path in ("json", "csv", "text", "parquet"), path
+        if path == "rajpurkar/squad":
+            return datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part in ("train", "validation")})
+        assert os.path.exists(path) or path in ("json", "csv", "text", "parquet"), f"{path} is on the hub"
         return load(path, *args, **kwargs)
 
     return local

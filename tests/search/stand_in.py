@@ -24,6 +24,7 @@ def loss_at(rate: float, seed: int, step: int) -> float:
 def main(order: Order) -> int:
     settings = dict(zip(order.flags[::2], order.flags[1::2], strict=True))
     rate, seed = float(settings["--learning_rate"]), int(settings["--seed"])
+    Path(order.results).mkdir(parents=True, exist_ok=True)
     with Path(order.results, "starts.txt").open("a") as stream:  # one line a start, for the tests to count
         stream.write(f"{order.name}\n")
     if settings.get("--optim") == "broken":
