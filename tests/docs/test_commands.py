@@ -25,7 +25,7 @@ from tests.scripts.script_runs import write_corpus
 from tests.search.work import Fork
 from tests.tasks.glue_cases import make_model, write_archive
 
-# What needs a GPU, Slurm or several machines, by how it begins.
+# What needs a GPU, Slurm, Docker or several machines, by how it begins.
 NOT_HERE = (
     "hf-soo bench --suite gpu",
     "hf-soo report results/bench/pretraining",
@@ -34,12 +34,14 @@ NOT_HERE = (
     "accelerate launch --config_file configs/accelerate/zero2_8.yaml",
     "accelerate launch --config_file configs/accelerate/multi_node_64.yaml",
     "sbatch ",
+    "docker ",
 )
 # What other tests run as it stands -> the test.
 ELSEWHERE = {
     "accelerate launch --config_file configs/accelerate/cpu.yaml": "tests/scripts/test_launch_kit.py::two_processes",
-    "hf-soo plan --model bert-large-uncased --optim mkor --base lamb --gpus 64 --strategy fsdp2 --seq 512 --batch 32768 "
-    "--dry-run": "tests/scripts/test_plan_dry_run.py::test_row_shards_on_64_ranks",
+    'accelerate launch --config_file "$(hf-soo recipes cpu --path)"': "tests/scripts/test_launch_kit.py::two_processes",
+    "hf-soo plan --model bert-large-uncased --optim mkor --base lamb --gpus 64 --strategy fsdp2 --seq 512 "
+    "--batch 32768 --dry-run": "tests/scripts/test_plan_dry_run.py::test_row_shards_on_64_ranks",
 }
 # What makes an environment, which the tests run in.
 ENVIRONMENT = ("pip ", "DS_ACCELERATOR=cpu pip ", "python -m pytest", "git worktree ", "cd ")
@@ -50,8 +52,10 @@ _BATCH = "--per_device_train_batch_size 4 --per_device_eval_batch_size 8"
 # How a command begins -> flags after those of the page, which win: the size, and a folder for a model of the hub.
 SMALL = {
     "pretrain": f"{_RUN} {_BATCH} --max_eval_samples 8",
+    "pretrain --config bert_large_phase2": f"{_MODEL} --global_batch_size 4 --dataloader_num_workers 0",
     "glue": f"{_RUN} {_BATCH} --task_name MRPC --max_seq_length 24 --model_name_or_path tiny",
-    "squad --config": f"{_RUN} {_BATCH} --max_seq_length 24 --doc_stride 4 --max_query_length 8 --model_name_or_path tiny",
+    "squad --config": f"{_RUN} {_BATCH} --max_seq_length 24 --doc_stride 4 --max_query_length 8 "
+    "--model_name_or_path tiny",
     "vision": f"{_RUN} --max_train_samples 64 --max_eval_samples 64 {_MODEL}",
     "prepare --source": "--eval_documents 0.2 --num_proc 1",
     "bench --suite": "--scale tiny",
@@ -59,6 +63,13 @@ SMALL = {
     "search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --trials": "--trials 6",
     "search configs/search/muon.yaml --workload configs/workloads/byte_gpt.yaml --stage": "--trials 1 --seed 5",
     "search --queue configs/search/first_table.queue.yaml --hours": "--hours 0.0005",
+}
+# What a page takes for granted.
+BEFORE = {
+    "docs/quickstart.md": (
+        "hf-soo prepare --source text --vocab vocab.txt --max_seq_length 128 --output data/phase2",
+        f"hf-soo pretrain --data_dir data/phase2 --output_dir out/bert_large/phase1_lamb --optim lamb {_MODEL}",
+    )
 }
 
 
@@ -117,8 +128,9 @@ def words_of(line: str) -> list[str]:
             break
     if words[0].startswith("scripts/"):
         return [SCRIPTS[Path(words[0]).name], *words[1:]]
-    assert words[0] in ("hf-soo", "hf_soo.cli"), line
-    return words[1:]
+    command, _, name = words[0].partition(".")
+    assert command in ("hf-soo", "hf_soo"), line
+    return words[1:] if name in ("", "cli") else [name, *words[1:]]
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
@@ -130,7 +142,10 @@ def test_the_commands_of_a_page(page: str, folder: Path, monkeypatch: pytest.Mon
         shutil.copytree(ROOT / "results" / "bench", folder / "results" / "bench")
     if page == "docs/guides/evidence.md":
         shutil.copytree(ROOT / "results" / "evidence", folder / "results" / "evidence")
-    for line in commands_of(page):
+    if "hf-soo recipes --copy configs" in PAGES[page]:  # there is no clone
+        (folder / "configs").unlink()
+        (folder / "scripts").unlink()
+    for line in (*BEFORE.get(page, ()), *commands_of(page)):
         if line.startswith((*NOT_HERE, *ELSEWHERE, *ENVIRONMENT)):
             continue
         words = words_of(line)
