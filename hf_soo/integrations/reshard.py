@@ -21,6 +21,7 @@ WHOLE = "whole"
 """One process, or DistributedDataParallel on any number of ranks."""
 SHARDS = "pytorch_model_fsdp_0"
 """Where accelerate puts the weights of FSDP2's SHARDED_STATE_DICT."""
+_ADAPTER = "adapter_model.safetensors"
 
 
 def strategy_of(trainer: Any) -> str:
@@ -35,7 +36,7 @@ def strategy_of(trainer: Any) -> str:
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: str) -> None:
-    """Load a checkpoint's whole weights into a model, sharded or not; every rank must call it.
+    """Load a checkpoint's whole weights, or adapters, into a model, sharded or not; every rank must call it.
 
     Args:
         model: the bare model, with plain parameters, DTensors, or parameters that ZeRO-3 has taken apart.
@@ -45,24 +46,56 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], written_by: s
     Raises:
         ValueError: the checkpoint has no whole weights, or those of another model.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if (Path(folder) / "adapter_model.safetensors").is_file():
+    if adapter_files(model):
+        _load_adapters(model, Path(folder), written_by)
+        return
+    if (Path(folder) / _ADAPTER).is_file():
         raise ValueError(
-            f"{folder} was written under {written_by!r} and holds a PEFT adapter; adapters can be resumed under the "
-            "strategy they were written under alone."
+            f"{folder} was written under {written_by!r} and holds a PEFT adapter, which this model has not; put the "
+            "adapters into the model before the Trainer is made."
         )
-    if not files and not (Path(folder) / SHARDS).is_dir():
+    _fill(model.state_dict(keep_vars=True), _whole(Path(folder), "model*.safetensors", written_by), folder)
+
+
+def adapter_files(model: nn.Module) -> dict[str, str]:
+    """The file in a checkpoint of each of a model's adapters (PEFT), by the adapter's name."""
+    return {name: _ADAPTER if name == "default" else f"{name}/{_ADAPTER}" for name in getattr(model, "peft_config", ())}
+
+
+def _load_adapters(model: Any, folder: Path, written_by: str) -> None:
+    """Into the tensors that are there: PEFT's own loading makes those in half precision new, and fp32."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict  # who has adapters has it
+
+    for name, file in adapter_files(model).items():
+        if name not in model.active_adapters and not (folder / file).is_file():
+            continue  # frozen, as the model's own weights are, and FSDP2's shards have none of them
+        saved, state = _whole(folder, file, written_by), model.state_dict(keep_vars=True)
+        own = get_peft_model_state_dict(model, state, name)
+        if {id(tensor) for tensor in own.values()} <= {id(tensor) for tensor in state.values()}:
+            _fill(own, saved, folder)
+        else:  # made for the file, as prompts are
+            set_peft_model_state_dict(model, saved, adapter_name=name)
+
+
+def _whole(folder: Path, files: str, written_by: str) -> dict[str, Tensor]:
+    """The tensors in whole files, or put together from FSDP2's shards."""
+    found = sorted(folder.glob(files))
+    if not found and not (folder / SHARDS).is_dir():
         raise ValueError(
-            f"{folder} was written under {written_by!r} and has no whole weights (model.safetensors) to go on with "
-            "under another strategy; resume as it was written, or let it write them: stage3_gather_16bit_weights_on_"
-            "model_save: true (ZeRO-3)."
+            f"{folder} was written under {written_by!r} and has no whole weights ({files.replace('*', '')}) to go on "
+            "with under another strategy; resume as it was written, or let it write them: stage3_gather_16bit_weights_"
+            "on_model_save: true (ZeRO-3)."
         )
-    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    saved = saved or _put_together(Path(folder) / SHARDS)
+    saved = {name: tensor for file in found for name, tensor in load_file(file).items()}
+    return saved or _put_together(folder / SHARDS)
+
+
+def _fill(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Copy what was saved into the tensors of a model, of which each has one name or, tied, several."""
     names: dict[int, list[str]] = defaultdict(list)
     targets: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names[id(tensor)].append(name)  # tied weights have several
+    for name, tensor in tensors.items():
+        names[id(tensor)].append(name)
         targets[id(tensor)] = tensor
     for key, target in targets.items():
         found = next((name for name in names[key] if name in saved), None)

@@ -33,7 +33,7 @@ from hf_soo.integrations.checkpoints import (
     strategy_in,
 )
 from hf_soo.integrations.losses import LOSS_FILE, load_loss_state, loss_state
-from hf_soo.integrations.reshard import load_base, load_weights, strategy_of
+from hf_soo.integrations.reshard import WHOLE, adapter_files, load_base, load_weights, strategy_of
 from hf_soo.integrations.saving import begin_save, finish_save, hold, write_error
 from hf_soo.registry import METHODS
 
@@ -218,22 +218,28 @@ class ResumingMixin(_Base):
             if self.is_deepspeed_enabled:
                 engine = self.accelerator.deepspeed_engine_wrapped.engine
                 getattr(engine.optimizer, "refresh_fp32_params", lambda: None)()  # ZeRO's copies of the weights
-        elif not self._load_renamed(resume_from_checkpoint):
+        elif not self._load_ourselves(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         require_weights(self.args, best)
         self._show(False)
-        if not self._load_renamed(best):
+        if not self._load_ourselves(best):
             super()._load_best_model()
         ours = self.second_order
         if ours is not None and ours.wrappers is not None and ours.wrappers.shows and not self.is_deepspeed_enabled:
             load_base(ours, best)  # what was best were its averages
 
-    def _load_renamed(self, checkpoint: str) -> bool:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not sharded and load_renamed_weights(checkpoint, self._bare())
+    def _load_ourselves(self, checkpoint: str) -> bool:
+        """Whether the weights were loaded here: where Trainer would load others than were saved, and say nothing."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        model = self._bare()
+        if any((Path(checkpoint) / file).is_file() for file in adapter_files(model).values()):
+            load_weights(model, checkpoint, WHOLE)
+            return True
+        return load_renamed_weights(checkpoint, model)
 
     def _bare(self) -> nn.Module:
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -28,6 +28,7 @@ ADAPTERS: dict[str, Any] = {
     "dora": LoraConfig(target_modules=["query", "value"], r=2, use_dora=True),
     "biases": LoraConfig(target_modules=["query", "value"], r=2, bias="lora_only"),
 }
+HALF = {"half precision": LoraConfig(target_modules=["query", "value"], r=2)}
 VECTORS: dict[str, Any] = {
     "ia3": IA3Config(target_modules=["key", "value"], feedforward_modules=[], task_type="SEQ_CLS"),
     "prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"),
@@ -40,7 +41,9 @@ def adapted(kind: str) -> Any:
         vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=16,
     )  # fmt: skip
-    return get_peft_model(BertForSequenceClassification(config), {**ADAPTERS, **VECTORS}[kind])
+    half = kind == "half precision"  # as QLoRA's adapters are; PEFT would load them as fp32
+    model = BertForSequenceClassification(config).to(torch.bfloat16 if half else torch.float32)
+    return get_peft_model(model, {**ADAPTERS, **VECTORS, **HALF}[kind], autocast_adapter_dtype=not half)
 
 
 def made(kind: str, method: str, folder: Path, **settings: Any) -> Trainer:
@@ -61,6 +64,11 @@ def test_trains_evaluates_and_resumes(method: str, kind: str, tmp_path: Path) ->
     moved = {name for name, p in after.items() if not torch.equal(p, fresh[name])}
     assert moved == {name for name, p in after.items() if p.requires_grad}
     assert {f"{layer.name}.weight" for layer in ours(trainer).layers} <= moved
+
+
+def test_adapters_in_half_precision_stay_so(tmp_path: Path) -> None:
+    kept = assert_exact(lambda: made("half precision", "mkor", tmp_path), tmp_path).model.state_dict()
+    assert {tensor.dtype for name, tensor in kept.items() if "lora_" in name} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", VECTORS)
