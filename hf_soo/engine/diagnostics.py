@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Diagnostics:
             method: the optimizer's name, for the message.
         """
         if step == 1:  # a model in eval mode, a layer that is never called: say so before hours are spent
-            self._warn_of_layers(method)
+            self._warn_of_layers(method, self._without_gradient())
         self._follow_cosines()
         if step % CHECK_PERIOD or self._lowest_cosine is None:
             return
@@ -100,12 +100,19 @@ class Diagnostics:
             self._lowest_cosine = lowest if before is None else torch.minimum(before.to(lowest.device), lowest)
         self._fresh = False
 
-    def _warn_of_layers(self, method: str) -> None:
+    def _without_gradient(self) -> set[str]:
+        """The layers whose gradient is 0 in this step: an adapter's A, while its B is."""
+        return {
+            name for names, moved in self._moved for name, length in zip(names, moved.before.tolist(), strict=True)
+            if not length
+        }  # fmt: skip
+
+    def _warn_of_layers(self, method: str, but: Collection[str] = ()) -> None:
         """Name the layers whose statistics could not be used at the last update, each once."""
         lost: dict[str, list[str]] = {}
         for name, outcomes in self._outcomes().items():
             bad = {outcome for outcome in outcomes if outcome in LOST}
-            if bad and name not in self._warned_layers:
+            if bad and name not in self._warned_layers and name not in but:
                 self._warned_layers.add(name)
                 lost.setdefault(max(bad).text, []).append(name)
         for reason, names in lost.items():

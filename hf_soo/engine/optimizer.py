@@ -156,6 +156,8 @@ class PreconditionedOptimizer(TwoWeights):
             self.parameter_index.refuse_sparse(self.base, self.layers, self.name)
         if self.parameter_index.frozen:
             self.parameter_index.warn_of_thawed(self.name)
+        if self.steps % diagnostics.CHECK_PERIOD == 0:
+            self.parameter_index.warn_of_newcomers(self.stages.model, self.param_groups, self.name)
         if self.layers:
             if self.preconditioner.watches_loss:
                 self._loss.require(self.name)

@@ -38,7 +38,7 @@ class ParameterIndex:
         slots: parameter name -> the module that holds it and its name there.
         frozen: the parameters that were not trained.
         added: those that came into the groups later.
-        warned: the thawed ones that were warned of.
+        warned: the thawed ones and the newcomers that were warned of.
     """
 
     parameters: list[list[str]]
@@ -116,6 +116,25 @@ class ParameterIndex:
                 "none of its groups, so they never move. Call optimizer.add_param_group({'params': [...]}), and the "
                 "base alone moves them; or build the optimizer while all that will ever be trained is unfrozen, and "
                 "freeze it then.",
+                method, new[:3], len(new),
+            )  # fmt: skip
+
+    def warn_of_newcomers(self, model: nn.Module, groups: Sequence[Mapping[str, Any]], method: str) -> None:
+        """Warn, of each once, of trained parameters that came into the model since: adapters, a new head.
+
+        Args:
+            model: the model.
+            groups: the base's parameter groups.
+            method: its name.
+        """
+        known = {id(getattr(*slot, None)) for slot in self.slots.values()}
+        known.update(id(parameter) for group in groups for parameter in group["params"])
+        new = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        if new := [name for name in new if name not in self.warned]:
+            self.warned.update(new)
+            logger.warning(
+                "%s: %s (%d parameters) came into the model after the optimizer was built and are in none of its "
+                "groups, so it never moves them. Put adapters and heads into the model first, and build it then.",
                 method, new[:3], len(new),
             )  # fmt: skip
 

@@ -89,8 +89,8 @@ def select_layers(
                 yield each, each.stack or name, _reason_to_leave(each, name, owners, decoders)
 
     selection = _select(candidates(), include, exclude, skip_reason, "layers")
-    embeddings = {name: _EMBEDDING for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    skipped = selection.skipped | embeddings
+    tables = _embeddings(model)
+    skipped = selection.skipped | {name: _EMBEDDING for name, module in model.named_modules() if module in tables}
     return Selection(selection.layers, skipped | _rest(model, selection.layers, skipped), selection.meant)
 
 
@@ -130,7 +130,7 @@ def select_parameters(
     Raises:
         ValueError: a pattern is no regular expression, or no parameter is left.
     """
-    decoders = _decoders(model)
+    decoders, tables = _decoders(model), _embeddings(model)
     modules = dict(model.named_modules())
 
     def candidates() -> Iterator[tuple[Layer, str, str | None]]:
@@ -139,7 +139,7 @@ def select_parameters(
             reason = None if parameter.requires_grad else "frozen"
             if parameter.is_complex():
                 reason = reason or _COMPLEX
-            if not everything and isinstance(modules[name], nn.Embedding):  # a tied decoder has the embedding's name
+            if not everything and modules[name] in tables:  # a tied decoder has the embedding's name
                 reason = reason or _EMBEDDING
             if not everything and modules[name] in decoders:
                 reason = reason or _DECODER
@@ -221,6 +221,12 @@ def _decoders(model: nn.Module) -> set[nn.Module]:
     """The vocabulary decoders of the model and of models inside it, with what wraps them (PEFT) and is inside."""
     found = (getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules())
     return {part for decoder in found if isinstance(decoder, nn.Module) for part in decoder.modules()}
+
+
+def _embeddings(model: nn.Module) -> set[nn.Module]:
+    """The embeddings of the model, and what lies in a wrapper of one: PEFT's adapters of it, trained tokens."""
+    wrappers = [each for each in model.modules() if isinstance(getattr(each, "base_layer", each), nn.Embedding)]
+    return {part for wrapper in wrappers for part in wrapper.modules()}
 
 
 def _reason_to_leave(layer: Layer, path: str, owners: dict[int, list[str]], decoders: set[nn.Module]) -> str | None:

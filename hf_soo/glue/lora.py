@@ -56,6 +56,7 @@ class AdapterTrainer(FineTuningTrainer):
         if output_dir is not None or _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
+        self._show(True)  # an average of the weights, where they are evaluated with one
         if not self.args.should_save:
             return
         from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -25,8 +25,8 @@ from hf_soo.optimizers.wrappers import WRAPPERS, Wrappers, split_arguments
 
 logger = logging.getLogger(__name__)
 
-HEADS = re.compile(r"(^|\.)(classifier|score|qa_outputs|seq_relationship|lm_head)$")
-"""Task heads: their few output rows are no hidden matrix, so Muon leaves them to its AdamW."""
+HEADS = re.compile(r"(^|\.)(classifier|score|qa_outputs|seq_relationship|lm_head)(\.modules_to_save\.[^.]+)?$")
+"""Task heads, also PEFT's copies: their few output rows are no hidden matrix, so Muon leaves them to its AdamW."""
 
 
 OTHER_KERNELS = {"foreach", "capturable", "differentiable"}

@@ -76,6 +76,15 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(world: Path, tmp_path: Path) 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_an_average_is_kept_where_it_is_what_was_evaluated(world: Path, tmp_path: Path) -> None:
+    flags = [*LORA, "--base_optim_args", "ema_decay=0.5", "--do_eval", "true", *RATE]
+    record = run(world, tmp_path / "out", "--do_train", "true", *flags)
+    kept = ["--model_name_or_path", str(tmp_path / "out"), "--data_dir", str(world / "glue")]
+    assert main([*COMMON, *kept, "--do_eval", "--output_dir", str(tmp_path / "again")]) == 0
+    found = only_run(tmp_path / "again" / "runs")["final"]["eval_loss"]
+    assert found == pytest.approx(record["final"]["eval_loss"], abs=1e-5)  # merged: another order of the same sums
+
+
 def test_all_linear_layers(world: Path, tmp_path: Path) -> None:
     record = run(world, tmp_path, "--lora_r", "2", "--lora_targets", "all-linear", "--save_strategy", "no", steps=1)
     whole = run(world, tmp_path / "whole", "--save_strategy", "no", steps=1)
