@@ -109,7 +109,7 @@ def test_commands_name_files_and_flags_that_exist() -> None:
                 assert re.search(rf"{flag}\b", help_of(command, *task)), (command, flag)
                 checked += 1
             shipped.find([after for flag, after in pairwise(rest) if flag == "--config"], command)
-        for file in (word for word in words if word.startswith(("configs/", "scripts/"))):
+        for file in (word for word in words if word.startswith(("configs/", "scripts/", "examples/"))):
             assert (ROOT / file).is_file(), file
     assert checked, "no command was found at all"
 
