@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_NO_RUNS = ("accelerate", "deepspeed", "search", "slurm")  # folders of what no command trains from
+_NO_RUNS = ("accelerate", "deepspeed", "lora", "search", "slurm")  # folders of what no command trains from
 _WIDTH = 120
 
 

@@ -62,6 +62,13 @@ def test_every_example_says_how_it_is_run() -> None:
         assert commands(path.read_text(encoding="utf-8")), path
 
 
+def test_the_guide_s_commands_are_those_that_run_here() -> None:
+    """The first of the example's own text, and the same that goes on."""
+    name, flags = commands((EXAMPLES / "sft_lora.py").read_text(encoding="utf-8"))[0]
+    goes_on = (name, [*flags, "--resume_from_checkpoint", "out/sft_lora/checkpoint-100"])
+    assert commands((ROOT / "docs" / "guides" / "lora.md").read_text(encoding="utf-8")) == [(name, flags), goes_on]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_trains_and_goes_on(path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the middle, and the weights are those of a run that nobody stopped."""
