@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,10 @@ RUNS = {
 
 _TEXTS = ("list", "plan", "report", "recipes")  # the other commands: what they say is a text
 
-# Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table, and whose picture(FOLDER, FILE, TITLE),
-# if it has one, their picture; of several kinds, the first. Runs of all others have one table and one picture.
+# Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table. If it has them, figures(FOLDER, TITLE)
+# are pictures of all together, parts(FOLDER) the runs that can be compared, by title. Of several kinds, the first.
 REPORTS = {"search": "hf_soo.search.comparison", "bench": "hf_soo.bench.report", "glue": "hf_soo.glue.table"}
+_Pictures = tuple[Callable[[str], list[Any]], Callable[[], dict[str, list[Any]]]]  # both, of one folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,25 +85,12 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report",
-        help="table and picture of a folder of run JSONs",
+        help="table, picture and page of a folder of run JSONs",
         description="Print the markdown table of the best run of every method in FOLDER (best learning rate by final "
         "evaluation loss), or of a search's trials the comparison over seeds and rates; on request write it to a file, "
-        "into a README, and draw the curves.",
+        "into a README, draw the curves, and make a page of all there is.",
     )
-    report.add_argument("folder", metavar="FOLDER", help="the folder that holds the run JSONs")
-    report.add_argument("--table", metavar="FILE.md", help="write the table to this file")
-    report.add_argument(
-        "--picture",
-        metavar="FILE.png",
-        help="draw evaluation loss over steps and over seconds, or the cost curves of benchmarks",
-    )
-    report.add_argument("--title", default="", help="title of the picture")
-    report.add_argument(
-        "--readme",
-        metavar="FILE.md",
-        help="put the table between <!-- results:NAME --> and <!-- /results -->; NAME is the folder's name",
-    )
-    report.set_defaults(run=_report)
+    _add_report(report)
     _add_recipes(commands)
     plan = commands.add_parser(
         "plan",
@@ -127,6 +116,28 @@ def _add_recipes(commands: argparse._SubParsersAction[_Parser]) -> None:
     recipes.add_argument("--path", action="store_true", help="print where it lies, for accelerate's --config_file")
     recipes.add_argument("--copy", metavar="FOLDER", help="copy them all to a new folder, configs for example")
     recipes.set_defaults(run=_recipes)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="the folder that holds the run JSONs")
+    parser.add_argument("--table", metavar="FILE.md", help="write the table to this file")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE.png",
+        help="draw evaluation loss over steps and over seconds, scores, or the cost of benchmarks",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE.html",
+        help="write one page that loads nothing: tables, curves, health of the layers, routing, settings that differ",
+    )
+    parser.add_argument("--title", default="", help="title of the picture and of the page")
+    parser.add_argument(
+        "--readme",
+        metavar="FILE.md",
+        help="put the table between <!-- results:NAME --> and <!-- /results -->; NAME is the folder's name",
+    )
+    parser.set_defaults(run=_report)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -199,22 +210,28 @@ def _report(options: argparse.Namespace) -> str:
     from hf_soo.files import write_atomically
     from hf_soo.runs import report
 
-    draw, text = report_of(options.folder)
+    (figures, parts), text = report_of(options.folder)
     if options.table:
         write_atomically(Path(options.table), text)
     if options.readme:
         report.update_readme(options.readme, Path(options.folder).resolve().name, text)
-    if options.picture and draw is None:
-        raise ValueError(
-            f"--picture: {options.folder} holds runs on GLUE or a reproduction, which have no one curve; leave it out."
-        )
-    if options.picture and draw is not None:
-        draw(options.picture, options.title)
+    if options.picture:
+        curves = (report.figure(runs, options.title, free=None) for runs in parts().values())
+        figure = next(itertools.chain(figures(options.title), curves), None)
+        if figure is None:
+            raise ValueError(f"--picture: {options.folder} holds nothing that can be drawn; leave it out.")
+        report.save(figure, options.picture)
+    if options.html:
+        from hf_soo.runs.page import page
+
+        title = options.title or f"Report of {Path(options.folder).resolve().name}"
+        Path(options.html).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(options.html), page(title, text, figures(""), parts()))
     return text
 
 
-def report_of(folder: str | Path) -> tuple[Callable[[str, str], None] | None, str]:
-    """The table of a folder, and what draws its picture into a file, under a title; None: nothing does.
+def report_of(folder: str | Path) -> tuple[_Pictures, str]:
+    """What can be drawn of a folder, and its table.
 
     Args:
         folder: of run JSONs of one workload, or of trials of a search, of runs on GLUE, or of JSONs of ``hf-soo
@@ -228,7 +245,7 @@ def report_of(folder: str | Path) -> tuple[Callable[[str, str], None] | None, st
 
     folder = Path(folder)
     if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
-        return None, reproduce_table.text_of(folder)
+        return _read_by(reproduce_table, folder)
     damaged: record.Damaged = {}
     records = record.read_runs(folder, damaged)
     kinds = {"search" if run.search else run.kind for run in records}
@@ -236,12 +253,16 @@ def report_of(folder: str | Path) -> tuple[Callable[[str, str], None] | None, st
         kinds = {record.kind_of(document) for document in record.read_documents(folder, {}).values()} & {"bench"}
     for kind, name in REPORTS.items():
         if kind in kinds:
-            module = importlib.import_module(name)
-            draw = getattr(module, "picture", None)
-            return (partial(draw, folder) if draw else None), module.text_of(folder)
+            return _read_by(importlib.import_module(name), folder)
     if not records:
         raise ValueError(": ".join(map(str, next(iter(damaged.items())))))
-    return partial(report.picture, records), report.table(records) + record.passed_over(damaged)
+    return (lambda title: [], lambda: {"": records}), report.table(records) + record.passed_over(damaged)
+
+
+def _read_by(module: Any, folder: Path) -> tuple[_Pictures, str]:
+    figures: Callable[..., list[Any]] = getattr(module, "figures", lambda folder, title: [])
+    parts: Callable[..., dict[str, list[Any]]] = getattr(module, "parts", lambda folder: {})
+    return (partial(figures, folder), partial(parts, folder)), module.text_of(folder)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_soo.runs.markdown import label, plain
-from hf_soo.runs.record import kind_of, read_documents
-from hf_soo.runs.report import COLOURS, MARKERS, figure_of
+from hf_soo.runs.record import kind_of
+from hf_soo.runs.report import figure_of, logarithmic, style, tidy, with_legend
 
 _TITLES = {
     "width": "width",
@@ -17,7 +16,7 @@ _TITLES = {
     "ranks": "ranks (gloo)",
     "gpus": "GPUs (predicted)",
 }
-_STEP, _TRAIN = "step over AdamW(foreach)'s", "whole train step over AdamW's"
+STEP, TRAIN = "step over AdamW(foreach)'s", "whole train step over AdamW's"
 
 
 class _Point(NamedTuple):
@@ -74,7 +73,7 @@ def text_of(curves: _Curves) -> str:
         tables.append("\n".join(lines) + "\n")
     if not tables:
         return ""
-    return "\n".join([f"Each cell: {_STEP}; {_TRAIN}.\n", *tables])
+    return "\n".join([f"Each cell: {STEP}; {TRAIN}.\n", *tables])
 
 
 def _cell(point: _Point | None) -> str:
@@ -83,59 +82,41 @@ def _cell(point: _Point | None) -> str:
     return "; ".join("-" if value is None else f"{value:.2f}" for value in (point.step, point.train))
 
 
-def picture(folder: str | Path, path: str, title: str = "") -> None:
-    """Draw the curves of a folder: steps above, whole train steps below, a column for each axis.
+def figure(curves: _Curves, title: str = "") -> Any:
+    """Steps above, whole train steps below, a column for each axis.
 
     Args:
-        folder: of a suite's JSONs.
-        path: the file; its ending says the format.
+        curves: at least one.
         title: over the panels.
 
     Raises:
-        ValueError: no benchmark there lies on a curve, or matplotlib is not installed.
+        ValueError: matplotlib is not installed.
     """
-    curves = curves_of(read_documents(folder, {}).values())
-    if not curves:
-        raise ValueError(f"{folder} holds no benchmark that lies on a curve; hf-soo bench --suite cpu makes some.")
     names = list(dict.fromkeys(name for methods in curves.values() for name in methods))
-    figure = figure_of(3.2 * len(curves) + 1, 6.4)
-    panels = figure.subplots(2, len(curves), squeeze=False)
+    drawn = figure_of(3.2 * len(curves) + 1, 6.4)
+    panels = drawn.subplots(2, len(curves), squeeze=False)
     for column, (axis, methods) in enumerate(curves.items()):
-        for row, said in enumerate((_STEP, _TRAIN)):
+        for row, said in enumerate((STEP, TRAIN)):
             panel = panels[row][column]
             panel.set_visible(_draw(panel, methods, names, said))
             panel.set_xlabel(_TITLES[axis])
             panel.set_ylabel(said if column == 0 or not panels[row][column - 1].get_visible() else "")
-    drawn = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels.flat]
-    lines = {text: line for each in drawn for line, text in each}
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(8, len(lines)), "frameon": False}
-    figure.legend(lines.values(), lines.keys(), **place)
-    if title:
-        figure.suptitle(label(title))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    return with_legend(drawn, 8, title)
 
 
 def _draw(panel: Any, methods: Mapping[str, list[_Point]], names: list[str], said: str) -> bool:
     """The lines of one panel; whether there are any."""
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
     places = sorted({point.at for points in methods.values() for point in points})
     drawn = False
     for name, points in methods.items():
-        values = [(p.at, p.step if said == _STEP else p.train) for p in points]
+        values = [(p.at, p.step if said == STEP else p.train) for p in points]
         known = [(at, value) for at, value in values if value is not None]
         if known:
-            number = names.index(name)
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            panel.plot(*zip(*known, strict=True), label=label(name), markersize=4, **style)
+            panel.plot(*zip(*known, strict=True), label=label(name), **style(names.index(name)))
             drawn = True
     panel.set_xscale("log", base=2)
     panel.set_xticks(places, map(str, places))
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.minorticks_off()
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
+    logarithmic(panel)
+    tidy(panel)
     return drawn

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_soo.bench import curves
 from hf_soo.bench.curves import name_of
-from hf_soo.runs.markdown import plain
+from hf_soo.runs import report
+from hf_soo.runs.markdown import label, plain
 from hf_soo.runs.record import Damaged, kind_of, passed_over, read_documents
 
 COLUMNS = {
@@ -109,20 +110,56 @@ def _table(results: dict[str, Any]) -> str:
     )
 
 
+def _tables(documents: Mapping[Path, Any], damaged: Damaged) -> list[tuple[dict[str, Any], str]]:
+    """The benchmarks that lie on no curve, each with its table; what is none as this version reads it is damaged."""
+    found = []
+    for path, document in documents.items():
+        if kind_of(document) == "bench" and "curve" not in document:
+            try:
+                found.append((document, _table(document)))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                damaged[path] = f"no benchmark as this version reads it: {type(error).__name__} {error}"
+    return found
+
+
 def text_of(folder: Path) -> str:
     """The tables of the benchmarks among a folder's JSONs, by file name; of those that lie on curves, one a curve."""
     damaged: Damaged = {}
-    tables, documents = [], read_documents(folder, damaged)
-    for path, found in documents.items():
-        if kind_of(found) == "bench" and "curve" not in found:
-            try:
-                tables.append(_table(found))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                damaged[path] = f"no benchmark as this version reads it: {type(error).__name__} {error}"
+    documents = read_documents(folder, damaged)
+    tables = [table for _, table in _tables(documents, damaged)]
     more = curves.text_of(curves.curves_of(documents.values()))
     return "\n".join([*tables, *([more] if more else [])]) + passed_over(damaged)
 
 
-def picture(folder: Path, path: str, title: str = "") -> None:
-    """The curves among a folder's benchmarks, as a picture."""
-    curves.picture(folder, path, title)
+def figures(folder: Path, title: str = "") -> list[Any]:
+    """The cost curves, where there are any; and what a step costs on each of the other benchmarks' models.
+
+    Args:
+        folder: of benchmarks.
+        title: over the first of them.
+    """
+    documents = read_documents(folder, {})
+    found = curves.curves_of(documents.values())
+    drawn = [curves.figure(found, title)] if found else []
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for results, _ in _tables(documents, {}):
+        rows.setdefault(str(results["preset"]), []).extend(results["rows"])
+    return [*drawn, _costs(rows, "" if drawn else title)] if rows else drawn
+
+
+def _costs(rows: Mapping[str, Sequence[dict[str, Any]]], title: str) -> Any:
+    """A panel for each model, a mark for each method: its step, and its whole train step."""
+    drawn = report.figure_of(7 * len(rows), 4.8)
+    for axis, (preset, own) in zip(drawn.subplots(1, len(rows), squeeze=False).flat, rows.items(), strict=True):
+        names = list(dict.fromkeys(map(name_of, own)))
+        for index, (said, key) in enumerate({curves.STEP: "step_ratio", curves.TRAIN: "train_step_ratio"}.items()):
+            known = [row for row in own if isinstance(row.get(key), int | float)]
+            places, ratios = [names.index(name_of(row)) for row in known], [row[key] for row in known]
+            axis.plot(places, ratios, linestyle="", label=said, **report.style(index))
+        axis.set_xticks(range(len(names)), map(label, names), rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_xlabel("method")
+        axis.set_ylabel("ratio to AdamW")
+        axis.set_title(label(f"{preset}: the cost of a step"))
+        report.tidy(axis)
+        report.logarithmic(axis)
+    return report.with_legend(drawn, 2, title)

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_soo.glue.tasks import TASKS, GlueTask
 from hf_soo.runs import report
-from hf_soo.runs.markdown import plain
+from hf_soo.runs.markdown import label, plain
 from hf_soo.runs.record import Damaged, RunRecord, differing, passed_over, read_runs
 
 _COMBINED = "combined_score"  # the mean of the two before it, for choosing a model; not shown
@@ -39,6 +39,12 @@ class _Row:
     def method(self) -> str:
         """The optimizer and what sets the row apart."""
         return f"{self.optimizer} ({self.note})" if self.note else self.optimizer
+
+    @property
+    def title(self) -> str:
+        """All that sets it apart, on one line."""
+        over = f" over {self.base}" if self.base else ""
+        return f"{self.model}, {self.optimizer}{over}, {self.rate}" + (f" ({self.note})" if self.note else "")
 
     @property
     def tasks(self) -> list[str]:
@@ -149,6 +155,44 @@ def text_of(folder: Path) -> str:
     return (table(records) if fine_tuned else report.table(records)) + passed_over(damaged)
 
 
+def figures(folder: Path, title: str = "") -> list[Any]:
+    """The scores: a mark for each row of the table and task, on a line from the lowest seed to the highest.
+
+    Args:
+        folder: of run JSONs.
+        title: over the scores.
+
+    Returns:
+        None of them where no task was measured.
+    """
+    found = [row for row in _rows(list(filter(_is_fine_tuning, read_runs(folder, {})))) if row.tasks]
+    if not found:
+        return []
+    names = [name for name in TASKS if any(name in row.tasks for row in found)]
+    drawn = report.figure_of(7, 4.8)
+    axis = drawn.subplots()
+    for index, row in enumerate(found):
+        places = [names.index(name) + 0.6 * (index - (len(found) - 1) / 2) / len(found) for name in row.tasks]
+        scores = [mean(medians(row.cells[name]).values()) for name in row.tasks]
+        style = report.style(index)
+        axis.plot(places, [100 * score for score in scores], linestyle="", **style, label=label(row.title))
+        for place, name in zip(places, row.tasks, strict=True):
+            seeds = [100 * mean(medians([run]).values()) for run in row.cells[name] if medians([run])]
+            axis.vlines(place, min(seeds), max(seeds), color=style["color"], linewidth=1)
+    axis.set_xticks(range(len(names)), [TASKS[name].title for name in names])
+    axis.set_xlabel("task")
+    axis.set_ylabel("mean of the metrics, in percent")
+    report.tidy(axis)
+    return [report.with_legend(drawn, 2, title)]
+
+
+def parts(folder: Path) -> dict[str, list[RunRecord]]:
+    """The runs of each task."""
+    found = list(filter(_is_fine_tuning, read_runs(folder, {})))
+    alike = {name: [run for run in found if run.config["task"] == name] for name in TASKS}
+    return {TASKS[name].title: runs for name, runs in alike.items() if runs}
+
+
 def table(records: Sequence[RunRecord]) -> str:
     """The markdown table of a folder of run JSONs, and below it the seeds that its medians are of.
 
@@ -218,10 +262,7 @@ def _seeds(found: Sequence[_Row]) -> list[str]:
                 if len(values := _values(runs, metric)) > 1:
                     numbers = (f"{100 * value:.1f}" for value in (median(values), min(values), max(values)))
                     seeds = " ".join(str(run.seed) for run in runs if run.status == "completed")
-                    over = f" over {row.base}" if row.base else ""
-                    note = f" ({row.note})" if row.note else ""
-                    method = plain(f"{row.model}, {row.optimizer}{over}, {row.rate}{note}")
-                    cells = [method, TASKS[name].title, metric, *numbers, seeds]
+                    cells = [plain(row.title), TASKS[name].title, metric, *numbers, seeds]
                     lines.append(f"| {' | '.join(cells)} |")
     header = ["", "| run | task | metric | median | lowest | highest | seeds |", "|---|---|---|---:|---:|---:|---|"]
     return [*header, *lines] if lines else []

@@ -44,8 +44,14 @@ def write(results: Path, scale: str) -> str:
     text = text_of(results)
     write_atomically(results / "table.md", text)
     title = f"Phase 2 of BERT-{scale} ({runs[0].parameters / 1e6:.1f} M parameters)"
-    report.picture(runs, results / "phase2.png", title, free={"max_steps"})
+    report.save(report.figure(runs, title, free={"max_steps"}), results / "phase2.png")
     return text
+
+
+def parts(results: Path) -> dict[str, list[RunRecord]]:
+    """The runs of both phases: what fine-tunes is the same for all."""
+    found = {"Phase 2": PHASE_2_FOLDER, "Phase 1": "phase1"}
+    return {title: runs for title, name in found.items() if (runs := _read(results / name, {}))}
 
 
 def text_of(results: Path) -> str:

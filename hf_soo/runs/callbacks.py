@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,6 +17,7 @@ from hf_soo.runs.record import CurvePoint, RunRecord
 
 # Where a checkpoint's trainer_state.json keeps the record so far, among the states of callbacks.
 STATE_KEY = "hf_soo_run"
+_MOST_RULES = 16  # of a record's routing
 
 
 class RecordCallback(TrainerCallback):
@@ -91,7 +93,9 @@ class RecordCallback(TrainerCallback):
             loss = float(logs[key])
             self._point(state.global_step)[entry] = self.record.final[entry] = loss
             if entry == "train_loss" and (health := _health(optimizer)):
-                self._point(state.global_step)["health"] = health
+                began = time.perf_counter()  # by then the device is done: the health was read from it
+                self._point(state.global_step)["health"] = health | _distances(optimizer)
+                self._mark += time.perf_counter() - began
             if not math.isfinite(loss):
                 self.record.status = "diverged"
                 control.should_training_stop = True
@@ -119,7 +123,8 @@ class RecordCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Ask the optimizer how it fared."""
-        self.record.health = _health(optimizer)
+        self.record.health = _health(optimizer) | _distances(optimizer)
+        self.record.routing = _routing(optimizer)
 
     def _point(self, step: int) -> CurvePoint:
         """The curve's entry for this step, a new one unless the last is of the same step."""
@@ -147,6 +152,25 @@ def _health(optimizer: Any) -> dict[str, float | None]:
     """A few numbers over all layers; an optimizer that is not ours has none."""
     ours = unwrap_optimizer(optimizer)  # under accelerate's wrapper, and DeepSpeed's
     return {} if ours is None else dict(ours.health())
+
+
+def _distances(optimizer: Any) -> dict[str, float | None]:
+    """Over the layers that this rank preconditions, |F - I| of the side of each that is farther from I."""
+    ours = unwrap_optimizer(optimizer)
+    rows = () if ours is None else ours.diagnostics().values()
+    sides = [[float(value) for key, value in row.items() if key.endswith("_distance")] for row in rows]
+    farther = [max(each) for each in sides if each]
+    return {"distance_median": statistics.median(farther), "distance_max": max(farther)} if farther else {}
+
+
+def _routing(optimizer: Any) -> dict[str, Any]:
+    """Which rule moves how many parameters, and the first of them; the rules that move the most."""
+    rules: dict[str, list[str]] = {}
+    ours = unwrap_optimizer(optimizer)
+    for name, rule in ({} if ours is None else ours.routing()).items():
+        rules.setdefault(rule, []).append(name)
+    most = sorted(rules, key=lambda rule: -len(rules[rule]))[:_MOST_RULES]
+    return {rule: {"parameters": len(rules[rule]), "first": rules[rule][:2]} for rule in most}
 
 
 def kept_curve(state: TrainerState) -> list[CurvePoint]:

@@ -6,8 +6,10 @@ The keys are fixed (more may be added)::
     {"name", "kind", "workload": {...}, "method": {...}, "status", "optimizer", "base", "config", "seed", "device",
      "versions", "commit", "parameters", "steps", "seconds",
      "curve": [{"step", "seconds", "train_loss", "eval_loss", "health": {...}}], "final": {metric: value},
-     "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}, "code", "search": {...}}
+     "target": {"eval_loss", "steps", "seconds"} | null, "peak_memory_bytes", "health": {...}, "code",
+     "routing": {rule: {"parameters", "first": [name]}}, "search": {...}}
 
+``health`` is of the last step (|F - I| of the layers that rank 0 preconditions), ``routing`` of the end of the run.
 ``code`` is a digest of the numerical packages (`machine.code`). ``search`` is empty but in trials of a search::
 
     {"study": recipe of the workload, "space": file of the search space, "stage": "wide" | "narrow" | "confirm",
@@ -88,6 +90,7 @@ class RunRecord:
     target: dict[str, float | None] | None = None
     peak_memory_bytes: int = 0
     health: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    routing: dict[str, Any] = dataclasses.field(default_factory=dict)
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

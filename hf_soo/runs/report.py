@@ -24,12 +24,12 @@ _LOSSES = ("train_loss", "eval_loss")
 _Method = list[RunRecord]  # the runs of one optimizer, base and configuration, best first; their learning rates differ
 
 
-def _methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_Method]:
+def _methods(records: Sequence[RunRecord], free: Collection[str] | None = ()) -> list[_Method]:
     """Group runs by optimizer, base and configuration, each group and the list of groups best first.
 
     Args:
         records: the runs of one workload.
-        free: settings besides a method's own in which they may differ.
+        free: settings besides a method's own in which they may differ; None: all.
 
     Raises:
         ValueError: the runs are of different workloads.
@@ -37,7 +37,7 @@ def _methods(records: Sequence[RunRecord], free: Collection[str] = ()) -> list[_
     first = records[0]
     groups: dict[str, _Method] = {}
     for run in records:
-        if changed := differing(first.workload, run.workload, free=free):
+        if free is not None and (changed := differing(first.workload, run.workload, free=free)):
             ours, theirs = (each.workload.get(changed[0]) for each in (first, run))
             raise ValueError(
                 f"Runs {first.name} and {run.name} differ in {changed[0]} ({ours!r}, {theirs!r}); "
@@ -125,36 +125,75 @@ def chosen(run: RunRecord) -> dict[str, Any]:
     return given | {key: patterns for key, patterns in layers.items() if patterns}
 
 
-def picture(records: Sequence[RunRecord], path: str | Path, title: str = "", *, free: Collection[str] = ()) -> None:
-    """Draw evaluation loss over steps and over seconds of training, one line a method, the best run of each.
+def save(drawn: Any, path: str | Path) -> None:
+    """Write a figure.
+
+    Args:
+        drawn: the figure.
+        path: the file, whose folder is made; its ending says the format.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)
+
+
+def figure(
+    records: Sequence[RunRecord], title: str = "", *, free: Collection[str] | None = (), loss: str = "eval_loss"
+) -> Any:
+    """Loss over steps and over seconds of training, one line a method, the best run of each.
 
     Args:
         records: the runs of one workload.
-        path: the file; its ending says the format.
         title: over both panels.
         free: settings besides a method's own in which they may differ.
+        loss: the key of a curve's points to draw.
 
     Raises:
         ValueError: the runs are of different workloads, or matplotlib is not installed.
     """
-    figure = figure_of(11, 4.8)
-    panels = figure.subplots(1, 2, sharey=True)
+    drawn = figure_of(11, 4.8)
+    panels = drawn.subplots(1, 2, sharey=True)
     found = _methods(records, free)
     for index, method in enumerate(found):
-        _draw(panels, method[0], index)
+        _draw(panels, method[0], index, loss)
     for axis, name in zip(panels, ("optimizer steps", "seconds of training"), strict=True):
         axis.set_xlabel(name)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("evaluation loss")
-    if limits := _limits(found):
+        tidy(axis)
+    panels[0].set_ylabel({"eval_loss": "evaluation loss", "train_loss": "training loss"}[loss])
+    if loss == "eval_loss" and (limits := _limits(found)):
         panels[0].set_ylim(*limits)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(found)), frameon=False)
-    if title:
-        figure.suptitle(label(title))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    return with_legend(drawn, 3, title)
+
+
+def health_figure(records: Sequence[RunRecord], *, free: Collection[str] | None = ()) -> Any:
+    """The health of the layers over steps, a panel for each number, the runs of `figure` in its colours.
+
+    Args:
+        records: the runs of one workload.
+        free: settings besides a method's own in which they may differ.
+
+    Returns:
+        None where no run recorded it as it went.
+
+    Raises:
+        ValueError: the runs are of different workloads, or matplotlib is not installed.
+    """
+    bests = [method[0] for method in _methods(records, free)]
+    keys = dict.fromkeys(key for run in bests for point in run.curve for key in point.get("health") or ())
+    if not keys:
+        return None
+    drawn = figure_of(4.8 * len(keys), 4.8)
+    for axis, key in zip(drawn.subplots(1, len(keys), squeeze=False).flat, keys, strict=True):
+        for index, run in enumerate(bests):
+            points = [(p["step"], value) for p in run.curve if (value := (p.get("health") or {}).get(key)) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), **style(index), label=_named(run))
+        axis.set_xlabel("optimizer steps")
+        axis.set_ylabel(label(HEALTH.get(key, key)))
+        tidy(axis)
+        if key.endswith("_layers"):
+            axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
+            axis.locator_params("y", integer=True)
+    return with_legend(drawn, 3)
 
 
 def figure_of(width: float, height: float) -> Any:
@@ -171,34 +210,86 @@ def figure_of(width: float, height: float) -> Any:
 
 
 # Wong's palette (Nature Methods 2011), told apart also without colour vision; the markers serve print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-MARKERS = "osD^vPX"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vPX"
+# What the numbers of a record's health are.
+HEALTH = {
+    "cos_median": "cos(G, P), median over layers",
+    "cos_min": "cos(G, P), lowest of all layers",
+    "distance_median": "|F - I|, median over layers",
+    "distance_max": "|F - I|, largest of all layers",
+    "fallback_layers": "layers that fell back",
+    "noise_layers": "layers with a side of noise",
+}
 
 
-def _draw(panels: Any, run: RunRecord, index: int) -> None:
-    points = _evaluations(run)
-    style = {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 4,
-        "label": f"{label(_label(run))}, lr {_rates(run)}: {_outcome(run)}",
-    }
+def style(index: int) -> dict[str, Any]:
+    """Colour and marker of a method's line, by its place among them."""
+    place = index % len(_COLOURS)
+    marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]  # no pair comes twice
+    return {"color": _COLOURS[place], "marker": marker, "markersize": 4}
+
+
+def _named(run: RunRecord) -> str:
+    """What a legend says of a run."""
+    return f"{label(_label(run))}, lr {_rates(run)}: {_outcome(run)}"
+
+
+def _draw(panels: Any, run: RunRecord, index: int, loss: str) -> None:
+    points = _points(run, loss)
+    look = style(index) | {"markevery": max(1, len(points) // 12), "label": _named(run)}
     for axis, key in zip(panels, ("step", "seconds"), strict=True):
-        axis.plot([point[key] for point in points], [point["eval_loss"] for point in points], **style)
+        axis.plot([point[key] for point in points], [point[loss] for point in points], **look)
 
 
-def _evaluations(run: RunRecord) -> list[dict[str, float]]:
+def tidy(axis: Any) -> None:
+    """A light grid, and no frame."""
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def logarithmic(axis: Any) -> None:
+    """A vertical scale of ratios, with numbers as they are read: 0.5, 1, 2."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.minorticks_off()
+
+
+def with_legend(drawn: Any, columns: int, title: str = "") -> Any:
+    """The figure, with one legend for all its panels below them.
+
+    Args:
+        drawn: the figure.
+        columns: most of them in the legend.
+        title: over the panels.
+    """
+    entries: dict[str, Any] = {}
+    for axis in drawn.axes:
+        for line, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(text, line)
+    place: dict[str, Any] = {"loc": "outside lower center", "frameon": False}
+    drawn.legend(entries.values(), entries.keys(), ncols=max(1, min(columns, len(entries))), **place)
+    if title:
+        drawn.suptitle(label(title))
+    return drawn
+
+
+def _points(run: RunRecord, loss: str) -> list[dict[str, float]]:
     return [
-        {key: float(point[key] or 0.0) for key in ("step", "seconds", "eval_loss")}
+        {key: float(point[key] or 0.0) for key in ("step", "seconds", loss)}
         for point in run.curve
-        if point["eval_loss"] is not None and math.isfinite(point["eval_loss"])
+        if point[loss] is not None and math.isfinite(point[loss])
     ]
 
 
 def _limits(found: Sequence[_Method]) -> tuple[float, float] | None:
     """Show what the methods differ in: from the lowest loss to the highest after the first evaluation of each."""
-    later = [point["eval_loss"] for method in found for point in _evaluations(method[0]) if point["step"] > 0]
-    start = [points[0]["eval_loss"] for method in found if (points := _evaluations(method[0]))]
+    evaluations = [_points(method[0], "eval_loss") for method in found]
+    later = [point["eval_loss"] for points in evaluations for point in points if point["step"] > 0]
+    start = [points[0]["eval_loss"] for points in evaluations if points]
     if not later:
         return None
     low, high = min(later), min(max(later), max(start))

@@ -190,5 +190,5 @@ def present(job: Job, records: Sequence[RunRecord], title: str) -> None:
     print(report.table(records), end="")
     if job.run.compare_with is not None:
         picture = job.training.folder / "comparison.png"
-        report.picture(records, picture, title=f"{title}, {records[0].parameters / 1e6:.1f} M parameters")
+        report.save(report.figure(records, f"{title}, {records[0].parameters / 1e6:.1f} M parameters"), picture)
         print(f"wrote {picture}")

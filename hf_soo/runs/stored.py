@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ _SEARCH = {
     "params": dict,
 }  # fmt: skip
 _RATES = ("learning_rate", "_lr")  # ends of the names of rates
+_ROUTE = {"parameters": int, "first": list[str]}
 _POINT = {"step": int, "seconds": float | None, "train_loss": float | None, "eval_loss": float | None}
 NO_POINT = dict.fromkeys(_POINT)  # of a curve; older runs say less
 
@@ -35,13 +36,25 @@ def check_stored(path: Path, run: Mapping[str, Any], hints: Mapping[str, Any]) -
     """
     _check(path, run, hints)
     _check(path, run["config"], _CONFIG)
-    for numbers in (run.get("final", {}), run.get("health", {})):
+    for point in run.get("curve", []):
+        _check(path, point, _POINT | {"health": dict}, needed=("step",))
+    for numbers in (run.get("final", {}), run.get("health", {}), *(p.get("health", {}) for p in run.get("curve", []))):
         _check(path, numbers, dict.fromkeys(numbers, float | None))
+    for route in run.get("routing", {}).values():
+        _check(path, {"routing": route}, {"routing": dict})
+        _check(path, route, _ROUTE, needed=_ROUTE)
     if search := run.get("search"):
         _check(path, search, _SEARCH, needed=_SEARCH)
         _check(path, search["params"], {key: float for key in search["params"] if key.endswith(_RATES)})
-    for point in run.get("curve", []):
-        _check(path, point, _POINT, needed=("step",))
+
+
+def flat(nest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nest of mappings, by dotted names; None is as good as no key."""
+    for key, value in nest.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield prefix + key, value
 
 
 def _check(path: Path, values: Mapping[str, Any], hints: Mapping[str, Any], needed: Collection[str] = ()) -> None:

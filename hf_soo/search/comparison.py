@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from hf_soo.runs.markdown import plain
 from hf_soo.runs.record import Damaged, RunRecord, passed_over, read_runs
-from hf_soo.search import picture as drawing
+from hf_soo.search import picture
 from hf_soo.search.claims import PLAIN, Claim, Claims, claims, said
 from hf_soo.search.groups import (
     CHOOSING,
@@ -54,15 +55,27 @@ def text_of(folder: Path) -> str:
     return "\n".join([*parts, *notes]) + passed_over(damaged)
 
 
-def picture(folder: Path, path: str | Path, title: str = "") -> None:
-    """Draw loss over rate, and the curves of the runs that confirm.
+def figures(folder: Path, title: str = "") -> list[Any]:
+    """Loss over rate, and the curves of the runs that confirm.
 
     Args:
         folder: of trials; runs that belong to no search are passed over.
-        path: the file; its ending says the format.
         title: over all panels.
     """
-    drawing.picture([run for run in read_runs(folder, {}) if run.search], path, title)
+    return [picture.figure(_trials(folder), title)]
+
+
+def parts(folder: Path) -> dict[str, list[RunRecord]]:
+    """The runs that can be compared, those that confirm before those that chose."""
+    found = [(stages, group) for stages in ((CLAIM,), CHOOSING) for group in groups(_trials(folder), stages)]
+    return {
+        f"{group.title}: {' and '.join(stages)}": [run for setting in group.settings for run in setting.runs]
+        for stages, group in found
+    }
+
+
+def _trials(folder: Path) -> list[RunRecord]:
+    return [run for run in read_runs(folder, {}) if run.search]
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
 from hf_soo.runs.record import RunRecord, differing
 from hf_soo.runs.report import final_loss
+from hf_soo.runs.stored import flat
 
 CHOOSING = ("wide", "narrow")  # the stages that settings are chosen in
 CLAIM = "confirm"  # the stage that claims are made on
@@ -133,16 +134,8 @@ def _group(study: str, workloads: Sequence[Mapping[str, Any]], runs: Sequence[Ru
 
 def _workload(run: RunRecord, searched: set[str]) -> dict[str, Any]:
     """What must be equal, by dotted names: all but the seed, the weights that it drew and what is searched over."""
-    flat = dict(_flat(run.workload))
-    return {key: value for key, value in flat.items() if key not in searched and key not in _PER_SEED}
-
-
-def _flat(nest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nest.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:  # as good as no key
-            yield prefix + key, value
+    found = dict(flat(run.workload))
+    return {key: value for key, value in found.items() if key not in searched and key not in _PER_SEED}
 
 
 def tuning(trials: Sequence[RunRecord], study: str) -> dict[str, dict[str, Trials]]:

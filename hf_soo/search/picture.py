@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from hf_soo.runs.markdown import label
 from hf_soo.runs.record import RunRecord
+from hf_soo.runs.report import figure_of, tidy
 from hf_soo.search.claims import PLAIN
 from hf_soo.search.groups import CHOOSING, CLAIM, EDGE, Group, Setting, best_of, by_method, edges, groups, loss_or_last
 
@@ -21,41 +21,34 @@ _MARKERS = "osD^vPXp<>"
 _SIZE = (7.0, 4.6)  # of a panel, in inches
 
 
-def picture(trials: Sequence[RunRecord], path: str | Path, title: str = "") -> None:
-    """Draw a panel for each group: of runs that chose, loss over rate; of runs that confirm, loss over steps.
+def figure(trials: Sequence[RunRecord], title: str = "") -> Any:
+    """A panel for each group: of runs that chose, loss over rate; of runs that confirm, loss over steps.
 
     Args:
         trials: of any searches.
-        path: the file; its ending says the format.
         title: over all panels.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    except ImportError as error:
-        raise ValueError("The picture needs matplotlib; pip install 'hf-soo[report]'.") from error
     panels = [(_draw_rates, group) for group in groups(trials, CHOOSING)]
     panels += [(_draw_curves, group) for group in groups(trials, (CLAIM,))]
     panels.sort(key=lambda panel: panel[1].study)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows + 1.0), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    drawn = figure_of(_SIZE[0] * columns, _SIZE[1] * rows + 1.0)
+    axes = drawn.subplots(rows, columns, squeeze=False).flatten()
     styles = _styles([group for _, group in panels])
     for axis, (draw, group) in zip(axes, panels, strict=False):
         draw(axis, group, styles)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         axis.set_ylabel("evaluation loss")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    _legend(figure, styles, 3 * columns)
+    _legend(drawn, styles, 3 * columns)
     if title:
-        figure.suptitle(label(title))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+        drawn.suptitle(label(title))
+    return drawn
 
 
 def _styles(found: Sequence[Group]) -> dict[str, dict[str, Any]]:
@@ -66,6 +59,7 @@ def _styles(found: Sequence[Group]) -> dict[str, dict[str, Any]]:
             best[method] = min(best.get(method, float("inf")), loss_or_last(best_of(settings)))
     return {
         method: {
+            "label": label(method),
             "color": _COLOURS[index % len(_COLOURS)],
             "marker": _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)],  # no pair comes twice
             "linestyle": "--" if method in PLAIN else "-",
@@ -74,7 +68,7 @@ def _styles(found: Sequence[Group]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _legend(figure: Any, styles: dict[str, dict[str, Any]], columns: int) -> None:
+def _legend(drawn: Any, styles: dict[str, dict[str, Any]], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     star = {"marker": "*", "markersize": 14}
@@ -84,9 +78,9 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]], columns: int) -> Non
         "diverged": {"marker": "x", "markersize": 7},
         "stopped by the rule": {"marker": "2", "markersize": 9},
     }
-    handles = [Line2D([], [], label=label(method), markersize=5, **style) for method, style in styles.items()]
+    handles = [Line2D([], [], markersize=5, **style) for style in styles.values()]
     handles += [Line2D([], [], label=name, color="grey", linestyle="", **sign) for name, sign in signs.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+    drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def _draw_rates(axis: Any, group: Group, styles: dict[str, dict[str, Any]]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hf_soo.bench.curves import curves_of, picture
+from hf_soo.bench import report as bench_report
+from hf_soo.bench.curves import curves_of
 from hf_soo.cli import main, report_of
 
 
@@ -57,7 +58,20 @@ def test_the_picture_is_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert (folder / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_curve_no_picture(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"kind": "suite"}))
-    with pytest.raises(ValueError, match="no benchmark that lies on a curve"):
-        picture(tmp_path, str(tmp_path / "c.png"))
+def test_without_benchmarks_nothing_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"kind": "bench"}))
+    assert main(["report", str(tmp_path), "--picture", str(tmp_path / "c.png")]) == 1
+    assert "holds nothing that can be drawn; leave it out." in capsys.readouterr().err
+
+
+def test_a_benchmark_on_no_curve_has_marks(tmp_path: Path) -> None:
+    whole = bench("width", 512, mkor=1.2)
+    del whole["curve"]
+    whole["rows"].append({"optimizer": "eva", "base": "sgd", "step_ratio": 0.3, "train_step_ratio": None})
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    (tmp_path / "b.json").write_text(json.dumps(whole | {"rows": [{**whole["rows"][1], "step_ratio": 0.7}]}))
+    (figure,) = bench_report.figures(tmp_path, "Cost")
+    step, train = figure.axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in (step, train)] == [[0, 1, 2, 1], [0, 1, 1]]
+    assert list(step.get_ydata()) == [1.2, 0.6, 0.3, 0.7] and figure.get_suptitle() == "Cost"
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["mkor+lamb", "lamb", "eva+sgd"]

@@ -143,6 +143,9 @@ def test_the_commands_of_a_page(page: str, folder: Path, monkeypatch: pytest.Mon
         shutil.copytree(ROOT / "results" / "bench", folder / "results" / "bench")
     if page == "docs/guides/evidence.md":
         shutil.copytree(ROOT / "results" / "evidence", folder / "results" / "evidence")
+    if page == "docs/guides/report.md":
+        for name in ("bert_mini_wiki", "reproduce_mini"):
+            shutil.copytree(ROOT / "results" / name, folder / "results" / name)
     if "hf-soo recipes --copy configs" in PAGES[page]:  # there is no clone
         (folder / "configs").unlink()
         (folder / "scripts").unlink()

@@ -101,7 +101,9 @@ def test_a_recorded_run_ends_before_its_trainer_is_made(case: str, trained: list
 def test_the_record_of_a_run_under_zero_has_its_health(trained: list[dict[str, Any]]) -> None:
     for found in trained:
         for health in found["health"].values():
-            assert set(health) == {"cos_median", "cos_min", "fallback_layers", "noise_layers"}
+            distances = {"distance_median", "distance_max"}
+            assert set(health) - distances == {"cos_median", "cos_min", "fallback_layers", "noise_layers"}
+            assert distances <= set(health) and 0 < health["distance_median"] <= health["distance_max"]
             assert health["fallback_layers"] == 0 and 0 < health["cos_min"] <= health["cos_median"] < 1
 
 

@@ -108,7 +108,7 @@ def test_other_runs_are_passed_over() -> None:
 
 
 def test_hf_soo_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder of GLUE runs gives this table; a curve for several tasks there is not."""
+    """A folder of GLUE runs gives this table, and a picture of the scores."""
     for run in (record("rte", RTE), record("mrpc", MRPC, seed=1)):
         run.name = f"{run.config['task']}"
         run.write(tmp_path)
@@ -116,5 +116,7 @@ def test_hf_soo_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     assert "| tiny | adamw |  | 2e-05 | 80.0/90.0 | 60.0 | 72.5 (2 tasks) |" in text
     assert (tmp_path / "table.md").read_text() == text
-    assert cli.main(["report", str(tmp_path), "--picture", str(tmp_path / "p.png")]) == 1
-    assert "which have no one curve" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path), "--picture", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = glue_table.figures(tmp_path)[0].axes[0].get_lines()
+    assert list(line.get_xdata()) == [0.0, 1.0] and line.get_ydata() == pytest.approx([85.0, 60.0])

@@ -94,7 +94,7 @@ def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
-    report.picture(runs(), tmp_path / "new" / "curves.png", "A title")
+    report.save(report.figure(runs(), "A title"), tmp_path / "new" / "curves.png")
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
     steps, seconds = drawn[0].axes
     assert [line.get_label() for line in steps.get_lines()] == [
@@ -113,7 +113,7 @@ def test_picture_of_a_run_without_evaluations(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     stopped = run("mkor", "lamb", 0.02, [None])
     stopped.status = "stopped"
-    report.picture([stopped], tmp_path / "curves.png")
+    report.save(report.figure([stopped]), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 

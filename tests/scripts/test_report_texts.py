@@ -80,8 +80,9 @@ def of_runs(text: str, folder: Path) -> str:
     settings = {"optim_args": {text: text}, "precondition_exclude": [text], "base_optim_args": {"betas": [0.9, 0.99]}}
     first, second = run("lamb", text, 0.1, [3.0, 2.0]), run(text, "lamb", 0.1, [3.0, 1.0], config=settings)
     first.final |= {text: 0.5}
-    report.picture([first, second, run(text, "lamb", 0.2, [3.0, 2.5], config=settings)], folder / "a.png", text)
-    return report.table([first, second, run(text, "lamb", 0.2, [3.0, 2.5], config=settings)])
+    found = [first, second, run(text, "lamb", 0.2, [3.0, 2.5], config=settings)]
+    report.save(report.figure(found, text), folder / "a.png")
+    return report.table(found)
 
 
 def of_glue(text: str, _: Path) -> str:
@@ -112,7 +113,7 @@ def of_search(text: str, folder: Path) -> str:
     for number, each in enumerate(runs):
         (folder / f"{number}.json").write_text(json.dumps(stored(each)))
     (folder / "z.json").write_text(json.dumps(stored(run("lamb", text, 0.1, [3.0]))))
-    comparison.picture(folder, folder / "a.png", text)
+    report.save(comparison.figures(folder, text)[0], folder / "a.png")
     return comparison.text_of(folder)
 
 
@@ -155,7 +156,10 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     **{f"config.{key}": lambda run, key=key: json.dumps(run | {"config": run["config"] | {key: "x"}})  # type: ignore[misc]
        for key in ("data", "model", "optim_args", "learning_rate", "max_steps", "precondition_exclude")},
     **{f"point is {point}": lambda run, point=point: json.dumps(run | {"curve": [point]})  # type: ignore[misc]
-       for point in (1, {}, {"step": "1"}, {"step": 1, "eval_loss": "x"}, {"step": 1, "seconds": [1]})},
+       for point in (1, {}, {"step": "1"}, {"step": 1, "eval_loss": "x"}, {"step": 1, "seconds": [1]},
+                     {"step": 1, "health": 1}, {"step": 1, "health": {"cos_min": "x"}})},
+    **{f"route is {route}": lambda run, route=route: json.dumps(run | {"routing": {"mkor": route}})  # type: ignore[misc]
+       for route in (1, {}, {"parameters": 1}, {"parameters": "1", "first": []}, {"parameters": 1, "first": [1]})},
     "loss": lambda run: json.dumps(run | {"final": {"eval_loss": "1.0"}}),
     "infinite": lambda run: json.dumps(run | {"final": {"eval_loss": float("inf")}}),
     "search": lambda run: json.dumps(run | {"search": {"study": "x"}}),
@@ -217,7 +221,7 @@ def test_older_runs_say_less(tmp_path: Path) -> None:
     check_tables(report_of(tmp_path)[1])
     (found,) = read_runs(tmp_path)
     assert found.curve[1] == {"step": 5, "seconds": None, "train_loss": None, "eval_loss": 2.0}
-    report.picture([found], tmp_path / "a.png")
+    report.save(report.figure([found]), tmp_path / "a.png")
     for part in ("phase1", "phase2", "squad", "glue/mkor-lamb-0.1"):
         (tmp_path / "old" / part).mkdir(parents=True)
         (tmp_path / "old" / part / "x.json").write_text(json.dumps(least))

@@ -36,7 +36,7 @@ from hf_soo.runs.training import Job
 KEYS = {
     "name", "kind", "workload", "method", "status", "optimizer", "base", "config", "seed", "device", "versions",
     "commit", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes", "health",
-    "code", "search", "arithmetic",
+    "code", "search", "arithmetic", "routing",
 }  # fmt: skip
 
 

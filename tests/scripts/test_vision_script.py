@@ -20,7 +20,7 @@ from tests.scripts.script_runs import check_error, load_script, only_run
 KEYS = [
     "name", "kind", "workload", "method", "optimizer", "base", "config", "seed", "status", "device", "versions",
     "arithmetic", "commit", "code", "parameters", "steps", "seconds", "curve", "final", "target", "peak_memory_bytes",
-    "health", "search",
+    "health", "routing", "search",
 ]  # fmt: skip
 CONFIG = """
 optim: mkor
@@ -73,6 +73,9 @@ def test_a_run_from_the_shell(flags: list[str], tmp_path: Path) -> None:
     assert [step for step, *_ in points(run)] == [2, 4, 6] and run["steps"] == 6
     health = [point["health"] for point in run["curve"]]
     assert health[-1] == run["health"] and len({row["cos_median"] for row in health}) == 3
+    assert 0 < health[0]["distance_median"] < health[0]["distance_max"]  # |F - I|
+    assert run["routing"]["mkor -> AdamW"]["parameters"] > 4
+    assert all(1 <= len(said["first"]) <= min(2, said["parameters"]) for said in run["routing"].values())
     assert run["final"].keys() == {"train_loss", "eval_loss", "accuracy"}
     assert (run["final"]["eval_loss"], run["final"]["accuracy"]) == points(run)[-1][2:]
     assert 2.0 < run["final"]["eval_loss"] < 2.6 and run["final"]["accuracy"] * 50 == pytest.approx(
