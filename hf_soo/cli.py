@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import itertools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,16 +34,28 @@ RUNS = {
     "reproduce": ("hf_soo.reproduce.command", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),
 }
 
-_TEXTS = ("list", "plan", "report", "recipes")  # the other commands: what they say is a text
+_TEXTS = ("list", "doctor", "plan", "report", "recipes")  # the other commands: what they say is a text
 
 # Kind of a folder's JSONs -> the module whose text_of(FOLDER) is their table. If it has them, figures(FOLDER, TITLE)
 # are pictures of all together, parts(FOLDER) the runs that can be compared, by title. Of several kinds, the first.
 REPORTS = {"search": "hf_soo.search.comparison", "bench": "hf_soo.bench.report", "glue": "hf_soo.glue.table"}
 _Pictures = tuple[Callable[[str], list[Any]], Callable[[], dict[str, list[Any]]]]  # both, of one folder
 
+EXAMPLES = {
+    "train a small BERT with MKOR and with LAMB, on the text that comes with Python": (
+        "hf-soo pretrain --config smoke/mkor --compare_with lamb --compare_learning_rate 0.007"
+    ),
+    "fine-tune on GLUE (or squad, vision)": "hf-soo glue --config minilm_mkor --data_dir glue",
+    "see what a run would need on other hardware": "hf-soo plan --model bert-large-uncased --optim mkor --gpus 64",
+    "time optimizers on this machine": "hf-soo bench --preset mini --optim lamb,mkor+lamb --threads 1",
+    "search for settings": "hf-soo search muon --workload byte_gpt --dry_run",
+    "make tables and pictures of runs": "hf-soo report out/smoke/runs --picture curves.png",
+}
+"""What one can do -> a line that does it: all that ``hf-soo`` says by itself."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, or 1 after one line on stderr for bad input (argparse exits with 2).
+    """Run the command: 0, or 1 after one line on stderr for bad input, 130 after Ctrl-C (argparse exits with 2).
 
     Args:
         arguments: the command line without the program's name; None: that of the process.
@@ -51,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in RUNS:
         code: int = importlib.import_module(RUNS[given[0]][0]).main(given[1:])
         return code
+    if not given:
+        sys.stdout.write(_overview())
+        return 0
     parser = _parser(given[:1])
     if given and not given[0].startswith("-") and given[0] not in (known := (*_TEXTS, *RUNS)):
         parser.error(unknown_key("command", given[0], known))
@@ -60,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         sys.stderr.write(f"hf-soo: error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("hf-soo: stopped\n")
+        return 130
     sys.stdout.write(text)
     return 0
 
@@ -82,7 +101,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="the optimizers, each with its base, its statistics and its memory")
     listing.set_defaults(run=_list)
-
+    _add_doctor(commands)
     report = commands.add_parser(
         "report",
         help="table, picture and page of a folder of run JSONs",
@@ -103,6 +122,16 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     for name, (_, text) in RUNS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="what works on this machine",
+        description="Try strategies, precisions and locks by a small step each, in this folder; name what is missing.",
+    )
+    doctor.add_argument("--json", metavar="FILE", help="write the report to this file too, for a bug report")
+    doctor.set_defaults(run=_doctor)
 
 
 def _add_recipes(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -156,6 +185,28 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         shown = "" if field.default is None else f" (default: {field.default or repr('')})"
         parser.add_argument(*names, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text + shown)
     parser.set_defaults(run=_plan)
+
+
+def _overview() -> str:
+    """What one can do, each with an example; it fits on a screen."""
+    lines = (f"  {what}\n    {command}\n" for what, command in EXAMPLES.items())
+    return (
+        "Second-order optimizers for Hugging Face Transformers. What to do with them:\n\n" + "".join(lines) + "\n"
+        "hf-soo list names the optimizers, hf-soo recipes the settings for --config, hf-soo doctor tries what\n"
+        "works on this machine, hf-soo --help lists the commands, and hf-soo COMMAND --help the flags of one.\n"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> str:
+    from hf_soo import doctor
+    from hf_soo.files import write_atomically
+
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    report = doctor.examine(Path.cwd())
+    if options.json:
+        write_atomically(Path(options.json), json.dumps(report, indent=1) + "\n")
+    return doctor.text(report)
 
 
 def _list(options: argparse.Namespace) -> str:

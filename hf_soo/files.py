@@ -7,11 +7,12 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,25 @@ def parse_json(text: str) -> Any:
     except ValueError as error:  # a number of more digits than Python converts, or a key twice
         digits = re.search(r"\d{4301}", text)
         raise json.JSONDecodeError(str(error).partition(";")[0], text, digits.start() if digits else 0) from error
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: numbers that are not finite become None, absolute paths their last part, the rest text.
+
+    Args:
+        value: a nest of mappings, sequences, numbers, strings, paths and anything else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, str | Path):
+        return os.path.basename(str(value).rstrip(os.sep)) if os.path.isabs(value) else str(value)
+    if isinstance(value, Sequence):
+        return [jsonable(item) for item in value]
+    if isinstance(value, bool | int | None):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from hf_soo.bench.measure import parse_pairs, run
 from hf_soo.bench.pretraining import Sequences, TrainConfig, pretrain
 from hf_soo.bench.suite import SuiteConfig, run_suite
 from hf_soo.bench.workload import BenchConfig
-from hf_soo.files import write_atomically
+from hf_soo.files import jsonable, write_atomically
+from hf_soo.progress import Progress
 from hf_soo.runs.arguments import parse
-from hf_soo.runs.record import jsonable
 from hf_soo.runs.script import guarded
 
 
@@ -85,9 +85,9 @@ def _show_and_keep(config: BenchConfig) -> None:
 
     def show(results: dict[str, Any]) -> None:
         if not shown:
-            print(report.heading(results))
+            Progress.write(report.heading(results))
         shown.append(report.line(results["rows"][-1], report.columns(results), results["rows"]))
-        print(shown[-1], flush=True)
+        Progress.write(shown[-1])
         if config.json:
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(config.json), json.dumps(jsonable(results), indent=1, ensure_ascii=False) + "\n")

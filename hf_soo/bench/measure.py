@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_soo import machine
 from hf_soo.bench import roofline
 from hf_soo.bench.rounds import Stepper, ratios
 from hf_soo.bench.workload import BenchConfig, Clock, Workload, place_on, predictions_of
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.files import parse_json
+from hf_soo.files import jsonable, parse_json
 from hf_soo.integrations.arguments import parse_settings
 from hf_soo.optimizers.bases import build_base
 from hf_soo.optimizers.groups import decay_groups
+from hf_soo.progress import Progress
 from hf_soo.registry import METHODS, build_optimizer, hidden_weights
-from hf_soo.runs import machine
-from hf_soo.runs.record import jsonable
 
 _LEARNING_RATE = 1e-5  # the cost does not depend on it; a small one keeps the weights sane
 _WEIGHT_DECAY = 0.01
@@ -103,23 +104,25 @@ def run(config: BenchConfig, show: Callable[[dict[str, Any]], None]) -> dict[str
     reference_memory = _peak_memory_apart(config, None)
     kept = [_identity(row) for row in results["rows"]]
     failed: list[str] = []
-    for pair in pairs:
-        if _identity({"optimizer": pair.name, "base": pair.base, "set": dict(pair.settings)}) in kept:
-            continue
-        try:
-            row = _measure(work, config, pair, reference["adamw_foreach_seconds"], rates)
-            memory = _peak_memory_apart(config, pair)
-        except RuntimeError as error:  # among them what CUDA raises, out of memory or not
-            if not config.resume:
-                raise
-            failed.append(f"{pair.name}: {' '.join(str(error).split())[:500]}")
-            gc.collect()
-            torch.cuda.empty_cache()
-            continue
-        row["peak_memory_ratio"] = None if memory is None or reference_memory is None else memory / reference_memory
-        row["peak_memory_bytes"] = memory
-        results["rows"].append(row)
-        show(results)
+    left = [p for p in pairs if _identity({"optimizer": p.name, "base": p.base, "set": dict(p.settings)}) not in kept]
+    show_bar = not dist.is_initialized() or dist.get_rank() == 0
+    rounds = len(left) * (config.rounds + 1)
+    with Progress(desc="bench", unit="round", total=rounds, disable=not show_bar) as bar:
+        for pair in left:
+            try:
+                row = _measure(work, config, pair, reference["adamw_foreach_seconds"], rates, bar)
+                memory = _peak_memory_apart(config, pair)
+            except RuntimeError as error:  # among them what CUDA raises, out of memory or not
+                if not config.resume:
+                    raise
+                failed.append(f"{pair.name}: {' '.join(str(error).split())[:500]}")
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            row["peak_memory_ratio"] = None if memory is None or reference_memory is None else memory / reference_memory
+            row["peak_memory_bytes"] = memory
+            results["rows"].append(row)
+            show(results)
     if failed:
         raise RuntimeError("; ".join(failed))
     return results
@@ -199,16 +202,20 @@ class _Peer:
 
 
 def _measure(
-    work: Workload, config: BenchConfig, pair: Pair, adamw_seconds: float, rates: roofline.Rates
+    work: Workload, config: BenchConfig, pair: Pair, adamw_seconds: float, rates: roofline.Rates, bar: Progress
 ) -> dict[str, Any]:
     """Time one method: its row, without the memory."""
     optimizer = pair.build(work.model)
     try:
         stepper, reference = Stepper(work, optimizer, config.bare), _adamw(work.twin, foreach=True)
         peer = None if config.peer is None else _Peer.of(config.peer, work.twin)
-        stepper.round(reference, min(2, config.steps), peer)  # allocate, and let kernels choose themselves
-        rounds = [stepper.round(reference, config.steps, peer) for _ in range(config.rounds)]
-        found, limit = ratios(rounds, stepper.kinds), roofline.limit(optimizer, stepper.kinds, rates)
+        rounds = []
+        for number in range(config.rounds + 1):
+            bar.set_postfix_str(pair.name, refresh=False)
+            # the first one is to allocate, and to let kernels choose themselves
+            rounds.append(stepper.round(reference, config.steps if number else min(2, config.steps), peer))
+            bar.update()
+        found, limit = ratios(rounds[1:], stepper.kinds), roofline.limit(optimizer, stepper.kinds, rates)
         # the seconds of the limit and of AdamW are of one moment, as the step's and AdamW's of one round are
         for part in ("memory", "arithmetic"):
             limit[f"{part}_ratio"] = limit[f"{part}_seconds"] / adamw_seconds

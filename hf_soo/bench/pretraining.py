@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from hf_soo import machine
 from hf_soo.bench.workload import BenchConfig, model_size, predictions_of
 from hf_soo.bert.data.folder import load_prepared
 from hf_soo.bert.data.wordpiece import SpecialIds
@@ -33,7 +34,7 @@ from hf_soo.bert.masking import PretrainingCollator
 from hf_soo.bert.model import GatheredBertForPreTraining
 from hf_soo.engine.checks import Checked, Count, Positive
 from hf_soo.engine.optimizer import PreconditionedOptimizer
-from hf_soo.runs import machine
+from hf_soo.progress import Progress
 from hf_soo.runs.arguments import option
 from hf_soo.runs.record import RunRecord, recording
 
@@ -194,12 +195,13 @@ def pretrain(
         code=machine.code(),
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    with recording(record, Path(config.json).parent if config.json else None):
-        _train(_Run(model, optimizer, config.autocast, device), data, config, 60 * (how.train_minutes or 0.0), record)
+    folder, budget = Path(config.json).parent if config.json else None, 60 * (how.train_minutes or 0.0)
+    with recording(record, folder), Progress(desc=record.name, unit="s", total=round(budget)) as bar:
+        _train(_Run(model, optimizer, config.autocast, device), data, config, budget, record, bar)
     return record
 
 
-def _train(run: _Run, data: Sequences, config: BenchConfig, budget: float, record: RunRecord) -> None:
+def _train(run: _Run, data: Sequences, config: BenchConfig, budget: float, record: RunRecord, bar: Progress) -> None:
     """Step until the time is over; the curve has the losses at each evaluation."""
     held_out = min(_HELD_OUT, len(data) // 10)
     most = predictions_of(config.seq_length)
@@ -221,6 +223,8 @@ def _train(run: _Run, data: Sequences, config: BenchConfig, budget: float, recor
         value = float(loss)  # waits for the device
         seconds = time.perf_counter() - began
         record.steps, record.seconds = step, seconds
+        bar.say(step=step, loss=value, eval=record.final["eval_loss"])
+        bar.update(min(int(seconds), bar.total) - bar.n)
         if not math.isfinite(value):
             record.status = "diverged"
             return

@@ -24,12 +24,12 @@ from typing import Any, Literal
 import torch
 
 import hf_soo
+from hf_soo import machine
 from hf_soo.bench.jobs import SUITES, TINY, Job
 from hf_soo.engine.checks import Checked, Positive
-from hf_soo.files import parse_json, write_atomically
-from hf_soo.runs import machine
+from hf_soo.files import jsonable, parse_json, write_atomically
+from hf_soo.progress import Progress
 from hf_soo.runs.arguments import option
-from hf_soo.runs.record import jsonable
 
 _TRIES = 2
 _LEAST = 60.0  # seconds of a call that a job is begun with, unless it is the first
@@ -79,18 +79,22 @@ def run_suite(config: SuiteConfig, launch: Launch | None = None) -> int:
     about = {"kind": "suite", "suite": config.suite, "scale": config.scale, "device": machine.device_name(device)}
     ended: dict[str, dict[str, Any]] = known.get("jobs", {})
     first, jobs = True, [job for job in SUITES[config.suite] if _is_here(job)]
+    over = sum(_over(ended.get(job.name, {})) for job in jobs)
+    bar = Progress(desc=f"suite {config.suite}", unit="job", total=len(jobs), initial=over)
     for job in jobs:
         if _over(ended.get(job.name, {})):
             continue
         left = 60 * config.minutes - (time.monotonic() - began)
         if left < _LEAST and not first:
             break
-        print(f"{job.name}: {job.words}", flush=True)
+        Progress.write(f"{job.name}: {job.words}")
         ended[job.name] = _run(job, config, left, ended.get(job.name, {}), first, launch or _in_a_process)
-        print(f"{job.name}: {ended[job.name]['status']} {ended[job.name]['said']}".rstrip(), flush=True)
+        Progress.write(f"{job.name}: {ended[job.name]['status']} {ended[job.name]['said']}".rstrip())
         text = json.dumps(jsonable({**about, "versions": machine.versions(), "jobs": ended}), indent=1)
         write_atomically(path, text + "\n")
         first = False
+        bar.update(_over(ended[job.name]))
+    bar.close()
     states = [ended.get(job.name, {}) for job in jobs]
     if not all(map(_over, states)):
         print(f"{sum(not _over(state) for state in states)} of {len(states)} jobs are left; the same line goes on.")

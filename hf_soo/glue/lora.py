@@ -53,7 +53,7 @@ class AdapterTrainer(FineTuningTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; without a folder, into `output_dir` with the adapters merged into the weights."""
-        if output_dir is not None or _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if output_dir is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
         self._show(True)  # an average of the weights, where they are evaluated with one

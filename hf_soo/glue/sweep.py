@@ -19,6 +19,7 @@ from hf_soo.glue.model import find_classifier
 from hf_soo.glue.task import DOMAIN, GlueFineTuning, sketch
 from hf_soo.glue.tasks import GlueTask, find_tasks
 from hf_soo.integrations.checkpoints import last_whole_checkpoint, why_not_whole
+from hf_soo.progress import Progress
 from hf_soo.runs import script
 from hf_soo.runs.record import RunRecord, check_same, file_name, read_runs
 from hf_soo.runs.resume import is_finished, kept_record
@@ -91,7 +92,10 @@ def run(flags: list[str], description: str) -> None:
     ended = [_ended_record(each) for each in planned]  # all of them before the first is trained: it may refuse
     if any(job.results_dir.glob("*.json")):
         read_runs(job.results_dir)  # the table is of all of them: one that cannot be read shows now
-    records = [record or _train_anew(each) for record, each in zip(ended, planned, strict=True)]
+    both = zip(ended, planned, strict=True)
+    shown = len(planned) > 1 and training.process_index == 0 and not training.disable_tqdm
+    runs = Progress(iterable=both, desc="GLUE", unit="run", total=len(planned), disable=not shown)
+    records = [record or _train_anew(each) for record, each in runs]
     if training.process_index == 0:
         _present(job, records)
 

@@ -62,6 +62,8 @@ class GlueFineTuning(Task):
         assert isinstance(pretrained.arguments, GlueModelArguments)
         self.task, self.pretrained, self.model, self.data = task, pretrained, pretrained.arguments, data
         self.title = f"{task.title}, {pretrained.name}"
+        hub = {"dataset_tags": "nyu-mll/glue", "dataset_args": task.name, "dataset": f"GLUE {task.title}"}
+        self.card = {"tasks": "text-classification", "language": "en", **hub}
         self.metrics = tuple(name for name in task.metrics if not name.endswith(f"_{MISMATCHED}"))
         check_evaluation(args, self.metrics)
         self.train: Examples | None = None

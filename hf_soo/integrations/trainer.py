@@ -25,6 +25,7 @@ from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.routing import summary
 from hf_soo.integrations.accelerate import bind
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
+from hf_soo.integrations.card import add_section
 from hf_soo.integrations.loss_normalisation import ignores_loss_kwargs
 from hf_soo.integrations.losses import average_gradients, loss_parameters
 from hf_soo.integrations.mc_fisher import sampled_loss
@@ -236,6 +237,13 @@ class SecondOrderTrainerMixin(ResumingMixin):
         if self.second_order is not None and "loss" in logs:
             logs = logs | {f"soo/{key}": value for key, value in self.second_order.health().items()}
         super().log(logs, *(() if start_time is None else (start_time,)))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; after training with one of ours with a section on it (``card``)."""
+        super().create_model_card(*args, **kwargs)
+        trained = self.second_order is not None or (self._names_ours and self.state.global_step > 0)
+        if self.is_world_process_zero() and trained:
+            add_section(self, self.second_order)
 
 
 class _Ours(Optimizer):

@@ -202,13 +202,18 @@ def iteration_dtype(device: torch.device) -> str:
     return measured_dtype() if device.type == "cpu" else "float16"
 
 
-@lru_cache(maxsize=1)
-def measured_dtype() -> str:
-    """What a CPU multiplies fastest, measured once in a process: half precision only if it is clearly faster.
+def product_seconds() -> dict[str, float]:
+    """Of a product of two square matrices on the CPU, by the name of its dtype.
 
     A CPU without units for it takes 25 to 50 times as long in bf16 as in fp32.
     """
-    seconds = {name: _seconds(DTYPES[name]) for name in ("float32", "bfloat16", "float16")}
+    return {name: _seconds(dtype) for name, dtype in DTYPES.items()}
+
+
+@lru_cache(maxsize=1)
+def measured_dtype() -> str:
+    """What a CPU multiplies fastest, measured once in a process: half precision only if it is clearly faster."""
+    seconds = product_seconds()
     for name in ("float16", "bfloat16"):  # the more accurate one first
         if seconds["float32"] > WORTHWHILE * seconds[name]:
             return name

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_soo.files import write_atomically
+from hf_soo.machine import commit, versions
 from hf_soo.plan.cost import Profile, frequency, load_profile, predict, work
 from hf_soo.plan.dry_run import count
 from hf_soo.plan.memory import TRANSIENT, factors, memory, peak
@@ -20,7 +21,6 @@ from hf_soo.plan.messages import KINDS, messages, sent
 from hf_soo.plan.method_on_model import MethodOnModel, asked_methods
 from hf_soo.plan.model_shape import ModelShape, build_model
 from hf_soo.plan.request import Layout, PlanConfig
-from hf_soo.runs.machine import commit, versions
 
 _TOLERANCE = 0.05
 """How far the plan may be from what a dry run counts."""

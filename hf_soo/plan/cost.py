@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from hf_soo import machine
 from hf_soo.engine.checks import Checked, Count, Positive, unknown_key
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.layers import Layer
@@ -33,7 +34,6 @@ from hf_soo.plan.method_on_model import MethodOnModel, bytes_of
 from hf_soo.plan.model_shape import ModelShape
 from hf_soo.plan.owners import gathered, shares_of_muon, shares_of_transform
 from hf_soo.plan.request import MEASURE, Layout
-from hf_soo.runs import machine
 from hf_soo.runs.recipes import read_mapping
 
 _BASE_OPERATIONS = {"lamb": 20, "adamw": 14, "sgd": 4, "rmsprop": 8, "muon": 4}  # on a parameter, about

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hf_soo.files import write_atomically
+from hf_soo.progress import Progress
 from hf_soo.runs.recipes import read_recipe
 from hf_soo.runs.record import differing
 
@@ -125,11 +126,14 @@ class Pipeline:
             KeyboardInterrupt: Ctrl-C; the stages have stopped by then.
             SystemExit: SIGTERM or SIGHUP, with 128 and its number; the stages have stopped by then.
         """
-        with _exits(signal.SIGTERM, signal.SIGHUP):
+        stages = {"total": len(self.stages), "initial": len(self.done)}
+        with _exits(signal.SIGTERM, signal.SIGHUP), Progress(desc="reproduce", unit="stage", **stages) as bar:
             try:
                 while self._start() or self.running:
+                    bar.set_postfix_str(", ".join(each.stage.name for each in self.running))
                     time.sleep(POLL_SECONDS)
                     self._collect()
+                    bar.update(len(self.done) - bar.n)
             except KeyboardInterrupt:
                 self._stop(signal.SIGINT)
                 raise
@@ -230,7 +234,7 @@ class Pipeline:
 
     @staticmethod
     def _say(line: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+        Progress.write(f"{time.strftime('%H:%M:%S')} {line}")
 
 
 @contextmanager

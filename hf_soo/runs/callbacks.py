@@ -1,4 +1,4 @@
-"""The Trainer callback that fills a run record: curve, training seconds, divergence, target, health."""
+"""The Trainer callbacks of a run: its record (curve, training seconds, divergence, target, health), and its bar."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy, has_length
 
+from hf_soo import machine
 from hf_soo.integrations.accelerate import unwrap_optimizer
-from hf_soo.runs import machine
+from hf_soo.integrations.card import RunCallback
+from hf_soo.progress import Progress
 from hf_soo.runs.record import CurvePoint, RunRecord
 
 # Where a checkpoint's trainer_state.json keeps the record so far, among the states of callbacks.
@@ -20,7 +22,7 @@ STATE_KEY = "hf_soo_run"
 _MOST_RULES = 16  # of a record's routing
 
 
-class RecordCallback(TrainerCallback):
+class RecordCallback(RunCallback):
     """Fills a ``RunRecord`` while the Trainer runs; its curve travels in the checkpoints: a resumed run has all of it.
 
     The clock runs from the end of one step to the end of the next (data loading included) and stands while the Trainer
@@ -40,6 +42,10 @@ class RecordCallback(TrainerCallback):
         self.metrics = tuple(metrics)
         self.target = math.nan if target is None else target  # no loss is <= NaN
         self._mark = 0.0
+
+    def document(self) -> dict[str, Any]:
+        """The record as its JSON has it, for the model card."""
+        return self.record.document()
 
     def on_train_begin(
         self,
@@ -132,6 +138,48 @@ class RecordCallback(TrainerCallback):
             point: CurvePoint = {"step": step, "seconds": self.record.seconds, "train_loss": None, "eval_loss": None}
             self.record.curve.append(point)
         return self.record.curve[-1]
+
+
+class RunProgress(ProgressCallback):
+    """The Trainer's bar as ``Progress``: beside steps and time left the loss, the best one so far, and the target."""
+
+    training_bar: Any  # a `Progress`, or None
+    prediction_bar: Any
+
+    def __init__(self, record: RunRecord, target: float | None) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            record: of the run, filled by its `RecordCallback`.
+            target: the evaluation loss to stop at.
+        """
+        super().__init__()
+        self._record, self._target = record, target
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Begin where the checkpoint was."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = Progress(desc=self._record.name, unit="step", **steps)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """A bar of its own, which goes when the evaluation is over."""
+        if self.prediction_bar is None and state.is_world_process_zero and has_length(eval_dataloader):
+            self.prediction_bar = Progress(desc="evaluation", unit="batch", total=len(eval_dataloader), leave=False)
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Print what is logged, and keep its losses in sight."""
+        super().on_log(args, state, control, logs, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            losses = [point["eval_loss"] for point in self._record.curve if point["eval_loss"] is not None]
+            best = min(losses, default=None)
+            self.training_bar.say(loss=self._record.final.get("train_loss"), best_eval=best, target=self._target)
 
 
 class EpochCallback(TrainerCallback):

@@ -31,7 +31,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 from hf_soo.engine.checks import hints_of
-from hf_soo.files import parse_json, readable, write_atomically
+from hf_soo.files import jsonable, parse_json, readable, write_atomically
 from hf_soo.runs.markdown import plain
 from hf_soo.runs.stored import NO_POINT, check_stored
 
@@ -110,6 +109,12 @@ class RunRecord:
         settings: dict[str, Any] = jsonable(self.method | self.workload)
         return settings
 
+    def document(self) -> dict[str, Any]:
+        """What is written: plain values of JSON."""
+        what = {"name": self.name, "kind": self.kind, "workload": self.workload, "method": self.method}
+        document: dict[str, Any] = jsonable(what | dataclasses.asdict(self))
+        return document
+
     def write(self, folder: str | Path, *, indent: int | None = 1) -> Path:
         """Write ``folder/NAME.json`` atomically (a reader sees the old file or the whole new one) and return its path.
 
@@ -122,8 +127,7 @@ class RunRecord:
         """
         if self.status not in _STATUSES:
             raise ValueError(f"Run status {self.status!r} is unknown; use one of {', '.join(_STATUSES)}.")
-        what = {"name": self.name, "kind": self.kind, "workload": self.workload, "method": self.method}
-        text = json.dumps(jsonable(what | dataclasses.asdict(self)), indent=indent, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(self.document(), indent=indent, allow_nan=False, ensure_ascii=False)
         path = Path(folder) / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text + "\n")
@@ -169,25 +173,6 @@ def check_same(
     if changed := differing(before, now, free=free):
         was, wanted = before.get(changed[0]), now.get(changed[0])
         raise ValueError(f"{whose} of a run with {changed[0]}={was!r}, now {wanted!r}; {way_out}.")
-
-
-def jsonable(value: Any) -> Any:
-    """Plain JSON values: numbers that are not finite become None, absolute paths their last part, the rest text.
-
-    Args:
-        value: a nest of mappings, sequences, numbers, strings, paths and anything else.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, str | Path):
-        return os.path.basename(str(value).rstrip(os.sep)) if os.path.isabs(value) else str(value)
-    if isinstance(value, Sequence):
-        return [jsonable(item) for item in value]
-    if isinstance(value, bool | int | None):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
 
 
 Damaged = dict[Path, str]  # files that cannot be read, and why

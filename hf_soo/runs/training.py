@@ -12,43 +12,25 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from hf_soo import machine
 from hf_soo.engine.comm import Communicator, text_of
 from hf_soo.integrations.agreement import WAY_OUT, name_of
-from hf_soo.runs import machine
-from hf_soo.runs.callbacks import RecordCallback
+from hf_soo.integrations.card import plain_settings
+from hf_soo.runs.callbacks import RecordCallback, RunProgress
 from hf_soo.runs.record import RunRecord, file_name, reach, recording
 from hf_soo.runs.resume import OutputFolder, is_finished, kept_record, take_trained
 from hf_soo.runs.run_arguments import RunArguments, RunTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# What a record says of the Trainer's settings; with the task's they decide whether two runs can be compared.
-SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "global_batch_size",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "fp16",
-    "precondition_include",
-    "precondition_exclude",
-)
 METHOD_SETTINGS = ("optim_args", "base_optim_args")
 
 
@@ -58,6 +40,7 @@ class Task(ABC):
     kind: str = "run"  # of a record: which report reads it
     title: str  # over a picture
     metrics: tuple[str, ...] = ()  # what an evaluation measures besides its loss
+    card: Mapping[str, Any] = {}  # what the model card says of the task: arguments of `Trainer.create_model_card`
 
     @abstractmethod
     def make_model(self, seed: int) -> nn.Module:
@@ -206,6 +189,8 @@ def _train_one(job: Job, task: Task) -> RunRecord:
     with recording(record, job.results_dir if args.process_index == 0 else None):
         keeper = RecordCallback(record, task.metrics, target)
         trainer = task.make_trainer(model, args, [output, keeper, *job.callbacks])
+        if trainer.pop_callback(ProgressCallback) is not None:  # not with disable_tqdm, and a notebook has its own
+            trainer.add_callback(RunProgress(record, target))
         try:
             if finished:  # and ended before its evaluation did
                 assert checkpoint is not None
@@ -224,6 +209,8 @@ def _train_one(job: Job, task: Task) -> RunRecord:
         if target is not None:
             record.target = reach(record.curve, target)
             record.target["stopped"] = record.target["steps"] is not None and record.steps < trainer.state.max_steps
+    if args.do_train and args.save_strategy != SaveStrategy.NO:
+        (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**task.card)
     return record
 
 
@@ -262,7 +249,7 @@ def describe(job: Job, task: Task, model: nn.Module) -> RunRecord:
         **task.describe_start(args),
         **order,
         "processes": args.world_size,
-        **{key: _plain(getattr(args, key)) for key in SETTINGS},
+        **plain_settings(args),
         **{key: getattr(args.parsed, key) for key in METHOD_SETTINGS},
     }
     return RunRecord(
@@ -279,10 +266,6 @@ def _weights_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
 
 
 def _write(record: RunRecord, job: Job) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 import hf_soo
-from hf_soo.runs import machine
+from hf_soo import machine
+from hf_soo.progress import Progress
 from hf_soo.search.evidence import Evidence, Finished
 from hf_soo.search.orders import GIVEN_BACK, Order
 from hf_soo.search.stages import Stage
@@ -91,9 +92,12 @@ class Worker:
         """Work; the exit code: 0, or 1 when a stage had to be left."""
         before = signal.signal(signal.SIGTERM, self._end)
         self._say_other_code()
+        trials = sum(stage.settings * len(stage.seeds) for stage in self.stages)
         try:
-            while (found := self._next()) is not None:
-                self._try(*found)
+            with Progress(desc="search", unit="trial", total=trials, initial=trials - self._open()) as bar:
+                while (found := self._next()) is not None:
+                    self._try(*found, bar)
+                    bar.update(trials - self._open() - bar.n)  # other workers' as well
         except _Ending as reason:
             _say(f"{reason}; {self._open()} trials are left, the same command goes on")
         finally:
@@ -172,7 +176,7 @@ class Worker:
 
     def _leave(self, stage: Stage, why: str) -> None:
         self._left[stage.study, stage.space.name] = why
-        print(f"error: {stage.title}: {why}", file=sys.stderr, flush=True)
+        Progress.write(f"error: {stage.title}: {why}", sys.stderr)
 
     def _is_ready(self, number: int) -> bool:
         """Whether the stages before, of the same space and workload, have ended."""
@@ -193,7 +197,7 @@ class Worker:
     def _fits(self, stage: Stage) -> bool:
         return self.until is None or time.time() + self._seconds(stage) < self.until
 
-    def _try(self, study: Study, claim: Claim) -> None:
+    def _try(self, study: Study, claim: Claim, bar: Progress) -> None:
         """Run a trial, and say how it went.
 
         Raises:
@@ -204,7 +208,7 @@ class Worker:
         _say(f"{stage.study}/{name}: {stage.command(claim.trial)}")
         log = self.place.state / "logs" / stage.study / f"{name}.log"
         try:
-            code = self._run(stage, claim, log)
+            code = self._run(stage, claim, log, bar)
         finally:
             ended = study.finish(claim)
         if ended is not None:
@@ -217,7 +221,7 @@ class Worker:
             if self._deaths[name] >= _MOST_DEATHS:
                 self._leave(stage, f"the process of {name} ended with {code} twice ({log})")
 
-    def _run(self, stage: Stage, claim: Claim, log: Path) -> int:
+    def _run(self, stage: Stage, claim: Claim, log: Path, bar: Progress) -> int:
         """The exit code of a trial's process.
 
         Raises:
@@ -247,15 +251,15 @@ class Worker:
             )  # fmt: skip
             there.close()
             try:
-                self._listen(here, claim)
+                self._listen(here, claim, bar)
                 return process.wait()
             except BaseException:
                 here.shutdown(socket.SHUT_RDWR)  # it may be waiting for an answer
                 _end_process(process)
                 raise
 
-    def _listen(self, channel: socket.socket, claim: Claim) -> None:
-        """Answer a trial's reports until it hangs up.
+    def _listen(self, channel: socket.socket, claim: Claim, bar: Progress) -> None:
+        """Answer a trial's reports, and show them, until it hangs up.
 
         Raises:
             _Ending: the worker must end.
@@ -269,6 +273,8 @@ class Worker:
             if not line.endswith("\n"):
                 return
             said = json.loads(line)
+            bar.say(step=said["step"], loss=said["loss"])
+            bar.refresh()
             stops = claim.report(said["step"], said["loss"])
             stream.write("stop\n" if stops else "go\n")
             stream.flush()
@@ -307,4 +313,4 @@ def _last_line(log: Path) -> str:
 
 
 def _say(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
+    Progress.write(f"{time.strftime('%H:%M:%S')} {line}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class SquadTask(Task):
     kind = "squad"
     title = "SQuAD"
     metrics = ("exact_match", "f1")
+    card: Mapping[str, Any] = {"tasks": "question-answering", "language": "en", "dataset": "SQuAD"}
 
     def __init__(self, model: PretrainedArguments, data: QaDataArguments, args: RunTrainingArguments) -> None:
         """Read and check questions, tokenizer and configuration.

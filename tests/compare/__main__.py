@@ -224,7 +224,7 @@ def main() -> None:
     refused = sum(isinstance(result, str) for result in sides["old"].values())
     print(f"{len(found)} of {len(sides['old'])} rows differ ({refused} are refused by {old})")
     if options.json is not None:
-        from hf_soo.runs import machine  # of the working tree; each side has its own
+        from hf_soo import machine  # of the working tree; each side has its own
 
         report = {
             "old": old, "new": new, "parts": list(options.only), "names": names, "device": machine.device_name(CPU),

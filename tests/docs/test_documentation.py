@@ -98,9 +98,9 @@ def help_of(command: str, *task: str) -> str:
 
 
 def test_commands_name_files_and_flags_that_exist() -> None:
-    known = {name for name in cli.RUNS} | {"list", "report", "plan", "recipes"}
+    known = {name for name in cli.RUNS} | {"list", "doctor", "report", "plan", "recipes"}
     checked = 0
-    for line in COMMANDS:
+    for line in [*COMMANDS, *cli.EXAMPLES.values()]:
         words = shlex.split(line)
         for command, rest in commands_in(words):
             assert command in known, line

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list only; parts that share a line are siblings and never import each other.
 LAYERS = (
     ("cli", "prepare", "pretrain"),
-    ("reproduce", "search"),
+    ("doctor", "reproduce", "search"),
     ("plan",),
     ("bench",),
     ("domains",),
@@ -28,15 +28,15 @@ LAYERS = (
     ("registry",),
     ("preconditioners", "optimizers"),
     ("engine",),
-    ("files",),
+    ("files", "machine", "progress"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
-MOST_PUBLIC_NAMES = 598
-MOST_LINES = 29_770
+MOST_PUBLIC_NAMES = 606
+MOST_LINES = 30_440
 
 
 # Names that nothing is called any more; generic words only where they were misleading.

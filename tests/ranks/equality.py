@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_soo.runs.machine import commit, device_name
+from hf_soo.machine import commit, device_name
 from hf_soo.runs.report import update_readme
 from tests.ranks.cells import (
     ACCUMULATION,

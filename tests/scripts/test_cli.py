@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -94,11 +95,8 @@ def test_bad_input_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["plant"],
-            "hf-soo: error: 'plant' is no command. Did you mean 'plan'? Valid: list, plan, report, recipes, prepare, ",
-        ),
-        ([], "hf-soo: error: the following arguments are required: COMMAND; --help says more."),
+        (["plant"], "hf-soo: error: 'plant' is no command. Did you mean 'plan'? Valid: list, doctor, plan, report, "),
+        (["doctor", "--jsn"], "hf-soo: error: unrecognized arguments: --jsn; --help says more."),
         (["list", "--x"], "hf-soo: error: unrecognized arguments: --x; --help says more."),
         (["report"], "hf-soo report: error: the following arguments are required: FOLDER; --help says more."),
         (["plan", "--gpus", "many"], "hf-soo plan: error: argument --gpus: invalid int value: 'many'; --help says"),
@@ -112,6 +110,21 @@ def test_wrong_use_is_one_line_and_exit_2(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
+
+
+def test_alone_it_shows_what_one_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Six things on a screen of 24 lines of 100 columns or more; those that need no data are done here."""
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert len(cli.EXAMPLES) == 6 and len(shown.splitlines()) < 24
+    assert max(map(len, shown.splitlines())) <= 110
+    for what, command in cli.EXAMPLES.items():
+        assert f"  {what}\n    {command}\n" in shown
+    for name in ("plan", "search"):
+        (command,) = (each for each in cli.EXAMPLES.values() if each.startswith(f"hf-soo {name} "))
+        assert cli.main(shlex.split(command)[1:]) == 0
+    said = capsys.readouterr().out
+    assert "64 ranks, ddp" in said and "byte_gpt/muon/wide: 24 trials" in said
 
 
 SCRIPTS = {
@@ -162,10 +175,10 @@ def test_runs_have_help_and_refuse_in_one_line(
     assert message in line
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["plan", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["plan", "--help"], ["doctor", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert {"plan": "--micro_batch", "report": "--picture"}.get(arguments[0], "reproduce") in shown
+    assert {"plan": "--micro_batch", "report": "--picture", "doctor": "--json"}.get(arguments[0], "reproduce") in shown

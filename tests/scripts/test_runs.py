@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import hf_soo
-from hf_soo.runs import machine
+from hf_soo import machine
+from hf_soo.files import jsonable
 from hf_soo.runs.arguments import parse
 from hf_soo.runs.record import (
     RunRecord,
@@ -20,7 +21,6 @@ from hf_soo.runs.record import (
     differing,
     file_name,
     is_file_name,
-    jsonable,
     kind_of,
     reach,
     read_documents,
@@ -270,7 +270,7 @@ def test_commit_is_that_of_the_checkout() -> None:
 
 def test_commit_of_someone_elses_repository_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    inside = tmp_path / "lib" / "hf_soo" / "experiments" / "machine.py"
+    inside = tmp_path / "lib" / "hf_soo" / "machine.py"
     inside.parent.mkdir(parents=True)
     monkeypatch.setattr(machine, "__file__", str(inside))
     assert machine.commit() is None

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from hf_soo.runs import machine
+from hf_soo import machine
 from hf_soo.runs.record import RunRecord
 from hf_soo.search.orders import GIVEN_BACK, Channel, Order, write
 

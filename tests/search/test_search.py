@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_soo import cli
-from hf_soo.runs import machine
+from hf_soo import cli, machine, progress
 from hf_soo.runs.record import RunRecord
 from hf_soo.search.evidence import Evidence
 from hf_soo.search.queue import read_queue
@@ -162,7 +161,10 @@ def test_the_stopping_rule_remembers_trials_of_a_lost_storage(tmp_path: Path) ->
     assert made.system_attrs == rungs and len(rungs) == 2
 
 
-def test_a_worker_keeps_every_end_and_says_how_it_goes(tmp_path: Path, capfd: Any) -> None:
+def test_a_worker_keeps_every_end_and_says_how_it_goes(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     results = files(tmp_path)
     queue = read_queue(tmp_path / "search" / "all.queue.yaml")[:1]
     assert Worker(queue, Place.of(results), command=STAND_IN).run() == 0
@@ -176,8 +178,9 @@ def test_a_worker_keeps_every_end_and_says_how_it_goes(tmp_path: Path, capfd: An
         "study": "toy", "space": "sgd", "stage": "wide", "number": 2, "trials": 6, "params": {}, "command": "",
         "stopped_at": None,
     }  # fmt: skip
-    said = capfd.readouterr().out
+    said, bar = capfd.readouterr()
     assert re.search(r"6 of 6 trials done; best 2\.1250 at learning_rate=0\.02; 0 s left", said)
+    assert re.search(r"search: 5/6 \[.*, step \d, loss ", bar) and "search: 6/6 [" in bar
     assert not list((results / ".search").rglob("runs/*/*")) and not list((results / ".search").rglob("*.log"))
     assert Worker(queue, Place.of(results), command=STAND_IN).run() == 0
     assert set(starts(results).values()) == {1}

@@ -25,6 +25,7 @@ from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, train_wordpi
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
 from hf_soo.engine.checks import Bounds, Checked, Count, Portion, Whole
 from hf_soo.files import built_beside, clear_leftovers, sha256_of, write_atomically
+from hf_soo.progress import Progress
 from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
 
@@ -106,6 +107,8 @@ class _Job(NamedTuple):
     work: Callable[[Any], list[SplitPairs]]
     items: Iterable[Any]
     describe: Callable[[], dict[str, Any]]
+    unit: str  # that the work is counted in
+    total: int | None  # of them; None: not known before all are read
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -158,29 +161,30 @@ def _text_job(config: PrepareConfig, corpus: Corpus, ids: SpecialIds, vocab_file
     """Tokenise the corpus and make pairs."""
     worker = ShardWorker(str(vocab_file), config.pairs(), ids.cls, ids.sep, config.seed)
     shards = make_shards(corpus.texts(), config.eval_documents, config.seed)
-    return _Job(worker, shards, lambda: corpus.counts.as_dict())
+    read = corpus.counts  # for the vocabulary, if one was made
+    documents = read.documents - sum(read.left_out.values())
+    return _Job(worker, shards, lambda: corpus.counts.as_dict(), "documents", documents or None)
 
 
 def _rows_job(config: PrepareConfig, files: list[Path], ids: SpecialIds) -> _Job:
     """Take the pairs of HDF5 shards."""
     worker = RowWorker(ids, config.max_seq_length, config.eval_documents, config.seed)
     size = sum(file.stat().st_size for file in files)
-    return _Job(worker, row_blocks(files), lambda: {"files": len(files), "file_bytes": size})
+    return _Job(worker, row_blocks(files), lambda: {"files": len(files), "file_bytes": size}, "examples", None)
 
 
 def _write_examples(job: _Job, config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """Make the pairs and write both splits; returns source, counts and files for the manifest."""
-    from datasets.utils import tqdm
-
     writers = {split: SplitWriter(folder / split, config.max_seq_length) for split in ("train", "eval")}
     first_id = without_tokens = 0
-    with tqdm(unit=" examples", unit_scale=True, desc="preparing") as bar:
+    with Progress(desc="preparing", unit=f" {job.unit}", unit_scale=True, total=job.total) as bar:
         for results in map_in_order(job.work, job.items, config.num_proc):
             for made in results:
                 writers[made.split].write(made.pairs, made.documents, first_id)
                 first_id += len(made.pairs)
                 without_tokens += made.without_tokens
-                bar.update(len(made.pairs))
+                bar.update(made.documents + made.without_tokens if job.unit == "documents" else len(made.pairs))
+                bar.set_postfix_str(f"{first_id:,} examples", refresh=False)
     counts = {split: writer.finish() for split, writer in writers.items()}
     source = job.describe()
     if "left_out" in source:

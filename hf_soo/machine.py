@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The git commit this package is run from ("-dirty" when tracked files differ); None outside a checkout of it."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     # An installed package may lie inside someone else's repository: only a checkout of this project counts.
     if _git(root, "rev-parse", "--show-toplevel") != str(root):
         return None
