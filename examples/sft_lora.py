@@ -6,7 +6,7 @@
         --model_name_or_path Qwen/Qwen2.5-0.5B --bf16 true --max_length 512 --output_dir out/qwen
 
 Every flag of TRL's SFTConfig and of SecondOrderTrainingArguments is one here. With --resume_from_checkpoint FOLDER
-(out/sft_lora/checkpoint-100) a run goes on and ends with the same adapters, to the last bit.
+(out/sft_lora/checkpoint-50) a run goes on and ends with the same adapters, to the last bit.
 """
 
 from __future__ import annotations

@@ -177,6 +177,9 @@ class Capture:
         self.buffers: dict[str, Buffers] = {
             layer.name: [] if recorder.transient else recorder.allocate(layer) for layer in self.layers
         }
+        dtypes = {p.dtype for p in ([] if model is None else model.parameters()) if p.is_floating_point()}
+        for layer in self.layers:
+            layer.coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
         self.padding = Padding(model if model is not None and self.layers else nn.Identity(), self.layers)
         self._handles = [
             layer.module.register_forward_hook(_CommitHook(self, layer).commit, prepend=True, with_kwargs=True)

@@ -28,7 +28,7 @@ from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, stack
 from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.passes.padding import Padding, Shape
 from hf_soo.engine.strategy import Strategy
-from hf_soo.engine.sums import NOISE_LEVEL, in_squares_range
+from hf_soo.engine.sums import in_squares_range, noise_level
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _CommitFactors(torch.autograd.Function):
             counted = live if recorder.row_filter == "grad" else gate(keep, torch.ones_like(live))[0]
             _commit_inputs(x, live, counted, recorder, counts, A)
         if which != "inputs" and B.numel() and g.numel():
-            level = NOISE_LEVEL[g.dtype] ** 2
+            level = noise_level(ctx.layer, g.dtype) ** 2
             g = in_squares_range(g.to(B.dtype), B.dtype)
             rows = g.sum(1) if recorder.reduce else g.flatten(0, 1)
             B.addmm_(rows.mT, rows)

@@ -25,6 +25,7 @@ class Layer(ABC):
     """Something with a gradient that a method moves, known by its name in the model.
 
     The module is held, never its parameters: FSDP and others replace parameter objects after construction.
+    ``coarsest`` is the coarsest dtype in its model, which its gradients come through.
     """
 
     in_old_checkpoints: ClassVar[bool] = True  # whether those that do not say what was added hold it
@@ -32,6 +33,7 @@ class Layer(ABC):
     name: str
     module: nn.Module
     trains_bias: bool = field(init=False)
+    coarsest: torch.dtype | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Look at the bias: the factors' sizes are settled now, whatever is frozen or unfrozen later."""

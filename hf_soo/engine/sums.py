@@ -27,6 +27,12 @@ Where Σe is zero analytically (attention's key projection), |Σe|²/Σ|e|² was
 So δ = 16u for the half precisions. fp32 rows may come from TF32 products, with 11 bits: 2⁻⁹ covers them too.
 """
 
+
+def noise_level(layer: Layer, dtype: torch.dtype) -> float:
+    """δ of a layer's gradients in a dtype: a bf16 model's, for an adapter that is fp32 and gets what it rounds."""
+    return max(NOISE_LEVEL[dtype], NOISE_LEVEL.get(layer.coarsest or dtype, 0.0))
+
+
 _SQUARES = (-56, 32)
 """Rows whose largest entry is not between these powers of two count as if it were: the square of no other is a number.
 
@@ -100,7 +106,11 @@ class SumRecorder:
             counts = [group_sums(mask.reshape(-1, 1).to(buffers[0].dtype), self.groups)[:, 0] for mask in masks]
             inputs, samples = (each[0], counts[0]) if len(masks) == 1 else (torch.stack(each), torch.stack(counts))
         several = torch.stack(masks) if len(masks) > 1 else None
-        return cast(Tensor, _CommitSums.apply(output, inputs, samples, several, target, layer.channel_dim, *buffers))  # type: ignore[no-untyped-call]
+        level = noise_level(layer, output.dtype)
+        return cast(
+            Tensor,
+            _CommitSums.apply(output, inputs, samples, several, target, layer.channel_dim, level, *buffers),  # type: ignore[no-untyped-call]
+        )
 
     def ready(self, layers: Sequence[Layer], strategy: Strategy) -> list[Layer]:
         """All: a layer without rows is told so."""
@@ -152,6 +162,7 @@ class _CommitSums(torch.autograd.Function):
         masks: Tensor | None,
         target: Target,
         channel_dim: int,
+        level: float,
         *buffers: Tensor,
     ) -> Tensor:
         # Not saved but where a compiler asks for it: a checkpoint would sum anew what it saved, by the masks of then.
@@ -159,14 +170,14 @@ class _CommitSums(torch.autograd.Function):
         ctx.sums = None if torch.compiler.is_compiling() else sums
         if ctx.sums is None:
             ctx.save_for_backward(*sums)
-        ctx.target, ctx.channel_dim, ctx.buffers = target, channel_dim, buffers
+        ctx.target, ctx.channel_dim, ctx.level, ctx.buffers = target, channel_dim, level, buffers
         # detach, not view_as: an output that is a view of a custom function could not be modified in place (relu_).
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        done = (grad, *[None] * (5 + len(ctx.buffers)))
+        done = (grad, *[None] * (6 + len(ctx.buffers)))
         if (keep := accumulates(ctx.target, grad)) is False:
             return done
         # detached: under create_graph the buffers would join the graph of the second backward pass
@@ -181,7 +192,7 @@ class _CommitSums(torch.autograd.Function):
         if input_buffer.numel():
             input_buffer.add_(inputs)
         if output_buffer.numel() or noise_buffer.numel():
-            _commit_outputs(g, output_buffer, noise_buffer)
+            _commit_outputs(g, output_buffer, noise_buffer, ctx.level)
         return done
 
 
@@ -197,7 +208,7 @@ def in_squares_range(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor / unit
 
 
-def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
+def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor, level: float) -> None:
     """Add the sums of output gradients [..., d_out] to the buffers."""
     rows = grad.reshape(-1, grad.shape[-1])
     if outputs.numel():
@@ -207,7 +218,7 @@ def _commit_outputs(grad: Tensor, outputs: Tensor, noise: Tensor) -> None:
         rows = in_squares_range(rows, dtype)
         total = rows.sum(0, dtype=dtype).square().sum()
         energy = torch.linalg.vector_norm(rows, dtype=dtype).square()
-        noise.add_(torch.stack([total, NOISE_LEVEL[grad.dtype] ** 2 * energy]))
+        noise.add_(torch.stack([total, level**2 * energy]))
 
 
 def _group_sizes(samples: int, groups: int, like: Tensor) -> Tensor:

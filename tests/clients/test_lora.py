@@ -184,6 +184,27 @@ def test_adapters_of_one_row_are_the_base_s() -> None:
     assert {rule for key, rule in table.items() if "lora" in key} == {"kfac_expand -> AdamW"}
 
 
+@pytest.mark.parametrize("name", ["mkor", "kfac_reduce"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_key_s_adapters_get_noise(name: str, dtype: torch.dtype) -> None:
+    """Their output gradients sum to zero, but for rounding; fp32 adapters of a bf16 model get the model's."""
+    config = BertConfig(
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    bert = BertForSequenceClassification(config).to(dtype)
+    model = get_peft_model(bert, LoraConfig(r=4, lora_alpha=6, target_modules=["query", "key"])).train()
+    optimizer = hf_soo.build_optimizer(name, model, lr=1e-3, base="adamw", update_period=1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(input_ids=torch.randint(5, 60, (4, 128)), labels=torch.randint(0, 2, (4,))).loss.backward()
+        optimizer.step()
+    outcomes = {layer: row["output_side"] for layer, row in optimizer.diagnostics().items()}
+    assert {layer for layer, said in outcomes.items() if "noise" in str(said)} == {
+        la for la in outcomes if ".key." in la
+    }
+
+
 # ---- adapters that come, go and take turns ---------------------------------------------------------------------------
 
 

@@ -65,7 +65,7 @@ def test_every_example_says_how_it_is_run() -> None:
 def test_the_guide_s_commands_are_those_that_run_here() -> None:
     """The first of the example's own text, and the same that goes on."""
     name, flags = commands((EXAMPLES / "sft_lora.py").read_text(encoding="utf-8"))[0]
-    goes_on = (name, [*flags, "--resume_from_checkpoint", "out/sft_lora/checkpoint-100"])
+    goes_on = (name, [*flags, "--resume_from_checkpoint", "out/sft_lora/checkpoint-50"])
     assert commands((ROOT / "docs" / "guides" / "lora.md").read_text(encoding="utf-8")) == [(name, flags), goes_on]
 
 
