@@ -29,6 +29,7 @@ RUNS = {
     "glue": ("hf_soo.glue.command", "fine-tune on GLUE"),
     "squad": ("hf_soo.squad.command", "fine-tune on SQuAD, or score a file of predictions"),
     "vision": ("hf_soo.vision.command", "classify images"),
+    "run": ("hf_soo.run", "a script of yours that trains with transformers' Trainer, as it is"),
     "bench": ("hf_soo.bench.command", "time optimizers against AdamW"),
     "search": ("hf_soo.search.command", "search over the settings of optimizers, trial by trial"),
     "reproduce": ("hf_soo.reproduce.command", "the table of the MKOR paper, from raw text to SQuAD and GLUE"),

@@ -54,6 +54,8 @@ class SecondOrderTrainerMixin(ResumingMixin):
     """
 
     args: SecondOrderTrainingArguments
+    corrects_stock_losses = True
+    """Whether transformers' own optimizers, too, train on a loss that was put right."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer."""
@@ -64,8 +66,19 @@ class SecondOrderTrainerMixin(ResumingMixin):
         if not own_loss and ignores_loss_kwargs(self.accelerator.unwrap_model(self.model)):
             # Trainer takes **kwargs in forward for a promise to divide the loss by num_items_in_batch. BERT's heads
             # break it, and the loss would be (accumulation steps x processes) times too large.
-            self.model_accepts_loss_kwargs = False
+            self._correct_loss()
         self.add_callback(_LoopCallback(self))
+
+    def _correct_loss(self) -> None:
+        if self._names_ours or self.corrects_stock_losses:
+            self.model_accepts_loss_kwargs = False
+        elif "labels" in self.label_names and (self.args.gradient_accumulation_steps * self.args.world_size) > 1:
+            logger.warning(
+                "%s ignores num_items_in_batch, but Trainer believes otherwise: with optim=%r, which runs as without "
+                "hf_soo, its loss and gradient are (accumulation steps x processes) times too large. Optimizers of "
+                "hf_soo are given the right ones; to compare with them take adamw for adamw_torch.",
+                type(self.model).__name__, str(getattr(self.args.optim, "value", self.args.optim)),
+            )  # fmt: skip
 
     def _check_deepspeed_config(self) -> None:
         """Make the arguments hold under DeepSpeed.

@@ -40,6 +40,8 @@ NOT_HERE = (
 ELSEWHERE = {
     "accelerate launch --config_file configs/accelerate/cpu.yaml": "tests/scripts/test_launch_kit.py::two_processes",
     'accelerate launch --config_file "$(hf-soo recipes cpu --path)"': "tests/scripts/test_launch_kit.py::two_processes",
+    "hf-soo run train.py": "tests/unmodified/test_run.py::test_the_commands_of_the_guide",
+    "torchrun --nproc_per_node 2 -m hf_soo.run": "tests/unmodified/test_run.py::test_the_commands_of_the_guide",
     "python examples/": "tests/examples/test_examples.py::test_trains_and_goes_on",
     "hf-soo plan --model bert-large-uncased --optim mkor --base lamb --gpus 64 --strategy fsdp2 --seq 512 "
     "--batch 32768 --dry-run": "tests/scripts/test_plan_dry_run.py::test_row_shards_on_64_ranks",

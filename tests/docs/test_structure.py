@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go down this list only; parts that share a line are siblings and never import each other.
 LAYERS = (
-    ("cli", "prepare", "pretrain"),
+    ("cli", "prepare", "pretrain", "run"),
     ("doctor", "reproduce", "search"),
     ("plan",),
     ("bench",),
@@ -35,8 +35,8 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
-MOST_PUBLIC_NAMES = 607
-MOST_LINES = 30_460
+MOST_PUBLIC_NAMES = 609
+MOST_LINES = 30_730
 
 
 # Names that nothing is called any more; generic words only where they were misleading.
