@@ -210,7 +210,8 @@ def _train_one(job: Job, task: Task) -> RunRecord:
             record.target = reach(record.curve, target)
             record.target["stopped"] = record.target["steps"] is not None and record.steps < trainer.state.max_steps
     if args.do_train and args.save_strategy != SaveStrategy.NO:
-        (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**task.card)
+        source = {"dataset": record.document()["config"].get("data", {}).get("source")}
+        (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**{**source, **task.card})
     return record
 
 

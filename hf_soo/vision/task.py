@@ -26,7 +26,7 @@ class VisionTask(Task):
     def __init__(self, model: ImageModelConfig, data: ImageDataConfig, args: RunTrainingArguments) -> None:
         """Read the images; one process of several decodes them first, the others find them in the cache."""
         self.model, self.title = model, f"{model.model} on {data.dataset}"
-        self.dataset = data.dataset
+        self.dataset, self.card = data.dataset, {"tasks": "image-classification", "dataset": data.dataset}
         with args.in_turn():
             self.data = ImageData.load(data)
 

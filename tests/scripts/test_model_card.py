@@ -28,6 +28,7 @@ def test_a_run_leaves_its_card_where_it_leaves_its_model(tmp_path: Path, monkeyp
     assert pretrain([*flags, "--output_dir", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     run = only_run(tmp_path / "out" / "runs")
+    assert " on the text.txt dataset.\n" in text
     for key, value in run["final"].items():
         assert f"- `{key}`: `{value:.6g}`\n" in text
     (_, settings), command, (_, shown) = blocks(text)
