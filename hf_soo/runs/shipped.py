@@ -69,7 +69,8 @@ def _find(name: Path, place: str, near: Path | None) -> Path:
         return alike[0]
     if alike:
         raise ValueError(f"{str(name)!r} is the name of {' and '.join(map(title, alike))}; give it with its folder.")
-    known = [_bare(file).name for file in (*pool, *sorted(name.parent.glob("*.yaml")))]
+    places = set[Path]() if place else {file.parent for file in pool}
+    known = [_bare(file).name for file in (*pool, *sorted(places), *sorted(name.parent.glob("*.yaml")))]
     near_by = difflib.get_close_matches(_bare(name).name, known, n=1)
     more = f"did you mean {near_by[0]!r}?" if near_by else "`hf-soo recipes` lists them."
     raise ValueError(f"No file {str(name)!r}, and no recipe of that name; {more}")

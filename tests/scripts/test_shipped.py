@@ -73,6 +73,7 @@ def test_a_path_that_exists_wins_and_so_does_what_lies_beside_it(tmp_path: Path)
         ("soap", "pretrain", "No file 'soap', and no recipe"),  # that of search is a space
         ("byte_gpt", "search", "No file 'byte_gpt', and no recipe"),
         ("/pretrain/mkor", "", "No file '/pretrain/mkor', and no recipe"),
+        ("smok", "", "No file 'smok', and no recipe of that name; did you mean 'smoke'?"),
         ("kor", "", "No file 'kor', and no recipe of that name; did you mean 'mkor'?"),
     ],
 )
