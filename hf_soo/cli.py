@@ -276,9 +276,11 @@ def _report(options: argparse.Namespace) -> str:
     if options.html:
         from hf_soo.runs.page import page
 
-        title = options.title or f"Report of {Path(options.folder).resolve().name}"
-        Path(options.html).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(options.html), page(title, text, figures(""), parts()))
+        file, title = Path(options.html), options.title or f"Report of {Path(options.folder).resolve().name}"
+        if file.is_dir():
+            raise ValueError(f"--html {options.html} is a folder; give the name of a file, such as report.html.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, page(title, text, figures(""), parts()))
     return text
 
 

@@ -157,7 +157,9 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: pytes
     for each in runs():
         each.write(tmp_path)
     assert cli.main(["report", str(tmp_path), "--html", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("hf-soo: error: ")
+    assert capsys.readouterr().err == (
+        f"hf-soo: error: --html {tmp_path} is a folder; give the name of a file, such as report.html.\n"
+    )
 
 
 def stored(folder: Path, found: list[RunRecord]) -> None:
