@@ -18,4 +18,4 @@ ARG EXTRAS=eval,report
 COPY --from=wheel /wheel /wheel
 RUN pip install --no-cache-dir "torch==${TORCH}" && pip install --no-cache-dir "$(echo /wheel/*.whl)[${EXTRAS}]"
 WORKDIR /work
-CMD ["hf-soo", "--help"]
+CMD ["hf-soo"]
