@@ -39,7 +39,8 @@ class Ended:
 class Ranks:
     """``function(rank, world, *args)`` on every rank; each may fail, die or hang, and is not waited for by the others.
 
-    The server that they are forked from starts no thread, group or device; spawning would cost seconds.
+    The server that they are forked from starts no group, no device and no thread but Arrow's allocator's, which can be
+    forked; spawning would cost seconds.
     """
 
     def __init__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> None:
