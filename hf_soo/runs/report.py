@@ -253,7 +253,8 @@ def logarithmic(axis: Any) -> None:
     from matplotlib.ticker import LogLocator
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.minorticks_off()
 
@@ -286,10 +287,11 @@ def _points(run: RunRecord, loss: str) -> list[dict[str, float]]:
 
 
 def _limits(found: Sequence[_Method]) -> tuple[float, float] | None:
-    """Show what the methods differ in: from the lowest loss to the highest after the first evaluation of each."""
+    """Show what the methods differ in: from the lowest loss to the highest of first evaluations and of results."""
     evaluations = [_points(method[0], "eval_loss") for method in found]
     later = [point["eval_loss"] for points in evaluations for point in points if point["step"] > 0]
     start = [points[0]["eval_loss"] for points in evaluations if points]
+    start += [loss for method in found if math.isfinite(loss := final_loss(method[0]))]
     if not later:
         return None
     low, high = min(later), min(max(later), max(start))

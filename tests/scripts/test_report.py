@@ -109,6 +109,15 @@ def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn[0].get_suptitle() == "A title"
 
 
+def test_a_result_is_in_the_picture_wherever_it_ends() -> None:
+    """Also one that rose again; what never ended may leave at the top."""
+    pytest.importorskip("matplotlib")
+    rising, diverged = run("mkor", "lamb", 0.1, [0.6, 0.5, 0.9]), run("muon", "muon", 0.1, [0.6, 5.0, 7.0])
+    diverged.status = "diverged"
+    steps, _ = report.figure([rising, run("lamb", "lamb", 0.1, [0.7, 0.6, 0.55]), diverged]).axes
+    assert steps.get_ylim() == pytest.approx((0.5 - 0.02, 0.9 + 0.02))
+
+
 def test_picture_of_a_run_without_evaluations(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     stopped = run("mkor", "lamb", 0.02, [None])
