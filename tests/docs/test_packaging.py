@@ -61,6 +61,12 @@ def test_wheel_holds_the_package_and_the_recipes_alone(wheel: zipfile.ZipFile) -
     assert sources | recipes | {"hf_soo/py.typed"} == held
 
 
+def test_the_image_copies_what_the_wheel_is_built_from() -> None:
+    """Docker is not run here."""
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(" ".join(copied).split()) == ["LICENSE", "README.md", "configs", "hf_soo", "pyproject.toml"]
+
+
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     folder = f"hf_soo-{hf_soo.__version__}.dist-info"
     metadata = wheel.read(f"{folder}/METADATA").decode()
