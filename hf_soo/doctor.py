@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,6 +64,7 @@ def examine(folder: Path) -> dict[str, Any]:
         The report, as its JSON has it.
     """
     (here, missing), seconds = _packages(), product_seconds()
+    bar: Iterable[_Try] = Progress(iterable=list(_tries(folder)), desc="doctor", unit="try", leave=False)
     return {
         "kind": "doctor",
         "platform": platform.platform(),
@@ -75,7 +77,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "memory_bytes": _memory("SC_PHYS_PAGES"),
         "free_memory_bytes": _memory("SC_AVPHYS_PAGES"),
         "bf16_speed": seconds["float32"] / seconds["bfloat16"],
-        "tries": {each.title: each.lacks or _answer(each) for each in _with_bar(_tries(folder))},
+        "tries": {each.title: each.lacks or _answer(each) for each in bar},
     }
 
 
@@ -107,8 +109,8 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def _memory(pages: str) -> int | None:
-    names = getattr(os, "sysconf_names", {})  # Windows has none; a Mac does not say what is free
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in names else None
+    known = pages in os.sysconf_names  # a Mac does not say what is free
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if known else None
 
 
 def _packages() -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -133,11 +135,6 @@ def _packages() -> tuple[dict[str, str], dict[str, list[str]]]:
     return here, missing
 
 
-def _with_bar(tries: Iterable[_Try]) -> Iterable[_Try]:
-    bar: Iterable[_Try] = Progress(iterable=list(tries), desc="doctor", unit="try", leave=False)
-    return bar
-
-
 def _tries(folder: Path) -> Iterator[_Try]:
     gpus = torch.cuda.device_count()
     for device in ("cpu", "cuda")[: 1 + bool(gpus)]:
@@ -158,15 +155,15 @@ def _tries(folder: Path) -> Iterator[_Try]:
 
 def _answer(each: _Try) -> str:
     """Take the step: why it failed, or "" where it did not."""
-    method = {"forkserver", "spawn"}.intersection(multiprocessing.get_all_start_methods())
-    context: Any = multiprocessing.get_context(min(method))
-    if context.get_start_method() == "forkserver":  # one that has imported all
-        context.set_forkserver_preload(["hf_soo.doctor", "torch.distributed.fsdp"])
+    context = multiprocessing.get_context("forkserver")  # which imports once for all
+    context.set_forkserver_preload(["hf_soo.doctor", "torch.distributed.fsdp"])
     with tempfile.TemporaryDirectory() as folder:
         given = [(rank, each, folder) for rank in range(each.processes)]
         ranks = [context.Process(target=_rank, args=args, daemon=True) for args in given]
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is started here ignores a Ctrl-C, and ends with us
         for process in ranks:
             process.start()
+        signal.signal(signal.SIGINT, usual)
         end = time.monotonic() + _LIMIT
         for process in ranks:
             process.join(max(0.0, end - time.monotonic()))
@@ -177,7 +174,9 @@ def _answer(each: _Try) -> str:
         said = [file.read_text(encoding="utf-8") for file in sorted(Path(folder).glob("said_*"))]
     if any(said) or len(said) == each.processes:
         return next(filter(None, said), "")
-    return f"no answer after {_LIMIT:.0f} s" if None in codes else f"the process ended with {max(codes, key=abs)}"
+    if None in codes:
+        return f"no answer after {_LIMIT:.0f} s"
+    return f"the process ended with {next(filter(None, codes), 0)}"
 
 
 def _rank(rank: int, each: _Try, folder: str) -> None:

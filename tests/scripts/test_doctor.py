@@ -73,7 +73,7 @@ def test_every_try_is_answered(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     head, *shown = done.stdout.splitlines()
-    assert json.loads(head) == ["the process ended with -9", "no answer after 2 s", "RuntimeError: no kernel at all"]
+    assert json.loads(head) == ["the process ended with -9", "RuntimeError: no kernel at all", "no answer after 2 s"]
     report = json.loads((folder / "reports" / "doctor.json").read_text())
     assert report["tries"].pop("DDP over nccl") == "torch sees no GPU"
     assert report["tries"] == dict.fromkeys([
