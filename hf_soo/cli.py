@@ -43,12 +43,12 @@ REPORTS = {"search": "hf_soo.search.comparison", "bench": "hf_soo.bench.report",
 _Pictures = tuple[Callable[[str], list[Any]], Callable[[], dict[str, list[Any]]]]  # both, of one folder
 
 EXAMPLES = {
+    "train with your own Trainer script, as it is": "hf-soo run train.py --optim mkor --learning_rate 4e-3",
     "train a small BERT with MKOR and with LAMB, on the text that comes with Python": (
         "hf-soo pretrain --config smoke/mkor --compare_with lamb --compare_learning_rate 0.007"
     ),
     "fine-tune on GLUE (or squad, vision)": "hf-soo glue --config minilm_mkor --data_dir glue",
     "see what a run would need on other hardware": "hf-soo plan --model bert-large-uncased --optim mkor --gpus 64",
-    "time optimizers on this machine": "hf-soo bench --preset mini --optim lamb,mkor+lamb --threads 1",
     "search for settings": "hf-soo search muon --workload byte_gpt --dry_run",
     "make tables and pictures of runs": "hf-soo report out/smoke/runs --picture curves.png",
 }

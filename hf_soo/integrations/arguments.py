@@ -24,14 +24,6 @@ _READ = (
 )  # fmt: skip
 
 
-class _Schedule(str):
-    """A schedule of ours where transformers has an enum, whose ``value`` its model card reads."""
-
-    @property
-    def value(self) -> str:
-        return str(self)
-
-
 @dataclass(frozen=True, slots=True)
 class _Parsed:
     """What the arguments say of optimizer and schedule, read and checked.
@@ -118,8 +110,6 @@ class SecondOrderTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, value in ours.items():
             setattr(self, name, value)
-        if "lr_scheduler_type" in ours:
-            self.lr_scheduler_type = _Schedule(POLY_WARMUP)
         check_schedule(self, self.parsed.lr_scheduler_kwargs)  # wrong settings show now, not after the data
 
     @property

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -253,7 +254,13 @@ class SecondOrderTrainerMixin(ResumingMixin):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's; after training with one of ours with a section on it (``card``)."""
-        super().create_model_card(*args, **kwargs)
+        schedule = self.args.lr_scheduler_type
+        if schedule == POLY_WARMUP:  # where transformers looks for the value of its enum
+            self.args.lr_scheduler_type = cast("str", SimpleNamespace(value=POLY_WARMUP))
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args.lr_scheduler_type = schedule
         trained = self.second_order is not None or (self._names_ours and self.state.global_step > 0)
         if self.is_world_process_zero() and trained:
             add_section(self, self.second_order)

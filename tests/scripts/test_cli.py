@@ -149,7 +149,8 @@ USES = {
 
 
 def test_every_run_has_its_script_and_its_test() -> None:
-    assert set(USES) == set(cli.RUNS) == {*SCRIPTS, "search", "reproduce"}
+    # "run" has the help and the errors of the script that it runs
+    assert set(USES) == set(cli.RUNS) - {"run"} == {*SCRIPTS, "search", "reproduce"}
     for command, script in SCRIPTS.items():
         assert load_script(script).main is importlib.import_module(cli.RUNS[command][0]).main
     for command, (module, _) in cli.RUNS.items():  # python -m hf_soo.COMMAND
