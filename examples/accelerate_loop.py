@@ -1,6 +1,6 @@
 """A loop of your own with Accelerate: one process, DDP, FSDP2 or DeepSpeed, whatever ``accelerate launch`` starts.
 
-    python examples/accelerate_loop.py --optimizer mkor --learning_rate 3e-3 --steps 100 --output_dir out/loop
+    python examples/accelerate_loop.py --optimizer mkor --base adamw --learning_rate 3e-3 --steps 100
     accelerate launch --config_file configs/accelerate/zero2_8.yaml examples/accelerate_loop.py --output_dir out/loop
 
 A tiny decoder reads the English that comes with Python, byte by byte. State is saved every --save_steps steps, factors
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from tiny import byte_tokenizer, llama, windows
 from torch.utils.data import DataLoader
 
@@ -27,7 +27,7 @@ def read(flags: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--optimizer", default="mkor", choices=hf_soo.available())
-    parser.add_argument("--base", default="adamw", help="the optimizer under a second-order method")
+    parser.add_argument("--base", help="the optimizer under a second-order method; None: the method's own")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save_steps", type=int, default=50)
@@ -41,7 +41,8 @@ def read(flags: Sequence[str] | None) -> argparse.Namespace:
 def main(flags: Sequence[str] | None = None) -> float:
     """Train, go on from the last state where there is one, and evaluate."""
     given = read(flags)
-    accelerator = Accelerator(gradient_accumulation_steps=given.accumulation)
+    # of several processes on a CPU each would train alone, and say nothing, without `cpu`
+    accelerator = Accelerator(gradient_accumulation_steps=given.accumulation, cpu=not torch.accelerator.is_available())
     set_seed(given.seed)
     model = llama(given.seed)
     optimizer = hf_soo.build_optimizer(given.optimizer, model, lr=given.learning_rate, base=given.base)
@@ -65,8 +66,8 @@ def main(flags: Sequence[str] | None = None) -> float:
             accelerator.save_state(f"{given.output_dir}/state-{step:06}")
     model.eval()
     with torch.no_grad():
-        held = [model(**batch).loss for batch in accelerator.prepare(DataLoader(held_out, batch_size=8))]
-    final = accelerator.gather(torch.stack(held).mean()).mean().item()
+        held = [model(**send_to_device(each, accelerator.device)).loss for each in DataLoader(held_out, batch_size=8)]
+    final = torch.stack(held).mean().item()
     accelerator.print(f"evaluation loss {final:.4f}")
     return final
 

@@ -1,6 +1,6 @@
 """transformers' own Trainer, as it is, with a second-order optimizer: one process, or several under DDP.
 
-    python examples/stock_trainer.py --optimizer mkor --learning_rate 1e-3 --max_steps 100
+    python examples/stock_trainer.py --optimizer mkor --base adamw --learning_rate 1e-3 --max_steps 100
     torchrun --nproc_per_node 2 examples/stock_trainer.py --optimizer eva_f --base sgd --learning_rate 0.1
 
 A tiny BERT guesses masked bytes of the English that comes with Python. A stock Trainer saves the factors within the
@@ -34,7 +34,7 @@ def main(flags: Sequence[str] | None = None) -> dict[str, float]:
     """Train and evaluate; every flag of TrainingArguments is one, but that --optim has no say."""
     parser = HfArgumentParser(TrainingArguments)
     parser.add_argument("--optimizer", default="mkor", choices=hf_soo.available())
-    parser.add_argument("--base", default="adamw", help="the optimizer under a second-order method")
+    parser.add_argument("--base", help="the optimizer under a second-order method; the method's own by default")
     args, own = parser.parse_args_into_dataclasses(flags)
     set_seed(args.seed)
     tokenizer = byte_tokenizer()

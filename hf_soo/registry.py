@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from hf_soo import preconditioners
 from hf_soo.engine.checks import once, require, shown, unknown_key
-from hf_soo.engine.dtensors import full_shape
+from hf_soo.engine.dtensors import full_shape, is_dtensor
 from hf_soo.engine.layers import Conv1dLayer, Layer
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.engine.placement import make_plan
@@ -25,9 +26,12 @@ from hf_soo.engine.selection import Selection, compile_patterns, select_layers
 from hf_soo.optimizers.bases import BASES, HEADS, build_base, check_base, wrappers_of
 from hf_soo.optimizers.groups import Groups, decay_groups, given_groups
 from hf_soo.optimizers.halves import ApplyTo, halves_of
+from hf_soo.optimizers.lamb import Lamb
 from hf_soo.optimizers.muon import Muon
 from hf_soo.optimizers.wrappers import WRAPPERS, around
 from hf_soo.preconditioners.config import make_config
+
+logger = logging.getLogger(__name__)
 
 FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo", "soap")
 """Files of ``hf_soo.preconditioners`` whose methods lead every table, in this order; the others' follow by name."""
@@ -186,6 +190,8 @@ class OptimizerSettings:
         config = {} if self.config is None else dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
         if self.config is None:
             selection = Selection([], _left_to_adamw(inner, model))
+        if isinstance(inner, Lamb):
+            _warn_of_zeros(inner, model, self.title)
         wrappers = wrappers_of(inner, self.base_args)
         return PreconditionedOptimizer(
             inner, preconditioner, selection, name=self.name, config=config, model=model,
@@ -268,6 +274,21 @@ def _refuse(name: str, **options: object) -> None:
             raise ValueError(
                 f"{option}={shown(value)} has no effect with {name!r}, which preconditions nothing; leave it out."
             )
+
+
+def _warn_of_zeros(base: Lamb, model: nn.Module, title: str) -> None:
+    """LAMB's step is a share of a weight's norm: a matrix that begins at zero, as an adapter's B does, hardly moves."""
+    adapted = {id(p) for group in base.param_groups if base.adapts(group) for p in group["params"]}
+    zeros = [
+        name for name, p in model.named_parameters()
+        if id(p) in adapted and p.ndim > 1 and p.numel() and not p.is_meta and not is_dtensor(p) and not p.any()
+    ]  # fmt: skip
+    if zeros:
+        logger.warning(
+            "%s: %s (%d matrices) are zero, and LAMB moves a weight in proportion to its norm: they will learn slowly. "
+            "For adapters use base='adamw' (--base_optim adamw).",
+            title, zeros[:2], len(zeros),
+        )  # fmt: skip
 
 
 def _left_to_adamw(base: Optimizer, model: nn.Module) -> dict[str, str]:

@@ -160,10 +160,15 @@ class Lamb(Optimizer):
         """What is stepped on: whole parameters that have a gradient, and shares of others."""
         return divide(self.param_groups, self.partition)
 
+    @staticmethod
+    def adapts(group: dict[str, Any]) -> bool:
+        """Whether a group's steps take the trust ratio."""
+        return bool(group["weight_decay"] != 0 or group["always_adapt"])
+
     def minimal_work(self, param: Tensor, group: dict[str, Any]) -> BaseWork:
         """|g| of all before the moments; |u| before the weights: u is written and read, and w read again."""
         clips = self.defaults["max_grad_norm"] is not None
-        return BaseWork(again=clips + (3 if _adapts(group) else 0))
+        return BaseWork(again=clips + (3 if self.adapts(group) else 0))
 
     def clip_divisor(self, divided: tuple[list[Job], list[Share]]) -> Tensor | None:
         """max(1, ‖g‖_all / max_grad_norm) as a 0-dim tensor, or None without a clip."""
@@ -244,7 +249,7 @@ def _update_(
         torch._foreach_copy_(taken, grads)
         if excess is not None:
             given.div_(excess.to(given.device))
-    adapt = _adapts(group)
+    adapt = Lamb.adapts(group)
     norms: list[Tensor] = []
     if adapt:
         norms += torch._foreach_norm(params, dtype=given.dtype)  # ‖w‖
@@ -310,7 +315,3 @@ def _trust_ratio(norms: Tensor) -> Tensor:
     """‖w‖ / ‖u‖ of each tensor, 1 where either is 0: [2, tensors] -> [tensors]."""
     w_norm, u_norm = norms
     return torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
-
-
-def _adapts(group: dict[str, Any]) -> bool:
-    return bool(group["weight_decay"] != 0 or group["always_adapt"])

@@ -177,6 +177,15 @@ def test_an_embedding_s_adapters_are_left_as_the_embedding_is(name: str) -> None
     assert magnitude == ("AdamW: no matrix [16]" if name == "mkor" else magnitude) and magnitude.startswith("AdamW")
 
 
+def test_lamb_hardly_moves_what_is_zero(caplog: pytest.LogCaptureFixture) -> None:
+    """Its rate is a share of B's norm; without weight decay it is Adam, and nothing is said."""
+    with caplog.at_level(logging.WARNING):
+        for base, decay in (("adamw", 0.01), ("lamb", 0.0), ("lamb", 0.01)):
+            assert "are zero" not in caplog.text
+            hf_soo.build_optimizer("mkor", adapted("plain"), lr=1e-2, base=base, weight_decay=decay)
+    assert "q_proj.lora_B.default.weight" in caplog.text and "(4 matrices) are zero" in caplog.text
+
+
 def test_adapters_of_one_row_are_the_base_s() -> None:
     with pytest.raises(ValueError, match=r"one output or input \[1, 16\]"):
         rules(bert(r=1, target_modules=["query"]), "mkor")
