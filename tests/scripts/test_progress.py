@@ -92,4 +92,6 @@ def test_a_benchmark(always: None, capsys: pytest.CaptureFixture[str]) -> None:
 def test_prepared_documents(always: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a known number where a vocabulary was made of them first."""
     prepare_corpus(tmp_path)
-    assert re.search(r"preparing: 40\.0/40\.0 \[.*documents/s, \d+ examples\]", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert "characters: 40.0/? [" in said and "vocabulary: 40.0/40.0 [" in said
+    assert re.search(r"preparing: 40\.0/40\.0 \[.*documents/s, \d+ examples\]", said)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_soo.files import read_lines, write_atomically
+from hf_soo.progress import Progress
 from hf_soo.text.corpus import Document
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -59,7 +60,8 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int, out_file: st
     if iter(documents) is documents:
         documents = list(documents)
     tokenizer = _uncased(Tokenizer(models.WordPiece(unk_token="[UNK]")))
-    alphabet = _alphabet(documents, tokenizer, limit=min(1000, vocab_size // 4))
+    seen = Progress(iterable=documents, desc="characters", unit=" documents", unit_scale=True)
+    alphabet = _alphabet(seen, tokenizer, limit=min(1000, vocab_size // 4))
     inside = [f"##{c}" for c in alphabet if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -69,7 +71,8 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int, out_file: st
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
     )
-    tokenizer.train_from_iterator(("\n".join(document) for document in documents), trainer)
+    again = Progress(iterable=documents, desc="vocabulary", unit=" documents", unit_scale=True, total=seen.n)
+    tokenizer.train_from_iterator(("\n".join(document) for document in again), trainer)
     vocabulary = tokenizer.get_vocab()
     write_atomically(out_file, "".join(f"{piece}\n" for piece in sorted(vocabulary, key=vocabulary.__getitem__)))
     return len(vocabulary)
