@@ -25,7 +25,8 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait
 
 LONGEST = (
     "ranks/test_equality.py", "scripts/test_launch_kit.py", "ranks/test_fsdp.py", "ranks/test_reshard.py",
-    "scripts/test_launch_slurm.py", "ranks/test_faults.py", "trainer/test_trainer.py", "scripts/test_plan_dry_run.py",
+    "ranks/test_adapters.py", "scripts/test_launch_slurm.py", "ranks/test_faults.py", "trainer/test_trainer.py",
+    "scripts/test_plan_dry_run.py",
     "ranks/test_distributed.py", "scripts/test_pretrain_script.py", "methods/test_contract_settings.py",
 )  # fmt: skip
 

@@ -159,7 +159,7 @@ def bert(**more: Any) -> Any:
 
 def rules(model: Any, name: str, **settings: Any) -> dict[str, str]:
     """The end of each parameter's name -> its rule."""
-    table = hf_soo.build_optimizer(name, model, lr=1e-2, base="adamw", **settings).routing()
+    table = hf_soo.build_optimizer(name, model, **{"lr": 1e-2, "base": "adamw"} | settings).routing()
     return {".".join(key.split(".")[-4:]): rule for key, rule in table.items()}
 
 
@@ -175,6 +175,30 @@ def test_an_embedding_s_adapters_are_left_as_the_embedding_is(name: str) -> None
     assert len(left) == 3 and set(left.values()) == {"AdamW: embedding"}, left
     magnitude = next(rule for key, rule in table.items() if "query.lora_magnitude_vector" in key)
     assert magnitude == ("AdamW: no matrix [16]" if name == "mkor" else magnitude) and magnitude.startswith("AdamW")
+
+
+def test_a_copied_head_is_a_head_to_muon() -> None:
+    """PEFT trains a copy of the classifier; its two rows are no hidden matrix, the adapters are."""
+    model = bert(modules_to_save=["classifier"], target_modules=["query"])
+    table = {key: rule for key, rule in rules(model, "mkor", base="muon").items() if rule.startswith("mkor")}
+    assert {key.split(".")[-3 if "lora" in key else -4] for key in table} == {"lora_A", "lora_B", "classifier"}
+    optimizer = hf_soo.build_optimizer("mkor", model, lr=1e-2, base="muon")
+    named = {id(p): name for name, p in model.named_parameters()}
+    turned = {named[id(p)] for group in optimizer.param_groups if group["algorithm"] == "muon" for p in group["params"]}
+    assert len(turned) == 2 and all("query.lora_" in name for name in turned)
+
+
+def test_no_false_alarm_of_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    """A's gradient is 0 while B is: K-FAC sees no row of it that counts. A layer that never runs is another thing."""
+    with caplog.at_level(logging.WARNING):
+        model = adapted("plain")
+        step(model, hf_soo.build_optimizer("kfac_expand", model, lr=1e-2, base="adamw"))
+        assert "keeps the old factors" not in caplog.text
+        model = adapted("two active")
+        optimizer = hf_soo.build_optimizer("kfac_expand", model, lr=1e-2, base="adamw")
+        model.base_model.set_adapter("default")
+        step(model, optimizer)
+    assert caplog.text.count("keeps the old factors of 8 layers (no rows)") == 1 and ".other" in caplog.text
 
 
 def test_lamb_hardly_moves_what_is_zero(caplog: pytest.LogCaptureFixture) -> None:

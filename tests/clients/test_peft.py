@@ -28,7 +28,7 @@ ADAPTERS: dict[str, Any] = {
     "dora": LoraConfig(target_modules=["query", "value"], r=2, use_dora=True),
     "biases": LoraConfig(target_modules=["query", "value"], r=2, bias="lora_only"),
 }
-HALF = {"half precision": LoraConfig(target_modules=["query", "value"], r=2)}
+ALONE = {kind: LoraConfig(target_modules=["query", "value"], r=2) for kind in ("half precision", "a name of its own")}
 VECTORS: dict[str, Any] = {
     "ia3": IA3Config(target_modules=["key", "value"], feedforward_modules=[], task_type="SEQ_CLS"),
     "prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"),
@@ -43,7 +43,8 @@ def adapted(kind: str) -> Any:
     )  # fmt: skip
     half = kind == "half precision"  # as QLoRA's adapters are; PEFT would load them as fp32
     model = BertForSequenceClassification(config).to(torch.bfloat16 if half else torch.float32)
-    return get_peft_model(model, {**ADAPTERS, **VECTORS, **HALF}[kind], autocast_adapter_dtype=not half)
+    name = "mine" if kind == "a name of its own" else "default"
+    return get_peft_model(model, {**ADAPTERS, **VECTORS, **ALONE}[kind], name, autocast_adapter_dtype=not half)
 
 
 def made(kind: str, method: str, folder: Path, **settings: Any) -> Trainer:
@@ -69,6 +70,12 @@ def test_trains_evaluates_and_resumes(method: str, kind: str, tmp_path: Path) ->
 def test_adapters_in_half_precision_stay_so(tmp_path: Path) -> None:
     kept = assert_exact(lambda: made("half precision", "mkor", tmp_path), tmp_path).model.state_dict()
     assert {tensor.dtype for name, tensor in kept.items() if "lora_" in name} == {torch.bfloat16}
+
+
+def test_an_adapter_of_another_name_lies_in_its_folder(tmp_path: Path) -> None:
+    trainer = assert_exact(lambda: made("a name of its own", "mkor", tmp_path), tmp_path)
+    assert all(layer.name.endswith(".mine") for layer in ours(trainer).layers)
+    assert (tmp_path / "checkpoint-3" / "mine" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("kind", VECTORS)
