@@ -22,6 +22,7 @@ from tests.ranks.cells import stay_on_gloo
 from tests.ranks.distributed import run_ranks
 from tests.ranks.equality import markdown, table_of
 from tests.trainer.test_trainer import Examples, bert
+from tests.unmodified.measure import markdown as unmodified_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -180,6 +181,12 @@ def test_the_table_of_strategies_is_that_of_the_results() -> None:
     written = json.loads((ROOT / "results" / "equality" / "equality.json").read_text(encoding="utf-8"))
     text = markdown(table_of(written)).strip()
     assert f"<!-- results:equality -->\n{text}\n<!-- /results -->" in PAGES["docs/guides/many_processes.md"]
+
+
+def test_the_table_of_unmodified_scripts_is_that_of_the_results() -> None:
+    written = json.loads((ROOT / "results" / "unmodified_scripts" / "runs.json").read_text(encoding="utf-8"))
+    text = unmodified_table(written).strip()
+    assert f"<!-- unmodified -->\n{text}\n<!-- /unmodified -->" in PAGES["docs/guides/your_own_trainer.md"]
 
 
 def hooks() -> ModuleType:

@@ -23,6 +23,8 @@ from hf_soo.integrations.replacing import replaced
 from hf_soo.integrations.trainer import SecondOrderTrainerMixin, SecondOrderTrainingArguments
 from tests.ranks.distributed import run_ranks
 from tests.trainer.test_trainer import Examples, bert
+from tests.unmodified.measure import OPTIMIZERS, RESULTS, TOLERANCE
+from tests.unmodified.measure import SCRIPTS as SCRIPTS_OF_OTHERS
 from tests.unmodified.runs import FLAGS, MKOR, by_hand, difference, history, ours, plain, weights
 
 SCRIPTS = ["classify.py", "translate.py"]
@@ -79,6 +81,20 @@ def test_resumes_exactly(script: str, tmp_path: Path) -> None:
     assert difference(end, weights(tmp_path)) == 0.0
     losses = [row["loss"] for row in history(tmp_path / "checkpoint-6") if "loss" in row]
     assert len(losses) == 6
+
+
+def test_mkor_h_sees_the_loss(tmp_path: Path) -> None:
+    """It switches, and where it would in the script changed by hand."""
+    flags = [*FLAGS, "--optim", "mkor_h", "--optim_args", "update_period=1,patience=1,min_steps=2,rate_fraction=1e3"]
+    by_hand("classify.py", tmp_path, *flags, "--output_dir", str(tmp_path / "hand"))
+    assert ours("classify.py", *flags, "--output_dir", str(tmp_path / "ours")) == 0
+    assert difference(weights(tmp_path / "hand"), weights(tmp_path / "ours")) == 0.0
+    saved = [
+        torch.load(tmp_path / name / "checkpoint-6" / "preconditioner.pt", weights_only=True)
+        for name in ("ours", "hand")
+    ]
+    assert_equal(*saved)
+    assert saved[0]["switched"] and saved[0]["layers"] == {}
 
 
 def test_flags_from_a_json_file(tmp_path: Path) -> None:
@@ -190,6 +206,21 @@ def test_the_commands_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (checkpoint,) = (tmp_path / out).glob("checkpoint-*")
         assert (checkpoint / "preconditioner.pt").is_file()
     assert len(list((tmp_path / "out2").glob("checkpoint-*/rng_state_*.pth"))) == 2
+
+
+def test_what_was_measured_of_others_scripts() -> None:
+    """Five scripts, eight optimizers: exact resume, one result on two processes, and the plain run with AdamW."""
+    written = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert list(written["scripts"]) == [script.path for script in SCRIPTS_OF_OTHERS]
+    for script, rows in zip(SCRIPTS_OF_OTHERS, written["scripts"].values(), strict=True):
+        stock = rows["optimizers"].pop("adamw_torch")
+        assert stock["difference_to_plain_python"] == 0.0 and stock["same_evaluation"]
+        assert list(rows["optimizers"]) == list(OPTIMIZERS)
+        for name, row in rows["optimizers"].items():
+            assert row["flags"] == OPTIMIZERS[name] and row["difference_resumed"] == 0.0
+            assert row["same_evaluation_resumed"] and len(row["evaluation"]) > 2 and len(row["losses"]) == 6
+            assert list(row.get("differences_on_two", {})) == (script.strategies if name in script.spread else [])
+            assert max(row.get("differences_on_two", {"": 0.0}).values()) < TOLERANCE
 
 
 # ---- what a class is while its script runs, and afterwards -----------------------------------------------------------
