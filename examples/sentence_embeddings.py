@@ -1,4 +1,4 @@
-"""A sentence encoder trained by sentence-transformers' Trainer: a sentence's neighbour is the one that follows it.
+r"""A sentence encoder trained by sentence-transformers' Trainer: a sentence's neighbour is the one that follows it.
 
     pip install "hf-soo[clients]"
     python examples/sentence_embeddings.py --optim mkor --base_optim adamw --learning_rate 1e-3 --max_steps 100

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) fine-tuned on text by TRL's SFTTrainer, with MKOR over AdamW.
+r"""Adapters (LoRA) fine-tuned on text by TRL's SFTTrainer, with MKOR over AdamW.
 
     pip install "hf-soo[clients]"
     python examples/sft_lora.py --config configs/lora/sft_lora_mkor.yaml --output_dir out/sft_lora
