@@ -106,7 +106,8 @@ def test_the_code_of_a_run_is_that_of_the_numerical_packages(tmp_path: Path, mon
 def test_the_kind_of_jsons_that_do_not_say_it(folder: str, kind: str) -> None:
     documents = read_documents(Path(__file__).resolve().parents[2] / "results" / folder).values()
     said = ("kind", "workload", "method")
-    assert {kind_of({key: value for key, value in each.items() if key not in said}) for each in documents} == {kind}
+    mine = [each for each in documents if each.get("kind", kind) == kind]  # a suite has its plans beside its benchmarks
+    assert {kind_of({key: value for key, value in each.items() if key not in said}) for each in mine} == {kind}
 
 
 @pytest.mark.parametrize("name", ["a", "mkor-lamb-lr0.02", "größe", "名前", "a b", ".hidden", "x" * 210, "é" * 105])
