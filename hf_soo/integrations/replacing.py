@@ -93,6 +93,9 @@ def _arguments(seen: _Seen) -> dict[type, type]:
             super().__post_init__()
             seen.arguments = True
 
+        def __getstate__(self) -> dict[str, Any]:  # training_args.bin is read where hf_soo is not installed too
+            return {name: value for name, value in vars(self).items() if not name.startswith("_parsed")}
+
     @dataclass(repr=False)
     class Seq2Seq(Seq2SeqTrainingArguments, Plain):
         __doc__, __repr__ = Seq2SeqTrainingArguments.__doc__, Seq2SeqTrainingArguments.__repr__
@@ -113,6 +116,11 @@ def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
     return super(Trainer, cls).__new__(cls)  # type: ignore[misc]
 
 
+def _remade(cls: Any) -> Any:
+    """What pickle begins with: an instance of the class that stands in a module, or of the one that is made of it."""
+    return cls.__new__(cls)
+
+
 def _trainer_maker(seen: _Seen) -> staticmethod[..., Any]:
     """``Trainer.__new__`` that makes an instance of a class with the mixin before it."""
 
@@ -127,8 +135,7 @@ def _trainer_maker(seen: _Seen) -> staticmethod[..., Any]:
                 _note(seen, self.args)
 
             def __reduce_ex__(self, protocol: Any) -> Any:  # by the name that stands in a module
-                make, _, *state = super().__reduce_ex__(protocol)
-                return make, (cls,), *state
+                return _remade, (cls,), *super().__reduce_ex__(protocol)[2:]
 
         return _named_as(cls, Mixed)
 

@@ -36,7 +36,7 @@ MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
 MOST_PUBLIC_NAMES = 609
-MOST_LINES = 30_756
+MOST_LINES = 30_763
 
 
 # Names that nothing is called any more; generic words only where they were misleading.

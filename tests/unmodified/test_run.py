@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from transformers import BertForMaskedLM, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_soo import cli
@@ -104,7 +105,9 @@ def test_flags_from_a_json_file(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "flags.json").write_text(json.dumps(settings))
     assert ours("classify.py", str(tmp_path / "flags.json")) == 0
-    saved = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    file = tmp_path / "out" / "training_args.bin"
+    assert b"hf_soo" not in file.read_bytes()
+    saved = torch.load(file, weights_only=False)
     assert type(saved) is TrainingArguments and saved.optim == "mkor_h"  # the name that it is pickled under is theirs
 
 
@@ -247,6 +250,8 @@ def test_classes_are_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)  # a Trainer without arguments makes a folder
     import transformers  # as a script does, while the names are replaced
 
+    GradientState._reset_state()  # of an earlier training: it could not be pickled
+
     stock = {"TrainingArguments": TrainingArguments, "Seq2SeqTrainingArguments": Seq2SeqTrainingArguments}
     with replaced() as seen:
         for name, before in stock.items():
@@ -265,7 +270,11 @@ def test_classes_are_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (type(trainer).__name__, type(trainer).__module__) == ("Early", __name__)
         assert type(trainer) is type(Early(bert(), args, note="y"))
         assert type(Trainer(bert())).__name__ == "Trainer"
+        pickled = pickle.dumps(trainer)
+        copied = pickle.loads(pickled)
+        assert type(copied) is type(trainer) and copied.note == "x" and copied.args.to_dict() == args.to_dict()
     assert {name: getattr(transformers, name) for name in stock} == stock
+    assert type(pickle.loads(pickled)) is Early
     after = Early(bert(), TrainingArguments(**settings(tmp_path)), note="z")
     assert type(after) is Early and type(Trainer(bert())) is Trainer
 
