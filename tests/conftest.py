@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, by ranks too
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is on the hub: without it a name is asked for six times
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     # DeepSpeed compiles a kernel behind a lock file, and a killed run leaves its lock: a folder for each session.
     os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="hf_soo_extensions_")
