@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 import time
@@ -25,7 +26,7 @@ class Ended:
 
     Args:
         code: its exit code, negative for a signal; None: it was still running at the deadline.
-        error: the traceback of what it raised, or "".
+        error: the traceback of what it raised, or of a crash in native code, or "".
         result: what it returned.
         seconds: from its first line to its last.
     """
@@ -79,8 +80,11 @@ class Ranks:
         return ended
 
     def _report(self, rank: int) -> tuple[str, Any, float]:
-        file = Path(self.folder.name) / f"report{rank}"
-        return torch.load(file, weights_only=False) if file.exists() else ("", None, 0.0)
+        folder = Path(self.folder.name)
+        if (file := folder / f"report{rank}").exists():
+            return torch.load(file, weights_only=False)
+        fault = folder / f"fault{rank}"
+        return fault.read_text() if fault.exists() else "", None, 0.0
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -101,6 +105,8 @@ def _until_all_are_done(rank: int, world: int, function: Callable[..., Any], *ar
 def _rank(rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any]) -> None:
     torch.set_num_threads(1)
     start, error, result = time.monotonic(), "", None
+    # a crash in native code says its traceback there
+    faulthandler.enable(os.open(f"{folder}/fault{rank}", os.O_WRONLY | os.O_CREAT))
     try:
         args, environment = torch.load(Path(folder) / "args", weights_only=False)
         os.environ |= environment | {
