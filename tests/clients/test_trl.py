@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -63,6 +65,10 @@ PAIRS = Dataset.from_dict(
     }
 )
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
+BEFORE_THE_DEFAULT = pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.23"), raises=AssertionError, strict=True,
+    reason="beside a second adapter the stock Trainer loads no default one, with torch's AdamW as well",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -89,8 +95,10 @@ KINDS = ["whole", "adapter", "adapter and its reference"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [*METHODS, "handed over"])
-def test_preferences(method: str, kind: str, tmp_path: Path) -> None:
+def test_preferences(method: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The reference, another model or the same one with another adapter, is neither captured nor moved."""
+    if (method, kind) == ("handed over", "adapter and its reference"):
+        request.applymarker(BEFORE_THE_DEFAULT)
 
     def make() -> Any:
         torch.manual_seed(0)
