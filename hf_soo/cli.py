@@ -107,8 +107,9 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "report",
         help="table, picture and page of a folder of run JSONs",
         description="Print the markdown table of the best run of every method in FOLDER (best learning rate by final "
-        "evaluation loss), or of a search's trials the comparison over seeds and rates; on request write it to a file, "
-        "into a README, draw the curves, and make a page of all there is.",
+        "evaluation loss), or of a search's trials the comparison over seeds and rates, and of a folder of all "
+        "workloads' trials that of all; on request write it to a file, into a README, draw the curves, and make a page "
+        "of all there is.",
     )
     _add_report(report)
     _add_recipes(commands)
@@ -288,8 +289,8 @@ def report_of(folder: str | Path) -> tuple[_Pictures, str]:
     """What can be drawn of a folder, and its table.
 
     Args:
-        folder: of run JSONs of one workload, or of trials of a search, of runs on GLUE, or of JSONs of ``hf-soo
-            bench``; or OUTPUT/results of ``hf-soo reproduce``.
+        folder: of run JSONs of one workload, or of trials of a search (or of folders of them, one a workload), of
+            runs on GLUE, or of JSONs of ``hf-soo bench``; or OUTPUT/results of ``hf-soo reproduce``.
 
     Raises:
         ValueError: nothing of these is there, or runs of different workloads.
@@ -301,6 +302,9 @@ def report_of(folder: str | Path) -> tuple[_Pictures, str]:
     if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
         return _read_by(reproduce_table, folder)
     damaged: record.Damaged = {}
+    inside = [record.read_documents(each, {}) for each in record.folders_of(folder) if each != folder]
+    if any(record.kind_of(document) == "search" for documents in inside for document in documents.values()):
+        return _read_by(importlib.import_module(REPORTS["search"]), folder)
     records = record.read_runs(folder, damaged)
     kinds = {"search" if run.search else run.kind for run in records}
     if not records:  # of the others, benchmarks have a table

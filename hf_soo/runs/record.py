@@ -198,6 +198,12 @@ def read_documents(folder: str | Path, damaged: Damaged | None = None) -> dict[P
     return _each(_read, files, damaged)
 
 
+def folders_of(folder: str | Path) -> list[Path]:
+    """The folder itself, or, where it holds no JSON, the folders inside it that do, by name; none of ``.NAME``."""
+    inside = sorted(each for each in Path(folder).glob("[!.]*") if each.is_dir() and any(each.glob("*.json")))
+    return [Path(folder)] if any(Path(folder).glob("*.json")) else inside
+
+
 def read_runs(folder: str | Path, damaged: Damaged | None = None) -> list[RunRecord]:
     """Every run JSON of a folder, by file name.
 

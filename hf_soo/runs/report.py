@@ -209,9 +209,11 @@ def figure_of(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-# Wong's palette (Nature Methods 2011), told apart also without colour vision; the markers serve print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vPX"
+# Wong's palette (Nature Methods 2011), told apart also without colour vision, and three of Tol's; markers serve print.
+_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288"
+)  # fmt: skip
+_MARKERS = "osD^vPXp<>"
 # What the numbers of a record's health are.
 HEALTH = {
     "cos_median": "cos(G, P), median over layers",

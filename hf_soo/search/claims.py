@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
+from statistics import mean, stdev
 
 from hf_soo.runs.record import RunRecord, reach
 from hf_soo.runs.report import final_loss
-from hf_soo.search.groups import Group, Setting, Trials, done_confirming, main_code, tuning
+from hf_soo.search.groups import Group, Setting, Trials, done_confirming, main_code, trials_of, tuning
 from hf_soo.search.statistics import Paired, holm, paired
 
 PLAIN = ("adamw", "lamb", "muon")  # the methods that the others have to beat
+LEVEL = 0.01  # that p must be below
+SEEDS = 4  # that a claim needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,14 @@ class Reached:
 
 
 @dataclass(frozen=True, slots=True)
+class Steps:
+    """Steps to the higher of two final losses over the baseline's to it: mean over seeds, standard error."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """One setting beside a baseline (None: there is none); ``reasons`` say why it is not ranked, and has no p."""
 
@@ -39,7 +49,22 @@ class Claim:
     difference: Paired | None = None
     reached: Reached | None = None
     ratio: float | None = None  # of the mean steps to the target; None where a seed did not reach it
+    steps: Steps | None = None  # None: of fewer than two pairs
     adjusted: float | None = None  # p by Holm over all comparisons of the group; None: none was made
+    higher: float | None = None  # the same of the other side, that the difference is above zero
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it: "baseline", "fewer", "more", "not shown", "not tested", "not ranked"."""
+        if self.setting is self.baseline:
+            return "baseline"
+        if self.reasons:
+            return "not ranked"
+        if self.adjusted is None or self.higher is None:
+            return "not tested"
+        if self.difference is None or self.difference.count < SEEDS:
+            return "not shown"
+        return "fewer" if self.adjusted < LEVEL else "more" if self.higher < LEVEL else "not shown"
 
     @property
     def p(self) -> float | None:
@@ -54,21 +79,17 @@ class Claims:
     baseline: Setting | None
     rows: list[Claim]
     over_own_base: list[Claim]
+    beside: dict[str, list[Claim]]  # every setting against each plain method's best, and each base's, by its name
 
     @property
     def comparisons(self) -> int:
         """How many p values were looked at."""
-        return sum(claim.p is not None for claim in (*self.rows, *self.over_own_base))
+        return sum(claim.p is not None for claims in self.beside.values() for claim in claims)
 
 
 def claims(group: Group, trials: Sequence[RunRecord], plain: Sequence[str] = PLAIN) -> Claims:
-    """Every setting of a group of confirmed runs, best first, against the strongest plain one and its own base.
-
-    Args:
-        group: of the stage that claims are made on.
-        trials: those of the folder, for the tuning that went before.
-        plain: methods of which the best mean is the baseline.
-    """
+    """Every setting of a group of confirmed runs; the folder's other trials are for the tuning that went before."""
+    trials = trials_of(group, trials)
     tuned = tuning(trials, group.study)
     own = []
     for setting in group.settings:
@@ -76,19 +97,36 @@ def claims(group: Group, trials: Sequence[RunRecord], plain: Sequence[str] = PLA
         own.append((setting, tuple(_own_reasons(setting, runs, tuned[setting.method]))))
     code = main_code([setting for setting in group.settings if setting.method in plain] or group.settings)
     sound = [setting for setting, reasons in own if not reasons and setting.code == code]
+    bases = {setting.method: setting.runs[0].base for setting, _ in own}
+    beside: dict[str, list[Claim]] = {}
+    for name in sorted({*plain, *bases.values()}):
+        if (other := _best([setting for setting in sound if setting.method == name])) is not None:
+            beside[name] = [_claim(setting, other, reasons, tuned) for setting, reasons in own]
+    beside = _adjusted(beside, plain)
     baseline = _best([setting for setting in sound if setting.method in plain])
-    rows, over_own_base = [], []
-    for setting, reasons in own:
-        rows.append(_claim(setting, baseline, reasons, tuned))
-        their = _best([each for each in sound if each.method == setting.runs[0].base])
-        if their is not None and their is not baseline and setting.method not in plain:
-            over_own_base.append(_claim(setting, their, reasons, tuned))
+    rows = beside[baseline.method] if baseline else [_claim(setting, None, reasons, tuned) for setting, reasons in own]
+    over_own_base = [
+        claim
+        for name, claims in beside.items()
+        for claim in claims
+        if name == bases[claim.setting.method] and claim.baseline is not baseline and claim.setting.method != name
+    ]
+    return Claims(baseline, rows, sorted(over_own_base, key=_order), beside)
+
+
+def _adjusted(beside: dict[str, list[Claim]], plain: Sequence[str]) -> dict[str, list[Claim]]:
+    """The claims with their p of either side by Holm, best first."""
     # the baseline is the best of the plain methods: to test the others of them against it would say nothing
-    tested = [row for row in (*rows, *over_own_base) if row.setting.method not in plain and not row.reasons]
-    known = {id(row): row.difference.p for row in tested if row.difference and row.difference.p is not None}
-    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
-    tables = [[replace(row, adjusted=adjusted.get(id(row))) for row in each] for each in (rows, over_own_base)]
-    return Claims(baseline, *(sorted(each, key=_order) for each in tables))
+    tested = [each for name, own in beside.items() for each in own if each.setting.method not in (name, *plain)]
+    known = [(id(each), each.difference.p) for each in tested if each.difference and not each.reasons]
+    p = {key: value for key, value in known if value is not None}
+    lower, higher = (dict(zip(p, holm(side), strict=True)) for side in (list(p.values()), [1 - x for x in p.values()]))
+    return {
+        name: [
+            replace(each, adjusted=lower.get(id(each)), higher=higher.get(id(each))) for each in sorted(own, key=_order)
+        ]
+        for name, own in beside.items()
+    }
 
 
 def _best(settings: Sequence[Setting]) -> Setting | None:
@@ -116,7 +154,19 @@ def _claim(
     ratio = None
     if reached.steps and target.steps and reached.count == target.count == reached.of:
         ratio = reached.steps / target.steps
-    return Claim(setting, baseline, (*reasons, *others), difference, reached, ratio)
+    return Claim(setting, baseline, (*reasons, *others), difference, reached, ratio, _steps(setting, baseline))
+
+
+def _steps(setting: Setting, baseline: Setting) -> Steps | None:
+    """How many times the baseline's steps a setting takes to a loss that both come down to, seed by seed."""
+    ours, theirs = ({run.seed: run for run in each.runs if run.seed in each.losses} for each in (setting, baseline))
+    ratios = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        target = max(setting.losses[seed], baseline.losses[seed])
+        took, base = (reach(run.curve, target)["steps"] for run in (ours[seed], theirs[seed]))
+        if took and base:
+            ratios.append(took / base)
+    return Steps(mean(ratios), stdev(ratios) / math.sqrt(len(ratios))) if len(ratios) > 1 else None
 
 
 def _reached(runs: Sequence[tuple[RunRecord, float]]) -> Reached:

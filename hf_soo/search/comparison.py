@@ -13,9 +13,10 @@ from statistics import mean
 from typing import Any
 
 from hf_soo.runs.markdown import plain
-from hf_soo.runs.record import Damaged, RunRecord, passed_over, read_runs
-from hf_soo.search import picture
-from hf_soo.search.claims import PLAIN, Claim, Claims, claims, said
+from hf_soo.runs.record import Damaged, RunRecord, folders_of, passed_over, read_runs
+from hf_soo.search import overview, picture
+from hf_soo.search.claims import PLAIN, SEEDS, Claim, Claims, said
+from hf_soo.search.cost import benchmarks
 from hf_soo.search.groups import (
     CHOOSING,
     CLAIM,
@@ -30,23 +31,21 @@ from hf_soo.search.groups import (
     is_over,
     loss_or_last,
     number,
+    trials_of,
     tuning,
 )  # fmt: skip
 
-_SEEDS = 4  # that a claim needs
-
 
 def text_of(folder: Path) -> str:
-    """The comparisons of a folder of run JSONs.
-
-    Args:
-        folder: of trials; runs that belong to no search are named and passed over.
-    """
+    """The comparisons of a folder of trials, or of such folders; runs of no search are named and passed over."""
     damaged: Damaged = {}
-    runs = read_runs(folder, damaged)
+    runs = _runs(folder, damaged)
     trials = [run for run in runs if run.search]
-    parts = [_claims_text(group, trials) for group in groups(trials, (CLAIM,))]
+    found = overview.compared(trials)
+    parts = [overview.text_of(found, trials)] if len({run.search["study"] for run in trials}) > 1 else []
+    parts += [_claims_text(group, claims, trials) for group, claims in found]
     parts += [_sensitivity(group) for group in groups(trials, CHOOSING)]
+    parts += filter(None, [overview.costs(found, benchmarks(folder))])
     unfinished = [run.name for run in trials if not is_over(run)]
     notes = _named(
         "Failed or interrupted, and not counted as trials (without its JSON a search makes one again)", unfinished
@@ -56,13 +55,8 @@ def text_of(folder: Path) -> str:
 
 
 def figures(folder: Path, title: str = "") -> list[Any]:
-    """Loss over rate, and the curves of the runs that confirm.
-
-    Args:
-        folder: of trials; runs that belong to no search are passed over.
-        title: over all panels.
-    """
-    return [picture.figure(_trials(folder), title)]
+    """One picture of the same folders, with a title over all panels."""
+    return [picture.figure(_trials(folder), title, benchmarks(folder))]
 
 
 def parts(folder: Path) -> dict[str, list[RunRecord]]:
@@ -74,17 +68,21 @@ def parts(folder: Path) -> dict[str, list[RunRecord]]:
     }
 
 
+def _runs(folder: Path, damaged: Damaged) -> list[RunRecord]:
+    return [run for each in folders_of(folder) for run in read_runs(each, damaged)]
+
+
 def _trials(folder: Path) -> list[RunRecord]:
-    return [run for run in read_runs(folder, {}) if run.search]
+    return [run for run in _runs(folder, {}) if run.search]
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what}: {', '.join(map(plain, names))}.\n"] if names else []
 
 
-def _claims_text(group: Group, trials: Sequence[RunRecord]) -> str:
-    """Both tables of a group of confirmed runs, with the notes that they are read by."""
-    found = claims(group, trials)
+def _claims_text(group: Group, found: Claims, trials: Sequence[RunRecord]) -> str:
+    """The tables of a group of confirmed runs, with the notes that they are read by."""
+    trials = trials_of(group, trials)
     tuned = tuning(trials, group.study)
     base = plain(found.baseline) if found.baseline else "baseline"
     ranks = {id(claim): str(rank) for rank, claim in enumerate((row for row in found.rows if not row.reasons), start=1)}
@@ -190,8 +188,8 @@ def _departures(group: Group, found: Claims, trials: Sequence[RunRecord]) -> Ite
     """Where the runs depart from the protocol without being beyond comparison."""
     choosing = [run for run in trials if run.search["study"] == group.study and run.search["stage"] in CHOOSING]
     seeds = {run.seed for setting in group.settings for run in setting.runs}
-    if len(seeds) < _SEEDS:
-        yield f"Few seeds: {len(seeds)}; a claim needs {_SEEDS} at least."
+    if len(seeds) < SEEDS:
+        yield f"Few seeds: {len(seeds)}; a claim needs {SEEDS} at least."
     if old := sorted(seeds & {run.seed for run in choosing}):
         yield f"Not new: settings were chosen with seed {', '.join(map(str, old))} too."
     sets = {run.config.get("data", {}).get(HELD_OUT.rpartition(".")[2]) for run in choosing}
@@ -210,18 +208,8 @@ def _departures(group: Group, found: Claims, trials: Sequence[RunRecord]) -> Ite
 
 def _sensitivity(group: Group) -> str:
     """The table of how each method's loss depends on its rate, out of the runs that settings were chosen by."""
-    head = (
-        "method",
-        "loss by rate",
-        "best rate",
-        "loss",
-        "other settings",
-        "runs",
-        "diverged",
-        "stopped",
-        "the best is",
-    )
-    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---|---:|---:|---:|---|"]
+    head = "method | loss by rate | best rate | loss | other settings | runs | diverged | stopped | the best is"
+    lines = [f"| {head} |", "|---|---|---:|---:|---|---:|---:|---:|---|"]
     rows = [(best_of(settings), method, settings) for method, settings in by_method(group).items()]
     for best, method, settings in sorted(rows, key=lambda row: loss_or_last(row[0])):
         runs = [run for setting in settings for run in setting.runs]

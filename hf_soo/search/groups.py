@@ -20,6 +20,7 @@ HELD_OUT = "data.held_out"  # the setting that names the held-out set
 EDGE = "at the edge"  # how a best rate lies that may not be the best one
 _PER_SEED = ("seed", "initial_weights")
 _PER_GROUP = (HELD_OUT, "max_steps")  # what a group's heading says anyway
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")  # their product is the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,20 @@ class Group:
     budget: int  # steps
     differs: str  # from the study's first group, in other settings: "per_device_train_batch_size=32"
     settings: list[Setting]
+    batch: int | None  # examples in a step; None: not recorded
+    family: str  # equal for groups that differ in the batch, and in the steps that follow from it, alone
+
+    @property
+    def short(self) -> str:
+        """What a column's head says of it."""
+        return ", ".join(filter(None, (f"{self.study}: {self.budget} steps", self.differs)))
 
     @property
     def title(self) -> str:
         """What a heading says of it."""
         held_out = f"held-out set {self.held_out!r}" if self.held_out else "held-out set not named"
-        return ", ".join(filter(None, (f"{self.study}: {self.budget} steps", held_out, self.differs)))
+        steps, *differs = self.short.split(", ", 1)
+        return ", ".join((steps, held_out, *differs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +107,17 @@ def is_over(run: RunRecord) -> bool:
 
 
 def groups(trials: Sequence[RunRecord], stages: Sequence[str]) -> list[Group]:
-    """What can be compared among the trials of some stages, by study.
-
-    Args:
-        trials: of any searches.
-        stages: those to look at.
-    """
-    searched = {key for run in trials for key in run.search["params"]}
+    """What can be compared among the trials of some stages, by study."""
+    searched: dict[str, set[str]] = {}
+    for run in trials:
+        searched.setdefault(run.search["study"], set()).update(run.search["params"])
     found: dict[str, dict[str, list[RunRecord]]] = {}
     for run in sorted(trials, key=lambda run: (run.seed, run.search["number"])):
         if run.search["stage"] in stages:
-            key = json.dumps(_workload(run, searched), sort_keys=True, default=str)
+            key = _text(_workload(run, searched[run.search["study"]]))
             found.setdefault(run.search["study"], {}).setdefault(key, []).append(run)
     return [
-        _group(study, [_workload(runs[0], searched) for runs in (next(iter(alike.values())), each)], each)
+        _group(study, [_workload(runs[0], searched[study]) for runs in (next(iter(alike.values())), each)], each)
         for study, alike in sorted(found.items())
         for each in alike.values()
     ]
@@ -123,13 +129,14 @@ def _group(study: str, workloads: Sequence[Mapping[str, Any]], runs: Sequence[Ru
     keys = differing(*workloads, free=_PER_GROUP)
     settings: dict[str, Setting] = {}
     for run in runs:
-        key = json.dumps([run.search["space"], run.search["params"], run.code], sort_keys=True, default=str)
+        key = _text([run.search["space"], run.search["params"], run.code])
         empty = Setting(run.search["space"], run.search["params"], run.code, [])
         settings.setdefault(key, empty).runs.append(run)
     budget = own.get("max_steps", 0)
     budget = budget if budget > 0 else max(run.steps for run in runs)
     differs = ", ".join(f"{key}={own.get(key)}" for key in keys)
-    return Group(study, own.get(HELD_OUT), budget, differs, list(settings.values()))
+    family = {key: value for key, value in own.items() if key not in (*_PER_GROUP, *_BATCH, "global_batch_size")}
+    return Group(study, own.get(HELD_OUT), budget, differs, [*settings.values()], batch_of(runs[0]), _text(family))
 
 
 def _workload(run: RunRecord, searched: set[str]) -> dict[str, Any]:
@@ -138,13 +145,24 @@ def _workload(run: RunRecord, searched: set[str]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in searched and key not in _PER_SEED}
 
 
-def tuning(trials: Sequence[RunRecord], study: str) -> dict[str, dict[str, Trials]]:
-    """What each method of a study was tuned with: its trials by stage.
+def _text(settings: Any) -> str:
+    """Equal for equal ones."""
+    return json.dumps(settings, sort_keys=True, default=str)
 
-    Args:
-        trials: of any searches.
-        study: the one to look at.
-    """
+
+def batch_of(run: RunRecord) -> int | None:
+    """Examples in a step of a run; None: not recorded."""
+    sizes = [run.config.get(key) for key in _BATCH]
+    return None if sizes[0] is None else math.prod(int(size or 1) for size in sizes)
+
+
+def trials_of(group: Group, trials: Sequence[RunRecord]) -> list[RunRecord]:
+    """The trials of a group's study at its batch: what one batch was tuned with counts for no other."""
+    return [run for run in trials if run.search["study"] == group.study and batch_of(run) == group.batch]
+
+
+def tuning(trials: Sequence[RunRecord], study: str) -> dict[str, dict[str, Trials]]:
+    """What each method of a study was tuned with: its trials by stage."""
     runs = [run for run in trials if run.search["study"] == study]
     return {
         method: {stage: _trials(of_method, stage) for stage in CHOOSING}
@@ -154,14 +172,7 @@ def tuning(trials: Sequence[RunRecord], study: str) -> dict[str, dict[str, Trial
 
 
 def done_confirming(trials: Sequence[RunRecord], study: str, method: str, code: str) -> Trials:
-    """What a method's claims are made on: its trials of the last stage, under one state of the code.
-
-    Args:
-        trials: of any searches.
-        study: the one to look at.
-        method: the search space's name.
-        code: the digest that the runs carry.
-    """
+    """What a method's claims are made on: its trials of the last stage, under one state (a digest) of the code."""
     own = (study, method, code)
     return _trials([run for run in trials if (run.search["study"], run.search["space"], run.code) == own], CLAIM)
 

@@ -45,11 +45,7 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given: below α they hold together at the level α.
-
-    Args:
-        p: of all the comparisons that were made at once.
-    """
+    """Holm's adjusted p of comparisons made at once, in the order given: below α they hold together at the level α."""
     adjusted, highest = [0.0] * len(p), 0.0
     for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         highest = max(highest, min(1.0, (len(p) - rank) * p[index]))

@@ -68,12 +68,15 @@ def test_the_baseline_is_the_best_plain_method_and_each_method_meets_its_own_bas
     assert (own.setting.method, own.baseline and own.baseline.method) == ("mkor_adamw", "adamw")
     assert own.difference is not None and own.difference.mean == pytest.approx(np.mean([2.4, 2.4, 2.41, 2.5]) - 2.65)
     assert row(found, "adamw").difference is not None and row(found, "adamw").p is None
-    assert found.comparisons == 3  # two against muon, one over its own base: all are in one adjustment
-    p = [row(found, "mkor_muon").p, own.p, row(found, "mkor_adamw").p]
-    adjusted = [row(found, "mkor_muon").adjusted, own.adjusted, row(found, "mkor_adamw").adjusted]
-    order = np.argsort(np.array(p, dtype=float))
-    scaled = np.minimum(1, np.maximum.accumulate(np.array(p, dtype=float)[order] * [3, 2, 1]))
-    np.testing.assert_allclose(np.array(adjusted, dtype=float)[order], scaled)
+    assert found.comparisons == 4  # two against each plain method, the own base among them: all in one adjustment
+    tested = [claim for name in ("adamw", "muon") for claim in found.beside[name] if claim.p is not None]
+    assert sorted(claim.setting.method for claim in tested) == ["mkor_adamw", "mkor_adamw", "mkor_muon", "mkor_muon"]
+    assert own in tested and row(found, "mkor_muon") in tested
+    lower = np.array([claim.p for claim in tested], dtype=float)
+    for p, adjusted in ((lower, [claim.adjusted for claim in tested]), (1 - lower, [claim.higher for claim in tested])):
+        order = np.argsort(p)
+        scaled = np.minimum(1, np.maximum.accumulate(p[order] * [4, 3, 2, 1]))
+        np.testing.assert_allclose(np.array(adjusted, dtype=float)[order], scaled)
 
 
 def unequal_trials(trials: list[RunRecord]) -> None:
@@ -152,6 +155,47 @@ def test_what_is_not_ranked(change, reason: str) -> None:  # type: ignore[no-unt
     assert ours.p is None and ours.adjusted is None and found.comparisons == 0
     assert found.rows[-1] is ours, "what is not ranked stands last, however low its loss"
     assert ours.setting.loss is not None and ours.setting.loss < 1.83, "it is shown all the same"
+
+
+def test_what_may_be_said_follows_from_both_sides_of_the_test() -> None:
+    losses = {
+        "mkor_muon": [each - 0.03 - 0.001 * n for n, each in enumerate(MUON)],
+        "eva_muon": [each + 0.03 + 0.001 * n for n, each in enumerate(MUON)],
+        "foof_muon": [1.79, 1.84, 1.80, 1.86],
+    }
+    trials = [run for method in ("muon", *losses) for run in chosen(method, RATES)]
+    trials += [*confirmed("muon", MUON), *(run for method in losses for run in confirmed(method, losses[method]))]
+    found = claims_of(trials)
+    said = {method: row(found, method).verdict for method in ("muon", *losses)}
+    assert said == {"muon": "baseline", "mkor_muon": "fewer", "eva_muon": "more", "foof_muon": "not shown"}
+    for method in ("mkor_muon", "eva_muon"):
+        ours, steps = losses[method], row(found, method).steps
+        took = [
+            reached(mine, max(mine, base)) / reached(base, max(mine, base))
+            for mine, base in zip(ours, MUON, strict=True)
+        ]
+        assert steps is not None and steps.mean == pytest.approx(np.mean(took))
+        assert steps.error == pytest.approx(np.std(took, ddof=1) / 2) and (steps.mean < 1) == (method == "mkor_muon")
+    few = [run for run in trials if run.search["stage"] == "wide" or run.seed < 5]
+    assert row(claims_of(few), "mkor_muon").verdict == "not shown", "three seeds make no claim"
+    assert row(claims_of([*trials, *confirmed("lamb", [2.7])]), "lamb").verdict == "not ranked"
+
+
+def test_what_one_batch_was_tuned_with_counts_for_no_other() -> None:
+    trials = fair()
+    for run in trials:
+        run.config["per_device_train_batch_size"] = 64
+    more = [run for run in chosen("mkor_muon", RATES, config={"per_device_train_batch_size": 256})]
+    assert row(claims_of([*trials, *more]), "mkor_muon").reasons == ()
+    large = [*confirmed("mkor_muon", MKOR), *confirmed("muon", MUON)]
+    for run in large:
+        run.config |= {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 4, "max_steps": 75}
+    small, big = groups([*trials, *large], ("confirm",))
+    assert (small.batch, big.batch, small.family == big.family) == (64, 256, True)
+    reasons = [
+        claim.reasons for claim in claims(big, [*trials, *large, *more]).rows if claim.setting.method == "mkor_muon"
+    ]
+    assert reasons == [("tuned with 3 + 0 trials, muon with 0 + 0",)]
 
 
 def test_a_plain_method_that_is_not_whole_is_no_baseline() -> None:
