@@ -1,8 +1,9 @@
-"""What the documentation takes from the package: a page for each method and the table of all; for mkdocs, pictures."""
+"""What the documentation takes from the package and from runs: methods' pages, answers; for mkdocs, pictures."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -14,6 +15,7 @@ from hf_soo.optimizers.bases import BASES
 from hf_soo.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "results" / "evidence" / "curves.png"
 
 
 def methods_table(prefix: str) -> str:
@@ -89,17 +91,41 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return re.sub(r"\]\((?:\.\./)+(results/[^)]*\.png)\)", lambda found: f"]({up}{found[1]})", markdown)
 
 
+def evidence() -> tuple[Any, Any]:
+    """The module of answers, which lies beside this file, and the runs that they are about."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    answers = importlib.import_module("answers")
+    sys.path.remove(str(ROOT / "docs"))
+    return answers, answers.Evidence.read(ROOT / "results" / "evidence", ROOT / "configs" / "workloads")
+
+
 def written() -> dict[Path, str]:
-    """What ``python docs/hooks.py`` writes: the methods' pages, and README and "Which optimizer" with their tables."""
+    """What ``python docs/hooks.py`` writes: pages out of the registry and out of runs, and tables in other pages."""
     pages = {ROOT / "docs" / "methods" / f"{name}.md": method_page(method) for name, method in METHODS.items()}
-    for file, prefix in (("README.md", "docs/methods/"), ("docs/methods/index.md", "")):
+    answers, runs = evidence()
+    pages[ROOT / "docs" / "guides" / "which_optimizer.md"] = answers.page(runs)
+    for file, name, table in (
+        ("README.md", "methods", methods_table("docs/methods/")),
+        ("docs/methods/index.md", "methods", methods_table("")),
+        ("docs/guides/when_it_does_not_help.md", "not better", answers.not_better(runs)),
+    ):
         text = (ROOT / file).read_text(encoding="utf-8")
-        head, _, rest = text.partition("<!-- methods -->\n")
-        _, end, tail = rest.partition("<!-- /methods -->")
-        pages[ROOT / file] = f"{head}<!-- methods -->\n{methods_table(prefix)}\n{end}{tail}"
+        head, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, tail = rest.partition(f"<!-- /{name} -->")
+        pages[ROOT / file] = f"{head}{start}{table}\n{end}{tail}"
     return pages
+
+
+def draw() -> None:
+    """The picture of all runs, with the digest of what it shows, where that is not the one it carries."""
+    from hf_soo.search.picture import figure
+
+    answers, runs = evidence()
+    if answers.digest_in(PICTURE) != answers.digest(runs):
+        figure(runs.trials, "", runs.documents).savefig(PICTURE, dpi=80, metadata={"Source": answers.digest(runs)})
 
 
 if __name__ == "__main__":
     for path, text in written().items():
         path.write_text(text, encoding="utf-8")
+    draw()

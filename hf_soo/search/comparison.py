@@ -180,11 +180,11 @@ def _notes(group: Group, found: Claims, trials: Sequence[RunRecord]) -> list[str
         f"Seconds are what these runs took{where}, where others may have shared the cores: what a step costs beside "
         "another is for `hf-soo bench` to say."
     )
-    notes += map(plain, _departures(group, found, trials))
+    notes += map(plain, departures(group, found, trials))
     return [f"- {note}" for note in notes]
 
 
-def _departures(group: Group, found: Claims, trials: Sequence[RunRecord]) -> Iterable[str]:
+def departures(group: Group, found: Claims, trials: Sequence[RunRecord]) -> Iterable[str]:
     """Where the runs depart from the protocol without being beyond comparison."""
     choosing = [run for run in trials if run.search["study"] == group.study and run.search["stage"] in CHOOSING]
     seeds = {run.seed for setting in group.settings for run in setting.runs}

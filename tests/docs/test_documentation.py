@@ -204,3 +204,10 @@ def test_methods_pages_and_tables_are_those_of_the_registry() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path} is stale: run python docs/hooks.py"
         page = path.relative_to(ROOT / "docs").as_posix() if path.is_relative_to(ROOT / "docs") else None
         assert page is None or page in navigation, f"{page} is not in mkdocs.yml"
+
+
+def test_the_picture_of_the_runs_is_of_all_of_them() -> None:
+    """A picture differs from machine to machine; what it was drawn of does not."""
+    made = hooks()
+    answers, runs = made.evidence()
+    assert answers.digest_in(made.PICTURE) == answers.digest(runs), "it is stale: run python docs/hooks.py"

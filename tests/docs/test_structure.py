@@ -35,7 +35,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
-MOST_PUBLIC_NAMES = 621
+MOST_PUBLIC_NAMES = 622
 MOST_LINES = 31_040
 
 

@@ -29,6 +29,7 @@ def workload(name: str, batch: int | None, **losses: Sequence[float]) -> list[Ru
         runs += [*chosen(method, RATES, **more), *confirmed(method, of_seeds, **more)]
     for run in runs:
         run.base = run.search["space"].split("_")[-1].replace("momentum", "muon")
+        run.optimizer = run.optimizer.replace("newton", "newton_muon")
     return runs
 
 
