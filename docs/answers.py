@@ -45,7 +45,7 @@ there need not hold at your size. Methods go by the names of [`configs/search`](
 
 {short}
 
-![loss by rate, loss over steps and over seconds, steps to the target](../../results/evidence/curves.png)
+![loss by rate, loss over steps and over time, steps to the target](../../results/evidence/curves.png)
 
 What was tried in vain stands in [When it does not help](when_it_does_not_help.md). All tables, and this picture:
 `hf-soo report results/evidence`.

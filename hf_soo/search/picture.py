@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 from hf_soo.runs.markdown import label
@@ -19,7 +20,6 @@ from hf_soo.search.overview import Compared, bests, compared
 
 _SIZE = (6.0, 4.4)  # of a panel, in inches
 _BESIDE = "steps beside the strongest plain method"
-_ALONG = {"step": "optimizer steps", "seconds": "seconds of these runs, which may have shared cores"}
 _Styles = Mapping[str, dict[str, Any]]
 _Draw = Callable[[Any, _Styles], None]  # draws a panel
 
@@ -35,7 +35,9 @@ def figure(trials: Sequence[RunRecord], title: str = "", documents: Benchmarks =
     for group in choosing:
         own[group.study].append(partial(_draw_rates, group=group))
     for group, claims in found:
-        own[group.study] += [partial(_draw_curves, group=group, along=along) for along in _ALONG]
+        paces = _paces(claims, documents)
+        own[group.study].append(partial(_draw_curves, group=group))
+        own[group.study] += [partial(_draw_curves, group=group, paces=paces)] if len(paces) > 1 else []
         own[group.study] += [partial(_draw_steps, group=group, claims=claims)] if claims.baseline else []
     columns = max(map(len, own.values())) if len(own) > 1 else 2
     blocks = [*own.values(), list(_together(found, documents))]
@@ -65,12 +67,12 @@ def _together(found: Compared, documents: Benchmarks) -> Iterator[_Draw]:
         if len({group.batch for group, _ in family}) > 1:
             yield partial(_draw_batches, family=family)
     points = [
-        (method, claim.steps.mean, step_time(documents, claim.setting.runs[0], claim.baseline.runs[0]))
+        (method, _paces(claims, documents).get(method), claim.steps.mean)
         for _, claims in found
         for method, claim in _ranked(claims).items()
-        if claim.steps and claim.baseline and claim.setting is not claim.baseline
+        if claim.steps and claim.setting is not claim.baseline
     ]
-    timed = [(method, time[0], steps) for method, steps, time in points if time]
+    timed = [(method, pace, steps) for method, pace, steps in points if pace]
     if timed:
         yield partial(_draw_costs, points=timed, missing=len(points) - len(timed))
 
@@ -81,7 +83,7 @@ def _ranked(claims: Claims) -> dict[str, Claim]:
 
 def _say(axis: Any, title: str, along: str, measured: str) -> None:
     axis.set_title(label(title), fontsize="medium")
-    axis.set_xlabel(label(along))
+    axis.set_xlabel(fill(label(along), 72))
     axis.set_ylabel(measured)
 
 
@@ -154,15 +156,26 @@ def _draw_lost(axis: Any, run: RunRecord, lost: Counter[float], colour: str) -> 
     axis.plot([rate], [height], color=colour, transform=axis.get_xaxis_transform(), **sign)
 
 
-def _draw_curves(axis: Any, styles: _Styles, group: Group, along: str) -> None:
-    """The mean over seeds of each method's best setting, in the band of its lowest and highest seed."""
+def _paces(claims: Claims, documents: Benchmarks) -> dict[str, float]:
+    """What a step of each method takes beside one of the strongest plain method, where both were timed."""
+    found = {
+        method: step_time(documents, claim.setting.runs[0], claim.baseline.runs[0])
+        for method, claim in bests(claims.rows).items()
+        if claim.baseline
+    }
+    return {method: time[0] for method, time in found.items() if time}
+
+
+def _draw_curves(axis: Any, styles: _Styles, group: Group, paces: Mapping[str, float] | None = None) -> None:
+    """The mean over seeds of each method's best setting, in the band of its lowest and highest; over steps, or time."""
     found = {method: best for method, settings in by_method(group).items() if (best := best_of(settings))}
+    shown = dict.fromkeys(found, 1.0) if paces is None else paces
     ends: dict[str, float] = {}
     tops, low = [], float("inf")
-    for method in sorted(found, key=lambda method: loss_or_last(found[method])):
-        steps, seconds, losses = _over_seeds(found[method])
+    for method in sorted(found.keys() & shown.keys(), key=lambda method: loss_or_last(found[method])):
+        steps, losses = _over_seeds(found[method])
         look, middle = styles[method], [mean(each) for each in losses]
-        places = steps if along == "step" else seconds
+        places = [step * shown[method] for step in steps]
         axis.plot(places, middle, **look, linewidth=1.2)
         axis.fill_between(places, [min(each) for each in losses], [max(each) for each in losses],
                           color=look["color"], alpha=0.2, linewidth=0)  # fmt: skip
@@ -170,19 +183,23 @@ def _draw_curves(axis: Any, styles: _Styles, group: Group, along: str) -> None:
         ends[method], low = middle[-1], min(low, *losses[-1])
     # what the better methods differ in, after the first quarter of their steps
     top = sorted(tops)[(len(tops) - 1) // 2] if tops else low
-    above = ", ".join(f"{method} {end:.2f}" for method, end in ends.items() if end > top)
-    more = f" (above: {above})" if above and along == "step" else ""
-    _say(axis, f"{group.title}: the best setting of each", _ALONG[along] + more, "evaluation loss")
+    said = "optimizer steps" if paces is None else "time in steps of the strongest plain method, by hf-soo bench"
+    above = [f"{method} {end:.2f}" for method, end in ends.items() if end > top]
+    for what, names in {"not timed": sorted(found.keys() - shown.keys()), "above": above}.items():
+        said += f"; {what}: {', '.join(names)}" if names else ""
+    _say(axis, f"{group.title}: the best setting of each", said, "evaluation loss")
     if tops:
         axis.set_ylim(low - 0.05 * (top - low), top)
 
 
-def _over_seeds(setting: Setting) -> tuple[list[int], list[float], list[list[float]]]:
-    """The steps that every seed was evaluated at, the mean seconds until then, and the losses there."""
-    curves = [{point["step"]: point for point in run.curve if point["eval_loss"] is not None} for run in setting.runs]
+def _over_seeds(setting: Setting) -> tuple[list[int], list[list[float]]]:
+    """The steps that every seed was evaluated at, and the losses there."""
+    curves = [
+        {point["step"]: float(loss) for point in run.curve if (loss := point["eval_loss"]) is not None}
+        for run in setting.runs
+    ]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    seconds = [mean(float(curve[step]["seconds"] or 0.0) for curve in curves) for step in steps]
-    return steps, seconds, [[float(curve[step]["eval_loss"]) for curve in curves] for step in steps]
+    return steps, [[curve[step] for curve in curves] for step in steps]
 
 
 def _draw_steps(axis: Any, styles: _Styles, group: Group, claims: Claims) -> None:

@@ -156,7 +156,7 @@ def test_the_picture_marks_best_edge_and_lost_runs(tmp_path: Path, monkeypatch: 
     seen = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
     cli.main(["report", str(write(small(), tmp_path)), "--picture", str(tmp_path / "picture.png")])
-    rates, curves, seconds, bars = seen[0].axes
+    rates, curves, bars, _ = seen[0].axes
     assert rates.get_xscale() == "log" and len(curves.lines) == len(curves.collections) == 4
     stars = {line.get_xdata()[0]: line.get_markerfacecolor() for line in rates.lines if line.get_marker() == "*"}
     assert {rate for rate, face in stars.items() if face == "white"} == {0.004}, "adamw's best is at the edge"
@@ -164,7 +164,6 @@ def test_the_picture_marks_best_edge_and_lost_runs(tmp_path: Path, monkeypatch: 
     assert lost == {"x": 0.04, "2": 0.001}
     middle = next(line for line in curves.lines if line.get_ydata()[-1] == pytest.approx(np.mean(MKOR)))
     assert middle.get_xdata()[-1] == BUDGET
-    assert max(line.get_xdata()[-1] for line in seconds.lines) == BUDGET / 2, "half a second a step"
     heights = {
         text.get_text(): bar.get_height() for text, bar in zip(bars.get_xticklabels(), bars.patches, strict=True)
     }

@@ -104,6 +104,10 @@ def test_the_picture_has_gain_over_batch_and_over_cost(evidence: Path) -> None:
     (drawn,) = figures("All")
     shown = {axes.get_title(): axes for axes in drawn.axes if axes.axison}
     assert len(shown) == len([axes for axes in drawn.axes if axes.axison]) - 2, "two curves of a workload share a title"
+    over_time = [axes for axes in drawn.axes if axes.get_xlabel().startswith("time in steps of the strongest plain")]
+    ends = [{line.get_label(): line.get_xdata()[-1] for line in axes.lines} for axes in over_time]
+    assert ends == [{"muon": 300, "mkor_muon": 315, "adamw": 150}, {"muon": 300, "mkor_muon": 315}]
+    assert "not timed: mkor_muon_momentum" in " ".join(over_time[0].get_xlabel().split())
     batches, costs = (
         shown["gpt, gpt_256: gain over batch"],
         shown[next(name for name in shown if "gain over cost" in name)],
