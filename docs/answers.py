@@ -140,7 +140,18 @@ def sentence(claim: Claim, documents: Benchmarks) -> str:
     else:
         few = f"; a claim needs {SEEDS} seeds" if found and found.count < SEEDS else ""
         text = f"{ours}: **no difference shown** to {setting(base)} ({said}{few})."
-    return f"{text} {_seconds(claim, documents)}"
+    return f"{text} {_other_base(claim)}{_seconds(claim, documents)}"
+
+
+def _other_base(claim: Claim) -> str:
+    """Where a method's base is not the plain method as that was run, what is another: the gain may be the base's."""
+    ours, theirs = (each.runs[0] for each in (claim.setting, claim.baseline or claim.setting))
+    given, plain = ours.method.get("base_optim_args") or {}, theirs.method.get("optim_args") or {}
+    keys = sorted(key for key in {*given, *plain} if not isinstance(given.get(key, plain.get(key)), float | list))
+    other = [f"{key} {given.get(key, 'as it comes')}" for key in keys if given.get(key) != plain.get(key)]
+    if ours.base != theirs.optimizer or ours.optimizer == theirs.optimizer or not other:
+        return ""
+    return f"Its base has other settings ({', '.join(other)}): part of the difference may be theirs. "
 
 
 def _difference(claim: Claim) -> str:

@@ -143,6 +143,16 @@ def test_published_claims_are_held_against_runs(answers: Any, evidence: Any) -> 
     assert "**does not hold**" in answers._held(over_adamw._replace(over="muon"), group, claims, evidence.documents)
 
 
+def test_another_base_is_said(answers: Any, evidence: Any) -> None:
+    claim = next(claim for claim in claims_of(gpt_trials(evidence)).rows if is_of(claim, "mkor_muon"))
+    assert "Its base" not in answers.sentence(claim, [])
+    run = claim.setting.runs[0]
+    run.config["base_optim_args"] = {"rest_lr": 0.01, "ns_steps": 6, "ns_coefficients": "polar_express"}
+    said = answers.sentence(claim, [])
+    del run.config["base_optim_args"]
+    assert "Its base has other settings (ns_coefficients polar_express, ns_steps 6): part of" in said
+
+
 def test_a_picture_says_what_it_is_of(answers: Any, evidence: Any, tmp_path: Path) -> None:
     assert answers.digest_in(tmp_path / "none.png") == ""
     (tmp_path / "a.png").write_bytes(b"\x89PNG tEXtSource\x00" + answers.digest(evidence).encode() + b"rest")
