@@ -45,7 +45,7 @@ there need not hold at your size. Methods go by the names of [`configs/search`](
 
 {short}
 
-![loss by rate, loss over steps and over time, steps to the target](../../results/evidence/curves.png)
+[![loss by rate, loss over steps and over time, steps to the target]({picture})]({picture})
 
 What was tried in vain stands in [When it does not help](when_it_does_not_help.md). All tables, and this picture:
 `hf-soo report results/evidence`.
@@ -240,8 +240,8 @@ def _take(claims: Claims) -> str:
 def _workload(evidence: Evidence, name: str) -> list[str]:
     """The part of the page that a workload has."""
     tuned, parts = evidence.methods(name), []
-    if not evidence.of(name):
-        return [f"### {name}", f"{_TUNED.capitalize()}: {_listed(tuned)}." if tuned else f"{NOT_YET.capitalize()}."]
+    if tuned and not evidence.of(name):
+        return [f"### {name}", f"{_TUNED.capitalize()}: {_listed(tuned)}."]
     for group, claims in evidence.of(name):
         lines = [line for plain in NAMES for line in _plain(plain, claims, evidence.documents, tuned)]
         lines.append(f"- **The best form of MKOR**: {_best_form(claims)}")
@@ -333,12 +333,15 @@ def _held(each: Published, group: Group, claims: Claims, documents: Benchmarks) 
 
 def page(evidence: Evidence) -> str:
     """The page "Which optimizer should I use?"."""
+    waiting = [name for name in evidence.workloads if not evidence.methods(name)]
+    rest = [f"### {NOT_YET.capitalize()}", f"{_listed(waiting)}."] if waiting else []
     return _PAGE.format(
         runs=len(evidence.trials),
         seeds=SEEDS,
         level=f"{LEVEL:g}",
         short=_short(evidence),
-        workloads="\n\n".join(part for name in evidence.workloads for part in _workload(evidence, name)),
+        picture="../../results/evidence/curves.png",
+        workloads="\n\n".join([*(part for name in evidence.workloads for part in _workload(evidence, name)), *rest]),
         batches=_batches(evidence),
         costs=costs(evidence.found, evidence.documents).strip() or f"## What a step costs\n\n{NOT_YET.capitalize()}.",
         published=_published(evidence),

@@ -87,7 +87,7 @@ def is_of(claim: Claim, method: str) -> bool:
 
 def test_what_was_not_run_is_said(answers: Any, evidence: Any) -> None:
     found = parts(answers.page(evidence))
-    assert found["glue"] == "Not run yet." and "gpt_embedded" not in found
+    assert found["Not run yet"] == "`glue`." and "gpt_embedded" not in answers.page(evidence)
     assert found["vit"] == "Tuned, but not confirmed yet: `muon`, `soap_muon`."
     small = found["gpt_16: 300 steps, 16 examples a step"]
     assert small.startswith("Take `muon` at 0.02, the strongest plain method: no other could be tested beside it yet.")
@@ -97,7 +97,9 @@ def test_what_was_not_run_is_said(answers: Any, evidence: Any) -> None:
     assert "| glue | not run yet | not run yet |" in short and "| vit | tuned, but not confirmed yet |" in short
     assert "| 16 (gpt_16) | 64 (gpt) |" in found["At which batch"]
     empty = answers.Evidence([], [], [], ["gpt"])
-    assert parts(answers.page(empty))["gpt"] == "Not run yet." and answers.not_better(empty) == "Nothing: not run yet."
+    assert (
+        parts(answers.page(empty))["Not run yet"] == "`gpt`." and answers.not_better(empty) == "Nothing: not run yet."
+    )
 
 
 def test_more_steps_are_said_and_stand_among_what_does_not_help(answers: Any, evidence: Any) -> None:
