@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from hf_soo import cli
 from hf_soo.runs import shipped
+from hf_soo.runs.record import read_runs
 from tests.ranks.cells import stay_on_gloo
 from tests.ranks.distributed import run_ranks
 from tests.ranks.equality import markdown, table_of
@@ -211,3 +212,14 @@ def test_the_picture_of_the_runs_is_of_all_of_them() -> None:
     made = hooks()
     answers, runs = made.evidence()
     assert answers.digest_in(made.PICTURE) == answers.digest(runs), "it is stale: run python docs/hooks.py"
+
+
+def test_what_is_said_of_rates_is_of_the_runs() -> None:
+    runs = [run for run in read_runs(ROOT / "results" / "evidence" / "byte_gpt") if run.search["stage"] == "wide"]
+    loss = {(run.search["space"], run.search["params"]["learning_rate"]): run.final["eval_loss"] for run in runs}
+    rates = [("muon", rate) for rate in (0.02, 0.04, 0.01, 0.16)] + [("mkor_muon", rate) for rate in (0.02, 0.01)]
+    text = (
+        "Muon ends at {:.3f} with 0.02, {:.3f} with twice and {:.3f} with half of that, {:.3f} with eight times; "
+        "MKOR before it at {:.3f} with 0.02 and {:.3f} with half."
+    )
+    assert text.format(*(loss[rate] for rate in rates)) in " ".join(PAGES["docs/methods/index.md"].split())
