@@ -13,11 +13,12 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.repocard import metadata_load, metadata_save
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -38,6 +39,8 @@ _SECTION = re.compile(rf"\s*{_BEGIN}.*{_END}\s*", re.DOTALL)
 _SECRET_FLAG = re.compile(r"-.*(token|secret|password|key)", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HIDDEN = "..."
+# what transformers says of a model that has no name, with a link to nowhere, and what it means
+_FROM_SCRATCH = ("is a fine-tuned version of [](https://huggingface.co/) on", "was trained from scratch on")
 
 
 class RunCallback(TrainerCallback):
@@ -58,7 +61,7 @@ def add_section(trainer: Trainer, optimizer: PreconditionedOptimizer | None) -> 
     file = Path(str(trainer.args.output_dir)) / "README.md"
     known = (each.document() for each in trainer.callback_handler.callbacks if isinstance(each, RunCallback))
     run = next(known, None) or _document(trainer, optimizer)
-    settings = {} if optimizer is None else {"optimizer": optimizer.config, "base": optimizer.base.defaults}
+    settings = {} if optimizer is None else {"optimizer": optimizer.config, "base": _settings_of(optimizer.base)}
     metadata: dict[str, Any] = metadata_load(file) or {}
     tags = metadata.get("tags") or []
     metadata["tags"] = [*dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "hf_soo"])]
@@ -67,7 +70,7 @@ def add_section(trainer: Trainer, optimizer: PreconditionedOptimizer | None) -> 
     }  # fmt: skip
     metadata_save(file, metadata)
     section = "\n".join(_lines(run, jsonable(settings), _command(sys.orig_argv), trainer.args.world_size))
-    text = _SECTION.sub("\n", file.read_text(encoding="utf-8"))
+    text = _SECTION.sub("\n", file.read_text(encoding="utf-8")).replace(*_FROM_SCRATCH)
     write_atomically(file, f"{text.rstrip()}\n\n{_BEGIN}\n{section}\n{_END}\n")
 
 
@@ -97,6 +100,15 @@ def _document(trainer: Trainer, optimizer: PreconditionedOptimizer | None) -> di
         "curve": curve, "final": measured[-1] if measured else {},
     })  # fmt: skip
     return document
+
+
+def _settings_of(base: Optimizer) -> dict[str, Any]:
+    """What its groups are given, at the start of a schedule; of groups that differ each value, {"groups": [...]}."""
+    found: dict[str, list[Any]] = {key: [] for key in base.defaults}
+    for (key, values), group in product(found.items(), base.param_groups):
+        if (value := group.get(f"initial_{key}", group.get(key, base.defaults[key]))) not in values:
+            values.append(value)
+    return {key: values[0] if len(values) == 1 else {"groups": values} for key, values in found.items()}
 
 
 def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:

@@ -57,7 +57,11 @@ def test_the_section_comes_after_what_transformers_writes(
     trainer: SecondOrderTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "train.py", "--config", "mine.yaml", "--optim", "mkor"])
-    plain, text = ModelCard(stock(trainer)), written(trainer)
+    # the model has no name, which transformers takes for that of another
+    nameless = "This model is a fine-tuned version of [](https://huggingface.co/) on"
+    plain = ModelCard(stock(trainer).replace(nameless, "This model was trained from scratch on"))
+    text = written(trainer)
+    assert "This model was trained from scratch on an unknown dataset." in text
     card = ModelCard(text)
     said = {"optimizer": "mkor", "base": "lamb", "version": hf_soo.__version__}
     metadata = yaml.safe_load(text.split("---\n")[1])
@@ -71,6 +75,8 @@ def test_the_section_comes_after_what_transformers_writes(
     (_, settings), command, (_, run) = blocks(section)
     assert command == ("bash", "python train.py --config mine.yaml --optim mkor")
     assert json.loads(settings)["optimizer"]["update_period"] == 3 and json.loads(settings)["base"]["lr"] == 0.01
+    assert json.loads(settings)["base"]["weight_decay"] == {"groups": [0.01, 0.0]}
+    assert json.loads(settings)["base"]["betas"] == [0.9, 0.999]
     found = json.loads(run)
     assert (found["optimizer"], found["base"], found["steps"], found["seed"]) == ("mkor", "lamb", 2, 42)
     assert found["config"]["optim_args"] == {"update_period": 3}
@@ -79,6 +85,12 @@ def test_the_section_comes_after_what_transformers_writes(
     assert found["final"]["eval_loss"] == found["curve"][-1]["eval_loss"]
     assert f"With python {found['versions']['python']}, hf-soo {hf_soo.__version__}, torch " in section
     assert written(trainer) == text  # a second one replaces it
+
+
+def test_settings_are_those_of_the_run_and_not_the_bases_own(tmp_path: Path) -> None:
+    made = run_trainer(str(tmp_path), base_optim="lamb", weight_decay=0.0, lr_scheduler_type="linear", max_steps=1)
+    (_, settings), *_ = blocks(written(made).partition("<!-- hf_soo -->")[2])
+    assert json.loads(settings)["base"]["weight_decay"] == 0.0  # LAMB by itself decays
 
 
 def test_a_run_with_an_optimizer_of_transformers_keeps_the_stock_card(tmp_path: Path) -> None:
