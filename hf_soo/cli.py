@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_soo.engine.checks import unknown_key
 from hf_soo.engine.preconditioner import Method
 from hf_soo.optimizers.bases import BASES
+from hf_soo.outputs import file_to_write
 from hf_soo.registry import METHODS
 
 # Command -> the module whose main() it is, which a script calls as well, and a line about it. None is imported before
@@ -203,11 +204,10 @@ def _doctor(options: argparse.Namespace) -> str:
     from hf_soo import doctor
     from hf_soo.files import write_atomically
 
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    file = file_to_write("--json", options.json) if options.json else None
     report = doctor.examine(Path.cwd())
-    if options.json:
-        write_atomically(Path(options.json), json.dumps(report, indent=1) + "\n")
+    if file:
+        write_atomically(file, json.dumps(report, indent=1) + "\n")
     return doctor.text(report)
 
 
@@ -264,24 +264,25 @@ def _report(options: argparse.Namespace) -> str:
     from hf_soo.runs import report
 
     (figures, parts), text = report_of(options.folder)
-    if options.table:
-        write_atomically(Path(options.table), text)
+    table, picture, html = (
+        given and file_to_write(f"--{name}", given)
+        for name, given in (("table", options.table), ("picture", options.picture), ("html", options.html))
+    )
+    if table:
+        write_atomically(table, text)
     if options.readme:
         report.update_readme(options.readme, Path(options.folder).resolve().name, text)
-    if options.picture:
+    if picture:
         curves = (report.figure(runs, options.title, free=None) for runs in parts().values())
         figure = next(itertools.chain(figures(options.title), curves), None)
         if figure is None:
             raise ValueError(f"--picture: {options.folder} holds nothing that can be drawn; leave it out.")
-        report.save(figure, options.picture)
-    if options.html:
+        report.save(figure, picture)
+    if html:
         from hf_soo.runs.page import page
 
-        file, title = Path(options.html), options.title or f"Report of {Path(options.folder).resolve().name}"
-        if file.is_dir():
-            raise ValueError(f"--html {options.html} is a folder; give the name of a file, such as report.html.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, page(title, text, figures(""), parts()))
+        title = options.title or f"Report of {Path(options.folder).resolve().name}"
+        write_atomically(html, page(title, text, figures(""), parts()))
     return text
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from hf_soo.bench.pretraining import Sequences, TrainConfig, pretrain
 from hf_soo.bench.suite import SuiteConfig, run_suite
 from hf_soo.bench.workload import BenchConfig
 from hf_soo.files import jsonable, write_atomically
+from hf_soo.outputs import file_to_write
 from hf_soo.progress import Progress
 from hf_soo.runs.arguments import parse
 from hf_soo.runs.script import guarded
@@ -82,14 +82,14 @@ def _rank(rank: int, config: BenchConfig, folder: str) -> None:
 
 def _show_and_keep(config: BenchConfig) -> None:
     shown: list[str] = []
+    file = file_to_write("--json", config.json) if config.json else None
 
     def show(results: dict[str, Any]) -> None:
         if not shown:
             Progress.write(report.heading(results))
         shown.append(report.line(results["rows"][-1], report.columns(results), results["rows"]))
         Progress.write(shown[-1])
-        if config.json:
-            Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(config.json), json.dumps(jsonable(results), indent=1, ensure_ascii=False) + "\n")
+        if file:
+            write_atomically(file, json.dumps(jsonable(results), indent=1, ensure_ascii=False) + "\n")
 
     print(report.roofline(run(config, show)), end="")

@@ -30,6 +30,20 @@ WAY_OUT = (
 )
 
 
+def refuse_alone(args: Any) -> None:
+    """Refuse processes that would each train alone: what a launcher starts without a GPU, unless the Trainer is told.
+
+    Raises:
+        ValueError: the launcher has started other processes, which the Trainer does not see.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started not in (1, args.world_size):
+        way_out = "--ddp_backend gloo" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "--use_cpu true"
+        raise ValueError(
+            f"The launcher started {started} processes, the Trainer sees {args.world_size}; without GPUs add {way_out}."
+        )
+
+
 def compare_arguments(args: Any, resume_from_checkpoint: str | bool | None) -> None:
     """Compare what a run is told; every rank must call it, before they look for a checkpoint together.
 

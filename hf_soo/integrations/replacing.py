@@ -173,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0].startswith(("--local_rank=", "--local-rank=")):  # DeepSpeed's launcher puts it first
         given = [*given[1:], given[0]]
     parser = _parser()
+    if given and given[0].startswith("-") and given[0] not in ("-h", "--help", "-m"):
+        parser.error(f"{given[0]} stands before SCRIPT; SCRIPT comes first, then its own flags.")
     options = parser.parse_args(given)
     script, module = options.script, options.module
     with _started_as(script, module, options.arguments), replaced() as seen:

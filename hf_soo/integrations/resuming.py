@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from hf_soo.engine.optimizer import PreconditionedOptimizer
 from hf_soo.integrations.accelerate import bind, unwrap_optimizer
-from hf_soo.integrations.agreement import compare_arguments, compare_run
+from hf_soo.integrations.agreement import compare_arguments, compare_run, refuse_alone
 from hf_soo.integrations.arguments import SecondOrderTrainingArguments
 from hf_soo.integrations.checkpoints import (
     BASE_FILE,
@@ -81,6 +81,10 @@ class ResumingMixin(_Base):
             ValueError: the checkpoint is not whole; or True, and none is; or another process trains in ``output_dir``;
                 or the ranks were given different things.
         """
+        if str(resume_from_checkpoint).lower() == "true":  # a script that hands on --resume_from_checkpoint true
+            resume_from_checkpoint = True
+        if getattr(getattr(self.args, "parsed", None), "optimizer", None) is not None:  # one of ours
+            refuse_alone(self.args)
         compare_arguments(self.args, resume_from_checkpoint)
         self._show(False)
         trial = kwargs.get("trial", args[0] if args else None)

@@ -14,6 +14,7 @@ import torch
 
 from hf_soo.files import write_atomically
 from hf_soo.machine import commit, versions
+from hf_soo.outputs import file_to_write
 from hf_soo.plan.cost import Profile, frequency, load_profile, predict, work
 from hf_soo.plan.dry_run import count
 from hf_soo.plan.memory import TRANSIENT, factors, memory, peak
@@ -76,6 +77,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     Raises:
         ValueError: the model, a method, a setting or the profile is refused.
     """
+    file = file_to_write("--json", config.json) if config.json else None
     profile, layout = load_profile(config.profile), Layout.of(config)
     with torch.device("meta"):
         model = build_model(config.model, config.seq)
@@ -97,8 +99,8 @@ def run(config: PlanConfig) -> dict[str, Any]:
         "methods": [_method_plan(method, shape, layout, profile) for method in methods],
         "dry_run": _dry_run(methods[0], shape, layout, config.model) if config.dry_run else None,
     }
-    if config.json:
-        write_atomically(config.json, json.dumps(plan, indent=1) + "\n")
+    if file:
+        write_atomically(file, json.dumps(plan, indent=1) + "\n")
     return plan
 
 

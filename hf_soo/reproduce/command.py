@@ -27,6 +27,7 @@ from hf_soo.bert.data.wordpiece import read_vocabulary
 from hf_soo.engine.checks import Checked, Count, Seed
 from hf_soo.glue.data import GlueDataArguments, load_part
 from hf_soo.glue.tasks import find_tasks
+from hf_soo.outputs import folder_to_write
 from hf_soo.reproduce import table as reproduce_table
 from hf_soo.reproduce.pipeline import Pipeline, Stage
 from hf_soo.runs import arguments
@@ -180,9 +181,10 @@ def _check_inputs(of: ReproduceArguments) -> None:
     """Read what is here, as the stages will read it hours later; the hub's data sets are left to them.
 
     Raises:
-        ValueError: a file that is missing or malformed, a launcher or a library that is not installed, or a task that
-            GLUE does not have.
+        ValueError: a folder that cannot be written to, a file that is missing or malformed, a launcher or a library
+            that is not installed, or a task that GLUE does not have.
     """
+    folder_to_write("output", of.folder)
     launcher = shlex.split(of.launch)
     if not launcher or shutil.which(launcher[0]) is None:
         raise ValueError(

@@ -194,7 +194,8 @@ def read_documents(folder: str | Path, damaged: Damaged | None = None) -> dict[P
     with readable(folder):
         files = sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
     if not files:
-        raise ValueError(f"Folder {str(folder)!r} holds no *.json; give the folder that holds the run JSONs.")
+        below = f", {str(folder / 'runs')!r} for example" if (folder / "runs").is_dir() else ""  # of an output_dir
+        raise ValueError(f"Folder {str(folder)!r} holds no *.json; give the folder that holds the run JSONs{below}.")
     return _each(_read, files, damaged)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from torch import nn
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from hf_soo.integrations.agreement import refuse_alone
+from hf_soo.outputs import folder_to_write
 from hf_soo.runs import arguments, report
 from hf_soo.runs.recipes import COMMANDS
 from hf_soo.runs.record import RunRecord, status_of
@@ -147,24 +148,20 @@ def check(job: Job, sketch: Callable[[], nn.Module | None]) -> None:
         sketch: as a ``Domain``'s, of these settings.
 
     Raises:
-        ValueError: a picture is asked for and cannot be drawn, a target that is never looked at, an optimizer that
-            cannot be built for the model, or processes that would each train alone: what torchrun starts without a
-            GPU, unless the Trainer is told.
+        ValueError: a folder that cannot be written to, a picture that cannot be drawn, a target that is never looked
+            at, an optimizer that cannot be built for the model, or processes that would each train alone: what torchrun
+            starts without a GPU, unless the Trainer is told.
     """
     if job.run.target_eval_loss is not None and job.training.eval_strategy == "no":
         raise ValueError(
             f"target_eval_loss={job.run.target_eval_loss} and nothing is evaluated while the run trains; set "
             "eval_strategy to steps or epoch."
         )
+    for name, folder in (("output_dir", job.training.folder), ("results_dir", job.results_dir)):
+        folder_to_write(name, folder)
     if job.run.compare_with is not None and find_spec("matplotlib") is None:
         raise ValueError("compare_with draws a picture and matplotlib is not installed; pip install 'hf-soo[report]'.")
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != job.training.world_size:
-        way_out = "--ddp_backend gloo" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "--use_cpu true"
-        raise ValueError(
-            f"The launcher started {started} processes, the Trainer sees {job.training.world_size}; "
-            f"without GPUs add {way_out}."
-        )
+    refuse_alone(job.training)
     try:
         get_reporting_integration_callbacks(job.training.report_to)  # type: ignore[no-untyped-call]
     except ValueError as error:

@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_soo.outputs import folder_to_write
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NO_RUNS = ("accelerate", "deepspeed", "lora", "search", "slurm")  # folders of what no command trains from
 _WIDTH = 120
@@ -122,9 +124,9 @@ def copy(target: str | Path) -> str:
         target: the folder to make.
 
     Raises:
-        ValueError: it is there already.
+        ValueError: it is there already, or cannot be made.
     """
     if Path(target).exists():
         raise ValueError(f"--copy {target} exists; give a folder that is not there yet, configs for example.")
-    shutil.copytree(folder(), target)
+    shutil.copytree(folder(), folder_to_write("--copy", target))
     return f"wrote {target}\n"

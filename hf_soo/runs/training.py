@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from hf_soo import machine
 from hf_soo.engine.comm import Communicator, text_of
 from hf_soo.integrations.agreement import WAY_OUT, name_of
 from hf_soo.integrations.card import plain_settings
+from hf_soo.outputs import folder_to_write
 from hf_soo.runs.callbacks import RecordCallback, RunProgress
 from hf_soo.runs.record import RunRecord, file_name, reach, recording
 from hf_soo.runs.resume import OutputFolder, is_finished, kept_record, take_trained
@@ -166,9 +166,7 @@ def _begin(job: Job, task: Task) -> tuple[nn.Module, RunRecord, OutputFolder, st
     output = OutputFolder(args, record, restart=job.run.restart)
     checkpoint = output.checkpoint() if args.do_train else None
     if args.process_index == 0:
-        job.results_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(job.results_dir, os.W_OK):
-            raise OSError(f"results_dir={str(job.results_dir)!r} cannot be written to; give another folder.")
+        folder_to_write("results_dir", job.results_dir).mkdir(parents=True, exist_ok=True)
     return model, record, output, checkpoint
 
 

@@ -216,7 +216,7 @@ def test_other_peoples_files_are_never_replaced(text: str, tmp_path: Path) -> No
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds files that are no prepared data set"):
         prepare(config(text, tmp_path / "home", overwrite=True))
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match=r"cannot be written to: .* is a file; give another folder"):
         prepare(config(text, Path(text), overwrite=True))
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
@@ -323,7 +323,7 @@ def test_script_reports_counts(
     ("flags", "message"),
     [
         (["--source", "missing.txt", "--output", "{tmp}/out"], "error: source 'missing.txt' is no file or folder here"),
-        (["--source", "embedded", "--output", "{tmp}/text.txt/out"], "Not a directory"),
+        (["--source", "embedded", "--output", "{tmp}/text.txt/out"], "text.txt' is a file; give another folder."),
         (["--source", "embedded", "--output", "/proc/out"], "/proc/out.partial"),
         (["--source", "embedded", "--output", "{tmp}/out", "--seed", "-1"], "error: seed=-1"),
         (["--source", "embedded", "--output", "{tmp}/out", "--vocab", "{tmp}/no.txt"], "no.txt' is no file"),

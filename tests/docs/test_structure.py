@@ -28,7 +28,7 @@ LAYERS = (
     ("registry",),
     ("preconditioners", "optimizers"),
     ("engine",),
-    ("files", "machine", "progress"),
+    ("files", "machine", "outputs", "progress"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

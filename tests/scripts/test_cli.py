@@ -17,6 +17,7 @@ from hf_soo.bench.measure import _state_bytes
 from hf_soo.engine.capture import GradientRecorder
 from hf_soo.engine.factors import FactorRecorder
 from hf_soo.engine.sums import SumRecorder
+from hf_soo.outputs import folder_to_write
 from tests.scripts.script_runs import load_script
 from tests.scripts.test_report import runs
 
@@ -90,6 +91,73 @@ def test_bad_input_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.Capture
     error = capsys.readouterr().err
     assert error.startswith("hf-soo: error: No folder ")
     assert error.count("\n") == 1
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    assert cli.main(["report", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.endswith(f" the run JSONs, '{tmp_path}/out/runs' for example.\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["report", "runs", flag] for flag in ("--table", "--picture", "--html")),
+        ["doctor", "--json"],
+        ["plan", "--json"],
+        ["bench", "--preset", "toy", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, name in (("doctor", "examine"), ("plan.command", "build_model"), ("bench.command", "run")):
+        monkeypatch.setattr(f"hf_soo.{module}.{name}", lambda *given: pytest.fail("it works first"))
+    for record in runs():
+        record.write(tmp_path / "runs")
+    (tmp_path / "file").touch()
+    flag = arguments[-1]
+    for given, why in {
+        ".": "is a folder; give the name of a file, such as 'report'.",
+        "file/x": "cannot be written to: 'file' is a file; give another folder.",
+    }.items():
+        assert cli.main([*arguments, given]) == 1
+        told = capsys.readouterr().err.removeprefix("hf-soo: ")
+        assert told.startswith(f"error: {flag}='") and told.endswith(f"{why}\n"), told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "runs"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    assert folder_to_write("f", tmp_path / "there" / "a" / "b") == tmp_path / "there" / "a" / "b"
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(
+        ValueError, match=r"^f='.*/there/a' cannot be written to: '.*/there' is read-only; give another"
+    ):
+        folder_to_write("f", tmp_path / "there" / "a")
+    assert not (tmp_path / "there" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "--config", "smoke/mkor", "--output_dir", "file/x"],
+        ["pretrain", "--config", "smoke/mkor", "--results_dir", "file/x"],
+        ["prepare", "--source", "embedded", "--output", "file/x"],
+        ["reproduce", "--text", "embedded", "--output", "file/x"],
+        ["search", "muon", "--workload", "byte_gpt", "--results", "file/x"],
+        ["recipes", "--copy", "file/x"],
+    ],
+    ids=" ".join,
+)
+def test_no_work_is_done_for_a_folder_that_cannot_be_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert cli.main(arguments) == 1
+    flag = arguments[-2].removeprefix("--")
+    assert f"{flag}='file/x' cannot be written to: 'file' is a file; give another folder.\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def verdict(trainer: Any, newest: Path, file: Path, messages: list[str]) -> str:
     """
     messages.clear()
     taken, warned = trainer.train(resume_from_checkpoint=True), list(messages)
+    assert trainer.train(resume_from_checkpoint="true") == taken, "as a command line says it"
     try:
         by_name = trainer.train(resume_from_checkpoint=str(newest))
     except ValueError as error:

@@ -42,6 +42,20 @@ def parsed(tmp_path: Path, *flags: str) -> Job:
     return Job(*given)
 
 
+@pytest.mark.parametrize(("deepspeed", "flag"), [("false", "--use_cpu true"), ("true", "--ddp_backend gloo")])
+def test_processes_that_would_each_train_alone_are_refused(
+    deepspeed: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, task = parsed(tmp_path), OneLayer()
+    trainer = task.make_trainer(task.make_model(0), job.training, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", deepspeed)
+    for refused in (lambda: check(job, lambda: None), trainer.train):
+        with pytest.raises(ValueError, match=rf"started 2 processes, the Trainer sees 1; without GPUs add {flag}\.$"):
+            refused()
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_text_is_read_once_from_the_command_line_to_the_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

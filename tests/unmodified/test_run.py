@@ -401,7 +401,7 @@ def test_a_wrong_name_says_what_is_allowed(tmp_path: Path, capsys: Any) -> None:
     ("given", "said"),
     [
         (["nowhere.py", "--optim", "mkor"], "there is no file 'nowhere.py'; SCRIPT comes first"),
-        (["--optim", "mkor", "nowhere.py"], "--optim"),
+        (["--optim", "mkor", "nowhere.py"], "--optim stands before SCRIPT; SCRIPT comes first, then its own flags."),
         (["-m", "tests.unmodified.nothing"], "there is no module 'tests.unmodified.nothing'"),
         (["-m", "nothing.at.all"], "there is no module 'nothing.at.all'"),
         ([], "SCRIPT"),

@@ -2,11 +2,10 @@
 
     hf-soo prepare --source embedded --output data/embedded --vocab_size 4000
     hf-soo prepare --source text/AA --output data/wiki128 --vocab vocab.txt --num_proc 2
-    hf-soo prepare --source wikimedia/wikipedia:20231101.en --output data/wiki512 \
-        --max_seq_length 512 --short_seq_prob 0 --eval_documents 0.001 --num_proc 16
+    hf-soo prepare --source wikimedia/wikipedia:20231101.en --output data/wiki512 --max_seq_length 512 --num_proc 16
     hf-soo prepare --source hdf5_shards --output data/shards --vocab vocab.txt
 
-Look at a finished folder, and check its files (--inspect --help lists these flags):
+Look at a finished folder, and check its files (--verify --help lists these flags):
 
     hf-soo prepare --inspect 3 --masked --output data/wiki128
     hf-soo prepare --verify --output data/wiki128

@@ -25,6 +25,7 @@ from hf_soo.bert.data.wordpiece import SpecialIds, read_vocabulary, train_wordpi
 from hf_soo.bert.data.workers import ShardWorker, SplitPairs, make_shards, map_in_order
 from hf_soo.engine.checks import Bounds, Checked, Count, Portion, Whole
 from hf_soo.files import built_beside, clear_leftovers, sha256_of, write_atomically
+from hf_soo.outputs import folder_to_write
 from hf_soo.progress import Progress
 from hf_soo.text.cleaning import Cleaning
 from hf_soo.text.corpus import Corpus
@@ -224,8 +225,7 @@ def _check_output(output: Path, config: PrepareConfig) -> None:
     source = Path(config.source).expanduser()
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output {name} lies in the source {config.source!r}; choose a folder outside of it.")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {name} is a file; give a folder.")
+    folder_to_write("output", output)
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / MANIFEST).is_file():
