@@ -16,16 +16,19 @@ import argparse
 import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hf_soo.domains import domain_of
 from hf_soo.engine.checks import Positive, require
+from hf_soo.outputs import folder_to_write
 from hf_soo.runs.script import guarded
-from hf_soo.search.evidence import Evidence
-from hf_soo.search.queue import make_stage, read_queue
-from hf_soo.search.stages import STAGES, Stage
-from hf_soo.search.worker import Place, Worker, duration
+from hf_soo.search.evidence import STAGES, Evidence
+
+if TYPE_CHECKING:  # these need Optuna, which --help does not
+    from hf_soo.search.stages import Stage
+    from hf_soo.search.worker import Place
 
 _STOPPED = "stopped; the trial at hand was given back, and the same command goes on"
 
@@ -45,7 +48,10 @@ def main(flags: list[str] | None = None) -> int:
 
     def body(given: list[str]) -> None:
         nonlocal code
-        code = _search(_parser().parse_args(given))
+        options = _parser().parse_args(given)
+        if find_spec("optuna") is None:
+            raise ValueError("a search needs Optuna, which is not installed; pip install 'hf-soo[search]'.")
+        code = _search(options)
 
     return guarded(body, flags, _STOPPED) or code
 
@@ -76,12 +82,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(given: argparse.Namespace) -> int:
+    from hf_soo.search.queue import read_queue
+    from hf_soo.search.worker import Place, Worker
+
     if (given.space is None) == (given.queue is None):
         raise ValueError("Give a SPACE.yaml with --workload, or --queue FILE.")
     stages = read_queue(given.queue) if given.queue else [_stage_of(given)]
     for stage in stages:
         _ = stage.recipe  # refuses a workload that cannot be read
-    place = Place.of(given.results, given.storage)
+    place = Place.of(folder_to_write("--results", given.results), given.storage)
     if given.dry_run or given.space is not None:
         for stage in stages:
             _check(stage)
@@ -92,6 +101,8 @@ def _search(given: argparse.Namespace) -> int:
 
 
 def _stage_of(given: argparse.Namespace) -> Stage:
+    from hf_soo.search.queue import make_stage
+
     if given.workload is None:
         raise ValueError("No --workload; give the recipe of what is trained, byte_gpt for example.")
     return make_stage(given.workload, given.space, given.stage, given.trials, given.seed, given.whole)
@@ -127,6 +138,8 @@ def _check(stage: Stage) -> None:
 
 def _plan(stages: Sequence[Stage], place: Place) -> str:
     """Space, number of trials and cost of every stage."""
+    from hf_soo.search.worker import duration
+
     lines, total = [], 0.0
     for stage in stages:
         evidence = Evidence(place.results / stage.study)

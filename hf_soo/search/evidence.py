@@ -12,6 +12,8 @@ from typing import Any
 
 from hf_soo.runs.record import RunRecord, read_run
 
+STAGES = ("wide", "narrow", "confirm")
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:

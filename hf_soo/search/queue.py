@@ -9,8 +9,9 @@ from typing import Any
 from hf_soo.engine.checks import Count, Seed, require
 from hf_soo.runs.recipes import read_recipe, unknown_name
 from hf_soo.runs.shipped import find
+from hf_soo.search.evidence import STAGES
 from hf_soo.search.spaces import Space
-from hf_soo.search.stages import STAGES, Stage
+from hf_soo.search.stages import Stage
 
 _SETTINGS = {"wide": 24, "narrow": 12, "confirm": 2}
 _SEEDS = {"wide": (0,), "narrow": (0,), "confirm": (1, 2, 3, 4)}

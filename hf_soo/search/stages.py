@@ -15,7 +15,6 @@ from hf_soo.runs.recipes import COMMANDS, read_recipe
 from hf_soo.search.evidence import Evidence, Finished, best_settings, setting
 from hf_soo.search.spaces import Params, Space
 
-STAGES = ("wide", "narrow", "confirm")
 _CLAIM = "claim"  # the held-out set on which claims are made
 _COST = re.compile(r"Cost: (?:about|some|under) (\d[\d,]*) (seconds|minutes)")  # in a recipe's first lines
 

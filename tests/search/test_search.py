@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+import hf_soo.search
 from hf_soo import cli, machine, progress
 from hf_soo.runs.record import RunRecord
 from hf_soo.search.evidence import Evidence
@@ -276,6 +278,23 @@ def test_what_is_refused(flags: tuple[str, ...], message: str, tmp_path: Path, c
     (tmp_path / "workloads" / "toy.yaml").write_text("max_steps: 8\n")
     assert command(*(flag.format(**names) for flag in flags), "--results", str(tmp_path / "results")) == 1
     assert message.format(**names) in capsys.readouterr().err
+
+
+def test_without_optuna_help_is_there_and_a_search_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hf_soo.search."):  # imported anew below, and put back
+            monkeypatch.setattr(hf_soo.search, name.rpartition(".")[2], module)
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert cli.main(["search", "muon", "--workload", "byte_gpt", "--dry_run"]) == 1
+    assert capsys.readouterr().err == (
+        "error: a search needs Optuna, which is not installed; pip install 'hf-soo[search]'.\n"
+    )
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["search", "--help"])
+    assert capsys.readouterr().out.startswith("usage: hf-soo search SPACE.yaml ")
 
 
 def test_an_unknown_flag_of_a_space_is_named_before_anything_runs(tmp_path: Path, capsys: Any) -> None:
