@@ -160,7 +160,10 @@ def _routing(runs: Sequence[RunRecord]) -> Iterator[Element]:
 
 def _settings(runs: Sequence[RunRecord]) -> Iterator[Element]:
     """What differs between the runs, beside how each ended, and what does not."""
-    about = ({"device": run.device, "versions": run.versions, "commit": run.commit, "code": run.code} for run in runs)
+    about = (
+        {"device": run.device, "versions": run.versions, "commit": (run.commit or "")[:12], "code": run.code}
+        for run in runs
+    )
     settings = [dict(flat(run.settings | more)) for run, more in zip(runs, about, strict=True)]
     keys = differing(*settings)
     head = ["run", "status", "steps", "seconds", *keys]

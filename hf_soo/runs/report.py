@@ -232,14 +232,14 @@ def style(index: int) -> dict[str, Any]:
     return {"color": _COLOURS[place], "marker": marker, "markersize": 4}
 
 
-def _named(run: RunRecord) -> str:
-    """What a legend says of a run."""
-    return f"{label(_label(run))}, lr {_rates(run)}: {_outcome(run)}"
+def _named(run: RunRecord, loss: str = "") -> str:
+    """What a legend says of a run: its final evaluation loss only where that is what is drawn."""
+    return f"{label(_label(run))}, lr {_rates(run)}" + (f": {_outcome(run)}" if loss == "eval_loss" else "")
 
 
 def _draw(panels: Any, run: RunRecord, index: int, loss: str) -> None:
     points = _points(run, loss)
-    look = style(index) | {"markevery": max(1, len(points) // 12), "label": _named(run)}
+    look = style(index) | {"markevery": max(1, len(points) // 12), "label": _named(run, loss)}
     for axis, key in zip(panels, ("step", "seconds"), strict=True):
         axis.plot([point[key] for point in points], [point[loss] for point in points], **look)
 

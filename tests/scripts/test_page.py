@@ -122,7 +122,8 @@ def test_a_page_has_curves_table_health_routing_and_settings(
     assert (
         "lamb, lr 0.01: 7.000; 3 points, first 10 at 0, last 7 at 100, lowest 7 at 100, highest 10 at 0." in pictures[0]
     )
-    assert "mkor over lamb, lr 0.02: 6.000; 2 points, first 0.2 at 50, last 0.25 at 100, lowest" in pictures[3]
+    assert "mkor over lamb, lr 0.02; 2 points, first 0.2 at 50, last 0.25 at 100, lowest" in pictures[3]
+    assert "lamb, lr 0.01; 3 points" in pictures[1], "the legend's loss is of an evaluation, the curve of training"
     assert "evaluation loss against seconds of training. mkor over lamb, lr 0.02: 6.000; 3 points" in text
     assert (
         "<td>mkor -&gt; Lamb</td>" not in text
@@ -158,7 +159,7 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: pytes
         each.write(tmp_path)
     assert cli.main(["report", str(tmp_path), "--html", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        f"hf-soo: error: --html {tmp_path} is a folder; give the name of a file, such as report.html.\n"
+        f"hf-soo: error: --html='{tmp_path}' is a folder; give the name of a file, such as '{tmp_path}/report'.\n"
     )
 
 
