@@ -190,6 +190,50 @@ def test_the_table_of_unmodified_scripts_is_that_of_the_results() -> None:
     assert f"<!-- unmodified -->\n{text}\n<!-- /unmodified -->" in PAGES["docs/guides/your_own_trainer.md"]
 
 
+def bench_row(file: str, optimizer: str, base: str, **settings: int) -> dict[str, Any]:
+    rows = json.loads((ROOT / "results" / "bench" / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+    (row,) = (row for row in rows if (row["optimizer"], row["base"], row["set"]) == (optimizer, base, settings))
+    found: dict[str, Any] = row
+    return found
+
+
+def test_costs_are_those_of_the_benchmarks() -> None:
+    """The figures in sentences: of whole train steps, of memory, of steps."""
+    pages = {
+        page: " ".join(PAGES[page].split())
+        for page in ("docs/guides/cost.md", "README.md", "docs/guides/when_it_does_not_help.md")
+    }
+    cost, readme, where_not = pages.values()
+    at = {
+        name: tuple(f"{bench_row(f'batch_{n}', name, base)['train_step_ratio']:.2f}" for n in (2, 8, 32))
+        for name, base in (("mkor", "adamw"), ("muon", "muon"))
+    }
+    assert "with MKOR costs {} of AdamW's at 2 sequences, {} at 8 and {} at 32;".format(*at["mkor"]) in cost
+    assert "; with Muon {}, {} and {}. ".format(*at["muon"]) in cost
+    for file, optimizer, base, said in (
+        ("", "adamw", "adamw", "AdamW and LAMB"), ("", "lamb", "lamb", "AdamW and LAMB"),
+        ("mkor", "mkor", "adamw", "MKOR over either"), ("mkor", "mkor", "lamb", "MKOR over either"),
+        ("eva", "eva", "sgd", "Eva over SGD"), ("muon", "muon", "muon", "Muon"),
+        ("muon", "mkor", "muon", "MKOR over Muon"), ("kfac", "foof", "sgd", "FOOF over SGD"),
+        ("shampoo", "shampoo", "adamw", "Shampoo over AdamW"), ("kfac", "kfac_expand", "sgd", "K-FAC over SGD"),
+        ("shampoo", "soap", "adamw", "SOAP over AdamW"), ("kaisa", "kaisa", "lamb", "KAISA over LAMB"),
+    ):  # fmt: skip
+        held = bench_row(f"large2_{file}".rstrip("_"), optimizer, base)["state_bytes_per_parameter"]
+        assert re.search(rf"[:,] {said} {held:.2g}(,| \(one rank\))", cost), f"{said} {held:.2g}"
+    assert max(bench_row("large2_mkor", "mkor", base)["peak_memory_ratio"] for base in ("adamw", "lamb")) <= 1.04
+    ratio = {
+        "mkor": bench_row("large2_mkor", "mkor", "adamw"),
+        "16": bench_row("large2_mkor16", "mkor", "adamw", history=16),
+        "muon": bench_row("large2_muon", "muon", "muon"), "kfac": bench_row("large2_kfac", "kfac_expand", "sgd"),
+        "kaisa": bench_row("large2_kaisa", "kaisa", "lamb"),
+    }  # fmt: skip
+    step = {name: row["step_ratio"] for name, row in ratio.items()}
+    assert f"16 instead of 32 takes {step['16']:.1f} of AdamW(foreach)'s step instead of {step['mkor']:.1f})" in cost
+    assert f"costs {step['mkor']:.2f} of `AdamW(foreach=True)` (`history=16`: {step['16']:.2f}), of Muon " in readme
+    assert f"of Muon {step['muon']:.0f}, of K-FAC {step['kfac']:.0f}, of KAISA {step['kaisa']:.0f} (two " in readme
+    assert f"K-FAC costs {step['kfac']:.0f} of AdamW's and one of KAISA {step['kaisa']:.0f}, on two" in where_not
+
+
 def hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
     assert spec is not None and spec.loader is not None
