@@ -152,8 +152,8 @@ def _text(settings: Any) -> str:
 
 def batch_of(run: RunRecord) -> int | None:
     """Examples in a step of a run; None: not recorded."""
-    sizes = [run.config.get(key) for key in _BATCH]
-    return None if sizes[0] is None else math.prod(int(size or 1) for size in sizes)
+    first, *more = (run.config.get(key) for key in _BATCH)
+    return math.prod((first, *(size for size in more if isinstance(size, int)))) if isinstance(first, int) else None
 
 
 def trials_of(group: Group, trials: Sequence[RunRecord]) -> list[RunRecord]:
