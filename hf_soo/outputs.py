@@ -12,11 +12,8 @@ def folder_to_write(flag: str, given: str | Path) -> Path:
     Raises:
         ValueError: it is none of these.
     """
-    folder = Path(given)
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if why := "a file" if not there.is_dir() else "" if os.access(there, os.W_OK) else "read-only":
-        raise ValueError(f"{flag}={str(given)!r} cannot be written to: {str(there)!r} is {why}; give another folder.")
-    return folder
+    _refuse(flag, str(given), Path(given))
+    return Path(given)
 
 
 def file_to_write(flag: str, given: str) -> Path:
@@ -28,5 +25,12 @@ def file_to_write(flag: str, given: str) -> Path:
     file = Path(given)
     if file.is_dir():
         raise ValueError(f"{flag}={given!r} is a folder; give the name of a file, such as {str(file / 'report')!r}.")
-    folder_to_write(flag, file.parent).mkdir(parents=True, exist_ok=True)
+    _refuse(flag, given, file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
     return file
+
+
+def _refuse(flag: str, given: str, folder: Path) -> None:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if why := "a file" if not there.is_dir() else "" if os.access(there, os.W_OK) else "read-only":
+        raise ValueError(f"{flag}={given!r} cannot be written to: {str(there)!r} is {why}; give another folder.")

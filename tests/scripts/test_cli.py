@@ -122,7 +122,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
     }.items():
         assert cli.main([*arguments, given]) == 1
         told = capsys.readouterr().err.removeprefix("hf-soo: ")
-        assert told.startswith(f"error: {flag}='") and told.endswith(f"{why}\n"), told
+        assert told == f"error: {flag}={given!r} {why}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "runs"]
 
 
