@@ -135,7 +135,7 @@ class Muon(Optimizer):
         """Add a group, split by algorithm unless it names its own.
 
         Raises:
-            ValueError: if `algorithm` is unknown, or a matrix has not two to four dimensions.
+            ValueError: an unknown `algorithm`, no coefficients, or a matrix that has not two to four dimensions.
         """
         for part in [param_group] if "algorithm" in param_group else self._split(param_group):
             if part["algorithm"] not in ("muon", "adamw"):
@@ -311,6 +311,8 @@ class Muon(Optimizer):
             for name, default in self._adamw.defaults.items():
                 group.setdefault(name, default)
             return
+        if not (given := group["ns_coefficients"]):
+            raise ValueError(f"Muon: ns_coefficients={given!r} is not allowed; give three numbers for each iteration.")
         for shape in map(full_shape, group["params"]):
             if not 2 <= len(shape) <= 4:
                 raise ValueError(

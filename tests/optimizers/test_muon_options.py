@@ -125,6 +125,7 @@ def test_a_run_of_torchs_muon_goes_on(rng: np.random.Generator, rule: str | None
         ({"adjust_lr_fn": "rms"}, "adjust_lr_fn='rms'"),
         ({"row_beta": 1.0}, "row_beta=1.0"),
         ({"ns_coefficients": [(1.0, 2.0)]}, "ns_coefficients"),
+        ({"ns_coefficients": []}, r"ns_coefficients=\[\] is not allowed"),
     ],
 )
 def test_a_wrong_option_is_named(bad: dict[str, Any], match: str) -> None:
