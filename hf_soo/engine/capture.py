@@ -41,6 +41,7 @@ class Statistics:
         inputs: what the recorder made of the layers' inputs, or None.
         outputs: what it made of dL/dy, L the mean loss of the global batch, or None.
         noise: whether Σ dL/dy is rounding noise, [L]; or None.
+        agreement: the cosine of Σ dL/dy of one half of the batch and of the other, [L]; or None.
         grad: the averaged gradients, for methods that learn from them alone.
     """
 
@@ -48,6 +49,7 @@ class Statistics:
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     noise: Tensor | None = None
+    agreement: Tensor | None = None
     grad: Joint | None = None
 
 

@@ -6,14 +6,14 @@ The forward pass reduces the input to sums over its rows, so nothing of size [N,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Buffers, Statistics, Window
-from hf_soo.engine.gradients import Groups, unit_of
+from hf_soo.engine.gradients import Groups, norms, unit_of
 from hf_soo.engine.layers import Layer, RowLayer, accumulation_dtype, group_sums, stack
 from hf_soo.engine.passes.backward import Target, accumulates, gate
 from hf_soo.engine.passes.padding import Padding, first_without_gradient
@@ -77,11 +77,16 @@ class SumRecorder:
         """Whether anything is asked for."""
         return self.inputs or self.outputs
 
+    @property
+    def output_parts(self) -> int:
+        """Into how many parts of the rows a sum of output gradients is split; ``bias.grad`` may tell that of one."""
+        return self.groups
+
     def allocate(self, layer: Layer) -> Buffers:
         """See ``Recorder``."""
         d_out, d_in = layer.shape
-        weight, groups = layer.prototype, self.groups
-        from_bias = layer.bias is not None and groups == 1
+        weight, groups, parts = layer.prototype, self.groups, self.output_parts
+        from_bias = layer.bias is not None and parts == 1
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
@@ -89,7 +94,7 @@ class SumRecorder:
         return [
             zeros(groups),
             zeros(groups, d_in if self.inputs else 0),
-            zeros(groups, d_out if self.outputs and not from_bias else 0),
+            zeros(parts, d_out if self.outputs and not from_bias else 0),
             zeros(2 if self.noise else 0),
         ]
 
@@ -148,6 +153,33 @@ class SumRecorder:
         for layer, bias in zip(of_bias, window.strategy.biases(of_bias), strict=True):
             means[layer.name] = bias[None]
         return {name: mean / window.buffers[name][0].clamp(min=1)[:, None] for name, mean in means.items()}
+
+
+@dataclass(frozen=True)
+class HalvesRecorder(SumRecorder):
+    """Sums of rows that tell how far to trust Σ dL/dy: by the cosine between those of two halves of the batch.
+
+    Halves are made as ``groups`` are (of which there is one): of the rows of each micro-batch on each rank.
+    """
+
+    @property
+    def output_parts(self) -> int:
+        """The halves."""
+        return 2
+
+    def collect(self, window: Window) -> Callable[[Groups], list[Statistics]]:
+        """As ``SumRecorder``, with ``agreement``."""
+        statistics_of = super().collect(window)
+        return lambda groups: [_compared(halves) for halves in statistics_of(groups)]
+
+
+def _compared(statistics: Statistics) -> Statistics:
+    """Those of the whole batch, of statistics whose ``outputs`` [L, 2, d_out] are its halves' shares of the mean."""
+    halves = statistics.outputs
+    assert halves is not None
+    length = norms(halves.flatten(0, 1)).view(-1, 2, 1)
+    first, second = (halves / torch.where(length > 0, length, 1.0)).unbind(1)
+    return replace(statistics, outputs=halves.sum(1, keepdim=True), agreement=(first * second).sum(-1))
 
 
 class _CommitSums(torch.autograd.Function):

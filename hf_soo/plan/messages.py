@@ -174,7 +174,7 @@ def _of_shards(method: MethodOnModel, layout: Layout, rank: int | None) -> Itera
         yield Message("shards", "all_gather", FLOAT * whole, W, when="update")
     if layout.strategy != "fsdp2":
         return
-    if isinstance(recorder, SumRecorder) and recorder.outputs and recorder.groups == 1:  # b = bias.grad
+    if isinstance(recorder, SumRecorder) and recorder.outputs and recorder.output_parts == 1:  # b = bias.grad
         biases = sum(layer.shape[0] for layer in layers if layer.bias is not None)
         yield Message("shards", "all_gather", FLOAT * biases, W, when="update")
     thin = [layer for layer in layers if layer not in apart]

@@ -26,6 +26,9 @@ Deviation: the factors live in low-rank form, F = I - CᵀC with the last `histo
 up to γ^history; reason: K thin vectors cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
 Deviation: the first statistics are used (the released code discards them), averages are taken once, and
 `kv_scale="unit"` makes both sides act whatever the batch size; "sum" is the released scale.
+Deviation: two options of our own, off by default. With `exponent` p the factors act as F^p (1: as in K-FAC, 1/4: as in
+Shampoo). `gate` scales |b|² by g = max(0, cos(b₁, b₂)), b₁ and b₂ being Σ dL/dy over two halves of the rows of each
+micro-batch on each rank; where they disagree, g = 0, b is left out as noise is.
 """
 
 from __future__ import annotations
@@ -37,15 +40,16 @@ import torch
 from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
-from hf_soo.engine.checks import Bounds, Count, OpenShare, Positive, Share
+from hf_soo.engine.checks import Bounds, Count, OpenShare, Positive, Share, Weight
 from hf_soo.engine.flops import MinimalWork, Product, RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import make_rescale
-from hf_soo.engine.sums import SumRecorder
+from hf_soo.engine.sums import HalvesRecorder, SumRecorder
 from hf_soo.preconditioners.kronecker import KVScale, by_side, kronecker_vectors, sizes_of
 from hf_soo.preconditioners.mkor_dense import Dense
+from hf_soo.preconditioners.spd import power_columns
 
 DEFAULT_HISTORY = 32
 SIDE_NAMES = {Side.INPUT: "right", Side.OUTPUT: "left"}
@@ -67,6 +71,8 @@ class MKORConfig(Periodic):
         sides: "both", "input", "output" or "none".
         stabilizer_threshold: ε of the exact and paper rules (None: 100).
         stabilizer_blend: ζ of the exact and paper rules (None: 0.9).
+        exponent: p, the power of the factors that acts; low-rank only.
+        gate: scale |b|² by how far two halves of the batch agree on it; with rank=1 only.
         rescale: "norm" (line 6), or "none": P as it is, for a base that sees no norms (Muon).
     """
 
@@ -81,6 +87,8 @@ class MKORConfig(Periodic):
     sides: Literal["both", "input", "output", "none"] = "both"
     stabilizer_threshold: Annotated[float, Bounds(1)] | None = None
     stabilizer_blend: Share | None = None
+    exponent: Weight = 1.0
+    gate: bool = False
     rescale: Literal["norm", "none"] = "norm"
 
     def __post_init__(self) -> None:
@@ -100,6 +108,12 @@ class MKORConfig(Periodic):
             raise ValueError(f"rank={self.rank} works with update_rule='blend'; {self.update_rule!r} allows rank=1.")
         if self.representation == "dense" and self.history != DEFAULT_HISTORY:
             raise ValueError(f"history={self.history} has no effect with representation='dense'; leave it out.")
+        if self.exponent != 1 and self.representation == "dense":
+            raise ValueError(f"exponent={self.exponent} needs representation='lowrank', got 'dense'; leave it out.")
+        if self.gate and (self.rank != 1 or self.sides in ("input", "none")):
+            raise ValueError(
+                f"gate=True needs rank=1 and sides='both' or 'output', got rank={self.rank}, sides={self.sides!r}."
+            )
         if self.kv_scale != "unit" and self.kv_target != 1.0:
             raise ValueError(f"kv_target={self.kv_target} has no effect with kv_scale={self.kv_scale!r}; leave it out.")
         stabilizer = {"stabilizer_threshold": self.stabilizer_threshold, "stabilizer_blend": self.stabilizer_blend}
@@ -193,33 +207,33 @@ def _is_sure(after: Tensor, before: Tensor) -> bool:
 
 
 class _LowRank:
-    """F = I - CᵀC; ``columns`` [K, d] holds C, ``head`` the slot of its oldest row."""
+    """F^p for F = I - CᵀC; ``columns`` [K, d] holds C, ``head`` the slot of its oldest row, ``power`` C_p if p < 1."""
 
-    def __init__(self, history: int, factor_decay: float) -> None:
-        """Choose K and γ."""
-        self.history, self.factor_decay = history, factor_decay
+    def __init__(self, history: int, factor_decay: float, exponent: float = 1.0) -> None:
+        """Choose K, γ and p."""
+        self.history, self.factor_decay, self.exponent = history, factor_decay, exponent
+        self.acting = "columns" if exponent == 1 else "power"
 
     def init(self, d: int, like: Tensor) -> Factor:
         """C = 0."""
-        return {
-            "columns": like.new_zeros(self.history, d, dtype=accumulation_dtype(like.dtype)),
-            "head": torch.zeros((), dtype=torch.int64, device=like.device),
-        }
+        C = like.new_zeros(self.history, d, dtype=accumulation_dtype(like.dtype))
+        head = torch.zeros((), dtype=torch.int64, device=like.device)
+        return {"columns": C, "head": head, self.acting: torch.zeros_like(C)}
 
     def update(self, factor: Factor, V: Tensor, valid: Tensor) -> Factor:
         """See ``lowrank_update``."""
         columns, head = lowrank_update(factor["columns"], factor["head"], V, self.factor_decay, valid)
-        return {"columns": columns, "head": head}
+        return {"columns": columns, "head": head, self.acting: power_columns(columns, self.exponent)}
 
     def transform(self, left: Factor | None, right: Factor | None, grad: Joint) -> RowSums[TransformNorms]:
         """See ``lowrank_product``."""
-        C_b = _no_rows(grad, grad.shape[1]) if left is None else left["columns"][..., grad.rows]
-        C_a = _no_rows(grad, grad.shape[2]) if right is None else right["columns"]
+        C_b = _no_rows(grad, grad.shape[1]) if left is None else left[self.acting][..., grad.rows]
+        C_a = _no_rows(grad, grad.shape[2]) if right is None else right[self.acting]
         return lowrank_product(grad, C_b, C_a)
 
     def distance(self, factor: Factor) -> Tensor:
-        """|CᵀC|_F = |CCᵀ|_F."""
-        C = factor["columns"]
+        """|CᵀC|_F = |CCᵀ|_F, or that of C_p."""
+        C = factor[self.acting]
         distance: Tensor = torch.linalg.matrix_norm(C @ C.mT)
         return distance
 
@@ -227,6 +241,13 @@ class _LowRank:
 def _no_rows(grad: Joint, d: int) -> Tensor:
     """The C of an identity, [L, 0, d]."""
     return grad.weight.new_zeros(len(grad.weight), 0, d)
+
+
+def _gated(V: Tensor, outcome: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
+    """|v|² ← g|v|² with g = max(0, agreement), [L]; g = 0 makes noise of what could be used."""
+    g = agreement.clamp(min=0)
+    lost = (outcome == Outcome.UPDATED.value) & (g == 0)
+    return V * g.sqrt()[:, None, None], torch.where(lost, Outcome.NOISE.value, outcome)
 
 
 class MKOR(RowWise):
@@ -239,17 +260,19 @@ class MKOR(RowWise):
         super().__init__(config)
         self.rescale = make_rescale(config.rescale, None)
         self.stacks = self.row_wise = config.representation == "lowrank"
-        self.form: _LowRank | Dense = _LowRank(config.history, config.factor_decay)
+        self.form: _LowRank | Dense = _LowRank(config.history, config.factor_decay, config.exponent)
         self.gradient_passes = 6 if config.representation == "lowrank" else 4
         self.least_passes = 2 if config.rescale == "norm" else 1  # |G| and X; then |P|
         if config.representation == "dense":
             self.form = Dense(
                 config.update_rule, config.factor_decay, config.stabilizer_threshold, config.stabilizer_blend
             )
+        if config.exponent != 1:
+            self.shared = frozenset({"power"})
         used = {"both": (Side.INPUT, Side.OUTPUT), "input": (Side.INPUT,), "output": (Side.OUTPUT,), "none": ()}
         self.sides: tuple[Side, ...] = used[config.sides]
         outputs = Side.OUTPUT in self.sides
-        self.recorder = SumRecorder(
+        self.recorder = (HalvesRecorder if config.gate else SumRecorder)(
             inputs=Side.INPUT in self.sides,
             outputs=outputs,
             groups=config.rank,
@@ -277,11 +300,12 @@ class MKOR(RowWise):
         return MinimalWork(every=[product for side, product in both.items() if side in self.sides])
 
     def flops(self, layer: Layer) -> tuple[float, float, float]:
-        """Thin products, X = C_b Ĝ and Y = Ĝ C_aᵀ and the correction by both; an update is VCᵀ, times C, and √γC."""
+        """Thin products, X = C_b Ĝ and Y = Ĝ C_aᵀ and the correction by both; an update is VCᵀ, times C, √γC, C_p."""
         sizes = [sizes_of(layer)[side] for side in self.sides]
         if self.config.representation == "lowrank":
             K, (n, m) = self.config.history, layer.matrix
-            return 4 * len(sizes) * K * n * m, 5 * K * sum(sizes), 0
+            C_p = 4 * K**2 * sum(sizes) + 9 * len(sizes) * K**3 if self.config.exponent != 1 else 0
+            return 4 * len(sizes) * K * n * m, 5 * K * sum(sizes) + C_p, 0
         every, _, refresh = super().flops(layer)
         return every, 8 * sum(d * d for d in sizes), refresh  # VM, and the rank-one correction
 
@@ -299,6 +323,8 @@ class MKOR(RowWise):
             V, outcomes[side], sizes[side] = kronecker_vectors(
                 statistics, side, config.kv_scale, config.kv_target, config.clip_value
             )
+            if side is Side.OUTPUT and V is not None and statistics.agreement is not None:
+                V, outcomes[side] = _gated(V, outcomes[side], statistics.agreement)
             if V is not None:
                 name, valid = SIDE_NAMES[side], outcomes[side] == Outcome.UPDATED.value
                 new[name] = self.form.update(state[name], V, valid)

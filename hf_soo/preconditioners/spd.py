@@ -80,6 +80,20 @@ def inverse_root(M: Tensor, exponent: float, epsilon: float) -> tuple[Tensor, Te
     return R, ok & R.flatten(1).isfinite().all(-1)
 
 
+def power_columns(C: Tensor, exponent: float) -> Tensor:
+    """C_p [..., K, d] with (I - CᵀC)^p = I - C_pᵀC_p, for p in (0, 1] and CᵀC <= I; C itself for p = 1.
+
+    CCᵀ = QΛQᵀ, K x K, gives C_p = diag(√((1 - (1-λ)^p) / λ)) QᵀC, where the root is √p for λ = 0. If CCᵀ does not
+    decompose it is 0.
+    """
+    if exponent == 1:
+        return C
+    values, Q, _ = eigen(C @ C.mT)
+    values = values.clamp(torch.finfo(C.dtype).eps, 1)  # of rounding's; below ε the root is √p to all digits
+    scale = (-torch.expm1(exponent * torch.log1p(-values)) / values).sqrt()
+    return scale[..., None] * (Q.mT @ C)
+
+
 def eigen(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values [L, d], ascending, and vectors [L, d, d] in columns of symmetric M, and whether each succeeded, [L].
 

@@ -51,6 +51,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mkor-dense": ("mkor", {"representation": "dense"}),
     "mkor-exact": ("mkor", {"representation": "dense", "update_rule": "exact"}),
     "mkor-rank2": ("mkor", {"rank": 2}),
+    "mkor-power": ("mkor", {"exponent": 0.25}),
+    "mkor-gate": ("mkor", {"gate": True}),
     "mkor-sum": ("mkor", {"kv_scale": "sum"}),
     "mkor+adamw": ("mkor", {"base": "adamw"}),
     "mkor+muon": ("mkor", {"base": "muon"}),

@@ -20,6 +20,12 @@ BAD_SETTINGS = [
     ("mkor", {"update_rule": "exact"}, "representation='dense'"),
     ("mkor", {"update_rule": "exact", "representation": "dense", "rank": 2}, "rank=2"),
     ("mkor", {"representation": "dense", "history": 8}, "history=8"),
+    ("mkor", {"exponent": 0.0}, r"exponent=0.0 is not allowed; give a number in \(0, 1\]"),
+    ("mkor", {"exponent": 1.5}, "exponent=1.5"),
+    ("mkor_h", {"exponent": 0.5, "representation": "dense"}, "exponent=0.5 needs representation='lowrank'"),
+    ("mkor", {"gate": 1}, "gate=1 is not allowed; give True or False"),
+    ("mkor", {"gate": True, "rank": 2}, "gate=True needs rank=1 .*, got rank=2"),
+    ("mkor_h", {"gate": True, "sides": "input"}, "gate=True needs .* sides='both' or 'output', .* sides='input'"),
     ("mkor", {"stabilizer_blend": 0.5}, "stabilizer_blend=0.5"),
     (
         "mkor",

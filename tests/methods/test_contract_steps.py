@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_soo.engine.layers import LinearLayer, groups_of
 from tests.methods.toy import (
-    CASES,
     batches,
     build,
     every_case,
@@ -17,6 +16,7 @@ from tests.methods.toy import (
     parts,
     reported_loss,
     second_order,
+    splits_rows,
     tolerance,
     toy,
     train,
@@ -28,8 +28,8 @@ from tests.oracles.core import assert_close_report
 @every_case
 @pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [2, 2, 8]], ids=["even", "ragged"])
 def test_one_batch_equals_its_micro_batches(case: str, sizes: list[int]) -> None:
-    if CASES[case][1].get("rank", 1) != 1:
-        pytest.skip("rank > 1 means groups of rows in the order they come: micro-batches are other groups")
+    if splits_rows(case):
+        pytest.skip("groups and halves of rows are made in the order they come: micro-batches have others")
     one, many = toy(), toy()
     train(one, build(case, one), batches(5))
     train(many, build(case, many), batches(5), parts(sizes))

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_soo.engine.gradients import Joint, run_whole
 from hf_soo.preconditioners.mkor import lowrank_product, lowrank_update
 from hf_soo.preconditioners.mkor_dense import blend_update, exact_update, paper_update, stabilize
+from hf_soo.preconditioners.spd import power_columns
 from tests.oracles import core as oracles
 from tests.oracles.core import Array, assert_close_report, drifting
 from tests.oracles.twin_runs import dense, tensor
@@ -202,6 +203,38 @@ def test_order_in_the_ring_buffer_does_not_matter(rng: np.random.Generator) -> N
         run_whole(lowrank_product(Joint(P, None), C[None], C[None]))
         products.append(P)
     assert_close_report(products[0], products[1], 1e-13, "P")  # sums in another order
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize(("history", "d"), [(6, 17), (12, 5)])
+def test_a_power_of_the_lowrank_factor_is_that_of_the_dense_one(
+    rng: np.random.Generator, history: int, d: int, p: float
+) -> None:
+    factors = [lowrank_after(drifting(rng, history + 3, d, size=size), history)[0] for size in (0.1, d)]
+    powers = power_columns(torch.stack(factors), p)
+    for C, C_p in zip(factors, powers, strict=True):  # eigenvalues from 1 down to 1/37: rounding alone
+        assert_close_report(dense(C_p), oracles.power(dense(C), p), 1e-12, "F^p")
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("λ", [1e-30, 1e-17, 1e-12, 1e-6])
+def test_a_power_is_exact_where_hardly_anything_is_removed(λ: float, p: float) -> None:
+    C = torch.zeros(1, 4, 9, dtype=torch.float64)
+    C[0, 2, 5] = math.sqrt(λ)
+    removed = p * λ + p * (1 - p) * λ**2 / 2 + p * (1 - p) * (2 - p) * λ**3 / 6  # of 1 - (1-λ)^p; λ⁴ is below rounding
+    C_p = power_columns(C, p)[0]
+    assert_close_report((C_p.mT @ C_p)[5, 5], removed, 1e-14, "1 - (1-λ)^p")
+    assert C_p[:, [0, 8]].abs().max() == 0
+
+
+def test_a_power_in_fp32_is_near_that_in_float64(rng: np.random.Generator) -> None:
+    d, history = 300, 32
+    C, _ = lowrank_after(drifting(rng, 40, d, size=d), history)  # eigenvalues of F down to 1/320
+    C_p = power_columns(C.float()[None], 0.25)[0].double()
+    # the smallest, 3e-3, has an error of 3e-7, and its root, 1/4, a quarter of that relative error
+    assert np.linalg.norm(dense(C_p) - oracles.power(dense(C), 0.25), 2) < 2e-5
+    whole = power_columns(torch.eye(3)[None], 0.25)[0]  # F = 0, which rounding can make of it
+    assert_close_report(dense(whole), np.zeros((3, 3)), 1e-7, "0^p")
 
 
 @pytest.mark.parametrize(("length", "waits"), [(0.5, True), (0.999, False)])

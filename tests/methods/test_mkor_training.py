@@ -123,10 +123,15 @@ CASES: dict[str, dict[str, Any]] = {
     "history": {"history": 4},
     "rank": {"rank": 3},
     "rank, sum": {"rank": 2, "kv_scale": "sum"},
+    "exponent": {"exponent": 0.5},
+    "exponent, short history": {"exponent": 0.25, "history": 4, "sides": "output"},
+    "gate": {"gate": True},
+    "gate, sum, exponent": {"gate": True, "kv_scale": "sum", "exponent": 0.25, "update_period": 2, "warmup_updates": 0},
 }
 DENSE_CASES: dict[str, dict[str, Any]] = {
     "blend": {},
     "blend, rank": {"rank": 3},
+    "gate": {"gate": True},
     "exact": {"update_rule": "exact", "stabilizer_threshold": 1.5, "stabilizer_blend": 0.9},
     "exact, sum": {
         "update_rule": "exact", "stabilizer_threshold": 1e3, "stabilizer_blend": 0.9, "kv_scale": "sum",
@@ -258,6 +263,30 @@ def test_a_sum_of_rounding_noise_is_not_used(bias: bool, offset: float) -> None:
     (P,) = config.transform([(rows, e.numpy())], lr=1.0)
     # at 1e-6 the sum itself carries rounding of 1e-16 / 1e-6, and unit scaling hands that on
     assert_close_report(before - layer.weight.detach(), P[:, :5], 1e-8 if offset else 1e-12, "P")
+
+
+@BIAS
+@pytest.mark.parametrize("second", [0.7, -1.0], ids=["halves that agree", "halves that do not"])
+def test_the_gate_is_the_cosine_of_two_halves_of_every_micro_batch(bias: bool, second: float) -> None:
+    """And the distance is that of F^p: from F = I one vector with |v|² = dg leaves (1 + dg)^-p along it."""
+    layer, d, p = nn.Linear(5, 4, bias=bias).double(), 4, 0.25
+    optimizer = hf_soo.build_optimizer("mkor", layer, lr=1.0, base="sgd", gate=True, exponent=p)
+    halves = np.zeros((2, d))
+    for rows in (6, 7):  # of seven four come first
+        first = -(-rows // 2)
+        e = torch.randn(rows, d).double() + torch.tensor([1.0] * first + [second] * (rows - first))[:, None]
+        halves += [e[:first].sum(0).numpy(), e[first:].sum(0).numpy()]
+        (layer(0.5 + torch.randn(rows, 5).double()) * e).sum().backward()
+    for parameter in layer.parameters():
+        parameter.grad.mul_(0.01)  # as clipping does, which what was captured has not seen
+    optimizer.step()
+    row, (b1, b2) = optimizer.diagnostics()[""], halves
+    g = max(0.0, b1 @ b2 / (np.linalg.norm(b1) * np.linalg.norm(b2)))
+    assert (g > 0.2) == (second > 0)
+    assert row["output_distance"] == pytest.approx(1 - (1 + d * g) ** -p, rel=1e-10, abs=0)
+    assert row["output_side"] == ("updated" if g else "zero or rounding noise")
+    assert row["input_side"] == "updated" and float(row["input_distance"]) > 0.1
+    assert optimizer.health()["noise_layers"] == (not g)
 
 
 def test_without_sides_the_base_steps_alone_to_the_bit() -> None:

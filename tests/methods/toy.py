@@ -106,6 +106,8 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
         "kv_target": (0.1, {}),
         "rank": (2, {}),
         "sides": ("input", {}),
+        "exponent": (0.25, {}),
+        "gate": (True, {}),
         "rescale": ("none", {}),
         "stabilizer_threshold": (1.5, {"representation": "dense", "update_rule": "exact"}),
         "stabilizer_blend": (0.2, {"representation": "dense", "update_rule": "exact", "stabilizer_threshold": 1.5}),
@@ -248,6 +250,12 @@ second_order = pytest.mark.parametrize(
 def reported_loss(optimizer: hf_soo.PreconditionedOptimizer, loss: torch.Tensor) -> torch.Tensor:
     optimizer.report_loss(loss)
     return loss
+
+
+def splits_rows(case: str) -> bool:
+    """Whether groups or halves of a micro-batch's rows are told apart: other micro-batches have others."""
+    settings = CASES[case][1]
+    return settings.get("rank", 1) != 1 or "gate" in settings
 
 
 def learns_from_gradients(case: str) -> bool:

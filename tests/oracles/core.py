@@ -111,6 +111,12 @@ def from_columns(columns: Sequence[Array], dim: int) -> Array:
     return np.eye(dim) - sum((np.outer(c, c) for c in columns), np.zeros((dim, dim)))
 
 
+def power(F: Array, exponent: float) -> Array:
+    """F^p of a dense positive semi-definite F, by its own eigenvalues."""
+    values, vectors = np.linalg.eigh(F)
+    return (vectors * np.maximum(values, 0.0) ** exponent) @ vectors.T
+
+
 # -------------------------------------------------------------------------------- preconditioning (mkor_eva.md 3, 1.3)
 
 
@@ -145,6 +151,13 @@ def kl_scale(pairs: Sequence[tuple[Array, Array]], lr: float, kl_clip: float | N
     """ν = min(1, sqrt(κ / Σ lr²⟨P, G⟩)) over all layers; 1 when off or when the sum is 0."""
     total = sum(lr**2 * float((P * G).sum()) for G, P in pairs)
     return 1.0 if kl_clip is None or total <= 0 else min(1.0, math.sqrt(kl_clip / total))
+
+
+def agreement(rows_e: Array) -> float:
+    """max(0, cos) of the sums over the first and the second half of the rows; 0 where a half has no sum."""
+    b1, b2 = (half.sum(0) for half in np.array_split(rows_e, 2))
+    lengths = math.sqrt((b1 @ b1) * (b2 @ b2))
+    return max(0.0, float(b1 @ b2) / lengths) if lengths > 0 else 0.0
 
 
 def kronecker_vectors(

@@ -15,6 +15,7 @@ import numpy as np
 from tests.oracles.core import (
     JORDAN,
     Array,
+    agreement,
     blend,
     eva,
     eva_f,
@@ -26,6 +27,7 @@ from tests.oracles.core import (
     norm_match,
     paper,
     polar_express,
+    power,
     stabilized,
 )
 
@@ -111,11 +113,13 @@ class Mkor:
                 scale = cfg.get("kv_scale", "unit"), cfg.get("kv_target", 1.0), cfg.get("rank", 1)
                 a, b = kronecker_vectors(rows_a, rows_e, cfg.get("clip_value", 100.0), *scale)
                 sides = cfg.get("sides", "both")
-                if sides in ("both", "output"):
-                    left.update(b, cfg)
+                trust = agreement(rows_e) if cfg.get("gate") else 1.0
+                if sides in ("both", "output") and trust:
+                    left.update(math.sqrt(trust) * b, cfg)
                 if sides in ("both", "input"):
                     right.update(a, cfg)
-            P = left.F @ G @ right.F
+            p = cfg.get("exponent", 1.0)
+            P = left.F @ G @ right.F if p == 1 else power(left.F, p) @ G @ power(right.F, p)
             moved.append(norm_match(G, P) if cfg.get("rescale", "norm") == "norm" else P)
         return moved
 

@@ -127,6 +127,9 @@ METHODS = {
 # transformers' own AdamW, for which nothing here does anything: what Trainer and the strategies differ by alone
 CONTROL = Method("adamw", {"optim": "adamw_torch", "base_optim": None, "base_optim_args": None, "adam_epsilon": 1e-4})
 
+# Halves of each micro-batch of each rank tell how far b is to be trusted: another number of ranks has other halves.
+BY_HALVES = Method("mkor by halves", {"optim": "mkor", "optim_args": f"{PERIODS},gate=true,exponent=0.25"})
+
 # What is changed beside strategy and method. "resume" saves at step 3 and continues in a second Trainer.
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -337,7 +340,7 @@ def run_cells(
     if strategy.kind == "zero":
         stay_on_gloo()
     data = Sentences(other_on=other_on)
-    methods = METHODS | {CONTROL.name: CONTROL}
+    methods = METHODS | {method.name: method for method in (CONTROL, BY_HALVES)}
     results: dict[Cell, Result] = {}
     for method, way in cells:
         place = Path(folder) / re.sub(r"\W", "_", f"{method} {way}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.methods.toy import CASES, batches, build, loss_of, tolerance, toy, train, weights
+from tests.methods.toy import CASES, batches, build, loss_of, parts, splits_rows, tolerance, toy, train, weights
 from tests.oracles.core import assert_close_report
 from tests.ranks.distributed import run_ranks
 from tests.trainer.test_trainer import final_weights, run_trainer
@@ -47,11 +47,11 @@ def ddp_run(rank: int, world: int, cases: list[str], shares: list[int]) -> dict[
 
 @pytest.mark.parametrize("shares", [[6, 6], [3, 9], [3, 3, 3, 3]], ids=["2", "2-uneven", "4"])
 def test_ddp_equals_one_process(shares: list[int]) -> None:
-    cases = [case for case in CASES if CASES[case][1].get("rank", 1) == 1]
-    ranks = run_ranks(len(shares), ddp_run, cases, shares)
-    for case in cases:
+    """Where parts of a batch's rows are told apart, they are those of the ranks' shares as micro-batches."""
+    ranks = run_ranks(len(shares), ddp_run, list(CASES), shares)
+    for case in CASES:
         single = toy()
-        train(single, build(case, single), batches(STEPS))
+        train(single, build(case, single), batches(STEPS), parts(shares if splits_rows(case) else [sum(shares)]))
         for result in ranks:
             assert torch.equal(result[case], ranks[0][case]), f"{case}: ranks differ"
         # fp64, sums in another order

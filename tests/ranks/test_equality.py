@@ -10,6 +10,7 @@ import pytest
 from tests.ranks import equality
 from tests.ranks.cells import (
     BF16,
+    BY_HALVES,
     CONTROL,
     METHODS,
     OTHER_WAYS,
@@ -32,6 +33,8 @@ from tests.ranks.equality import Row, differences, distance
 REFUSALS: dict[tuple[str, str, str], str] = {}
 APART = 1e-4  # what is not the same run differs by more than this
 
+HALVES = (BY_HALVES.name, "resume")
+OF_HALVES = ("DDP x 2", "FSDP2 x 2", "ZeRO-2 x 2")
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
 
 
@@ -41,10 +44,18 @@ def single() -> dict[Cell, Result]:
 
 
 @functools.cache
+def results(name: str) -> dict[Cell, Result]:
+    """All cells of a row, and what depends on how many ranks there are."""
+    strategy = BY_NAME[name]
+    return run(strategy, cells_of(strategy) + [HALVES] * (name in OF_HALVES))
+
+
+@functools.cache
 def attempt(name: str) -> Row | Exception:
     """A row of the table; what went wrong is kept too, so that no row is run twice."""
     try:
-        return differences(single(), run(BY_NAME[name], cells_of(BY_NAME[name])))
+        found = results(name)
+        return differences(single(), {cell: found[cell] for cell in cells_of(BY_NAME[name])})
     except Exception as error:
         return error
 
@@ -65,6 +76,13 @@ def test_the_run_is_that_of_a_single_process(name: str) -> None:
         if not right or (isinstance(value, float) and expected is not None):
             wrong[method, way] = value
     assert not wrong
+
+
+def test_halves_of_the_batch_are_those_of_ddp() -> None:
+    """Resumed in the middle, too; the same halves of the same batches under every strategy of two ranks."""
+    ddp, *others = (results(name)[HALVES] for name in OF_HALVES)
+    assert max(distance(other, ddp) for other in others) <= TOLERANCE
+    assert distance(ddp, single()["mkor", "plain"]) > APART
 
 
 def test_the_table_is_printed() -> None:

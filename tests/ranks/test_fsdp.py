@@ -59,6 +59,8 @@ CASES: dict[str, Case] = {
     "mkor output": ("mkor", PERIODS | {"sides": "output"}, "sgd"),
     "mkor rank 2": ("mkor", PERIODS | {"rank": 2}, "adamw"),
     "mkor dense": ("mkor", PERIODS | {"representation": "dense"}, "adamw"),
+    "mkor exponent": ("mkor", PERIODS | {"exponent": 0.25}, "adamw"),
+    "mkor gate": ("mkor", PERIODS | {"gate": True}, "sgd"),
     "mkor short history": ("mkor", PERIODS | {"history": 2}, "sgd"),
     "eva": ("eva", {}, "sgd"),
     "eva unit": ("eva", {"kv_scale": "unit", "kl_clip": None}, "sgd"),
@@ -76,8 +78,8 @@ CASES: dict[str, Case] = {
     "soap": ("soap", {"inverse_period": 2, "ties": 1e-2, "eps": 1e-3}, "adamw"),
 }
 LR = {"rf_rmsprop": 1e-1, "if_shampoo": 1e-2, "eva": 1e-2, "eva unit": 5e-3, "eva_f": 1e-2}
-# means over groups of rows in the order in which they come: another split of the batch is another method
-SPLIT_DEPENDENT = ["mkor rank 2"]
+# sums over groups or halves of rows in the order in which they come: another split of the batch is another method
+SPLIT_DEPENDENT = ["mkor rank 2", "mkor gate"]
 # Built before the parameters are sharded and given the new ones afterwards, as accelerate does it.
 BUILT_FIRST = ["mkor", "eva", "rf_rmsprop", "kfac_expand", "shampoo"]
 STATELESS_BASE = "torch.optim:SGD"  # a run can go on from the weights and the factors
@@ -233,7 +235,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
         assert_close_report(*both, rtol, f"{what}, {layer}")
 
 
-@pytest.mark.parametrize(("case", "world"), [(c, w) for c in CASES for w in WORLDS if (c, w) != ("mkor rank 2", 4)])
+@pytest.mark.parametrize(
+    ("case", "world"), [(c, w) for c in CASES for w in WORLDS if w == 2 or c not in SPLIT_DEPENDENT]
+)
 def test_shards_train_as_one_process(case: str, world: int, runs: Any, singles: Any) -> None:
     result = runs[world][0][case]
     expected = result["ddp"] if case in SPLIT_DEPENDENT else singles[case]

@@ -132,6 +132,22 @@ def test_mkor_on_bert_large(large: nn.Module) -> None:
     assert work(dense, shape, ddp).precondition / TERA == pytest.approx(2.48, rel=0.01)
 
 
+def test_options_of_mkor(mini: nn.Module) -> None:
+    shape = ModelShape.of(mini)
+    gated, sharded = asked(mini, "mkor", "gate=true", strategy="fsdp2")  # two halves, and no bias is gathered
+    found = messages(gated, shape, sharded)
+    (statistics,) = by_kind(found, "statistics")
+    widths = [layer.shape for layer in gated.layers]
+    assert statistics.bytes == 4 * sum(1 + d_in + 2 * d_out + 2 for d_out, d_in in widths)
+    assert not [m for m in by_kind(found, "shards") if m.when == "update"]
+    plain, ddp = asked(mini, "mkor")
+    power, _ = asked(mini, "mkor", "exponent=0.25")
+    sizes = sum(sum(layer.matrix) for layer in power.layers)
+    assert factors(power, ddp)[1] - factors(plain, ddp)[1] == 4 * 32 * sizes  # C_p beside C
+    more = work(power, shape, ddp).update / work(plain, shape, ddp).update  # CCᵀ, its eigenvectors and QᵀC
+    assert more - 1 == pytest.approx((4 * 32 * sizes + 2 * 9 * 32**2 * len(power.layers)) / (5 * sizes), rel=1e-12)
+
+
 def test_what_shards_need_of_each_other(mini: nn.Module) -> None:
     """FSDP2: thin products, a few scalars, or whole gradients at one rank each; ZeRO's fragments: always the latter."""
     shape = ModelShape.of(mini)

@@ -78,6 +78,7 @@ def test_the_plan_is_what_64_ranks_of_bert_large_ask_for(
     [
         ("mkor_h", None),
         ("mkor", "representation=dense"),
+        ("mkor", "exponent=0.25,gate=true"),
         ("eva_f", None),
         ("eva_s", None),
         ("foof", "grad_workers=4,input_blocks=4"),

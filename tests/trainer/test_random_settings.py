@@ -72,7 +72,7 @@ RIGHT: dict[str, Rule] = {
     # of methods
     "update_period": whole(1), "warmup_updates": whole(0), "representation": one_of("lowrank", "dense"),
     "history": whole(1), "update_rule": one_of("blend", "exact", "paper"), "clip_value": positive,
-    "kv_scale": one_of("unit", "sum", "mean"), "kv_target": positive, "rank": whole(1),
+    "kv_scale": one_of("unit", "sum", "mean"), "kv_target": positive, "rank": whole(1), "gate": truth,
     "sides": one_of("both", "input", "output", "none"), "stabilizer_threshold": none_or(between(1, INF)),
     "stabilizer_blend": none_or(share), "rescale": one_of("norm", "none", "kl_clip", "global"), "rate_decay": share,
     "rate_fraction": positive, "patience": whole(1), "min_steps": whole(0), "kv_new_weight": weight,
@@ -124,6 +124,7 @@ OF_METHOD: dict[tuple[str, str], Rule] = {
     ("if_shampoo", "damping"): not_negative, ("shampoo", "factor_decay"): weight, ("mkor", "factor_decay"): open_share,
     ("mkor_h", "factor_decay"): open_share, ("mkor", "rescale"): one_of("norm", "none"),
     ("mkor_h", "rescale"): one_of("norm", "none"), ("eva_s", "exponent"): positive,
+    ("mkor", "exponent"): weight, ("mkor_h", "exponent"): weight,
     ("if_shampoo", "batch_size"): whole(1), ("rf_rmsprop", "batch_size"): whole(1),  # nobody fills it in there
     ("Trainer", "weight_decay"): not_negative,
     **{(name, "epsilon"): not_negative for name in ("kfac_expand", "kfac_reduce", "kaisa", "foof", "newton_muon")},
