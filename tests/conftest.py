@@ -56,6 +56,18 @@ def seeded() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a file's trainers leave in the environment for accelerate ends with it: scripts that tests start read it."""
+    before = dict(os.environ)
+    yield
+    for name in [name for name in {*os.environ, *before} if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many small products: threads cost more than they save, and far more on a busy machine."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -201,6 +202,10 @@ def test_checkpointed_layers_know_it_too(name: str) -> None:
     assert_same_bits(trained(name, extras, reentrant=False), trained(name, [], reentrant=False))
 
 
+@pytest.mark.xfail(
+    Version(torch.__version__) < Version("2.11"), raises=RuntimeError, strict=True,
+    reason="where a compiled backward pass has added to a tensor, no second one goes through the graph",
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["mkor", "kfac_reduce"])
 def test_compiled_layers_know_it_too(name: str) -> None:
     """A compiled backward pass computes all gradients, asked for or not."""

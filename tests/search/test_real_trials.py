@@ -32,8 +32,10 @@ base_optim: muon
 optim_args: {update_period: 2}
 base_optim_args: {ns_dtype: float32}
 space:
-  learning_rate: {log_uniform: [0.01, 0.1], grid: [0.02, 0.1]}
+  learning_rate: {log_uniform: [0.0001, 0.1], grid: [0.02, 0.0001]}
 """
+"""The trial that is killed comes after the other then, and must be the better one for the stopping rule: each version
+of Python has another text, and larger rates are too close on it."""
 
 
 def worker(folder: Path) -> subprocess.Popen[bytes]:

@@ -65,7 +65,7 @@ torch.library.register_fake("hf_soo::accumulates", lambda grad, _: grad.new_empt
 
 def is_transformed() -> bool:
     """Whether the model runs under a transform of torch.func, in forward mode, or for a trace or an export."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or torch._C._get_tracing_state() is not None
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():  # torch 2.9's is_exporting() is true in each graph that it compiles
+        return transformed or torch.compiler._is_exporting_flag
+    return transformed or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None

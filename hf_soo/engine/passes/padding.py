@@ -63,8 +63,8 @@ class Part:
             return
         if torch.is_grad_enabled():
             self.waiting, self.followed = 1 if self.followed or _in_backward() else self.waiting + 1, False
-        given = dict(zip(self.names, args, strict=False))
-        given.update(kwargs)
+        # torch 2.9 compiles no zip(strict=False)
+        given = {self.names[place]: each for place, each in enumerate(args[: len(self.names)])} | kwargs
         self.mask = _mask_of(given, ("decoder_attention_mask",) if "decoder_input_ids" in self.names else TOKENS[:1])
         self.shape = None if self.mask is None else tuple(self.mask.shape)
         explicit = self.padding.explicit
