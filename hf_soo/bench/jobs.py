@@ -26,6 +26,7 @@ _LIGHT = "--memory false --bare false"
 _LARGE2 = "bench --preset large2"
 _CURVE = "bench --preset mini --vocabulary 1000 --batch_size 2 --seq_length 64 --rounds 2 --steps 1 " + _LIGHT
 _METHODS = "--optim lamb,eva+sgd,mkor+adamw,mkor+lamb,foof+sgd,muon"
+_OVER_MUON = "muon,mkor+muon,mkor:apply_to=momentum+muon"
 _OFTEN = "--rounds 3 --steps 5"
 
 _PLAN = "plan --model bert-large-uncased --beside adamw,lamb,kaisa,muon --seq 512 --batch 4096 --precision bf16"
@@ -36,7 +37,7 @@ _TABLE = (
     Job("large2_mkor16", f"{_LARGE2} --optim mkor:history=16+adamw,mkor:history=16+lamb {_OFTEN}"),
     Job("large2_eva", f"{_LARGE2} --optim eva+sgd,eva_f+sgd,eva_s+sgd {_OFTEN}"),
     Job("large2_rmsprop", f"{_LARGE2} --optim rf_rmsprop:batch_size=8+sgd {_OFTEN}"),
-    Job("large2_muon", f"{_LARGE2} --optim muon,mkor+muon,newton_muon --rounds 2 --steps 1"),
+    Job("large2_muon", f"{_LARGE2} --optim {_OVER_MUON},newton_muon --rounds 2 --steps 1"),
     Job("large2_kfac", f"{_LARGE2} --optim kfac_expand,foof --rounds 2 --steps 1"),
     Job("large2_kaisa", f"{_LARGE2} --optim kaisa --rounds 1 --steps 1"),  # a round takes two minutes
     Job("large2_shampoo", f"{_LARGE2} --optim if_shampoo:batch_size=8,shampoo,soap --rounds 2 --steps 1"),
