@@ -65,7 +65,7 @@ def text_of(results: Path) -> str:
 
 
 def _read(folder: Path, damaged: Damaged) -> list[RunRecord]:
-    return read_runs(folder, damaged) if any(folder.glob("*.json")) else []
+    return read_runs(folder, damaged) if folder.is_dir() and any(folder.glob("*.json")) else []
 
 
 def _table(

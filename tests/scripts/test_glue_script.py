@@ -227,7 +227,7 @@ def test_comparison(script: ModuleType, flags: list[str], tmp_path: Path) -> Non
         (["--task_name", "rte", "--seeds", "1", "2", "--compare_with", "sgd"], "is for one run, and there are 1 tasks"),
         (["--task_name", "rte,mrpc", "--resume_from_checkpoint", "x"], "resume_from_checkpoint='x' is for one run"),
         (["--task_name", "rte", "--results_dir", "{world}/results"], "bad.json: not JSON"),
-        (["--task_name", "rte", "--results_dir", "{world}/run.yaml/runs"], "Not a directory"),
+        (["--task_name", "rte", "--results_dir", "{world}/run.yaml/runs"], "run.yaml' is a file; give another folder."),
         (["--task_name", "rte", "--tasks", "x"], "unknown flag '--tasks'; did you mean '--task'?"),
         (["--task_name", "rte", "--optim", "mkr"], "mkr"),
         (["--task_name", "rte", "--eval_do_concat_batches", "false"], "leave no logits to score"),

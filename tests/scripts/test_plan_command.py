@@ -267,5 +267,11 @@ def test_this_machine_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert profile.source.startswith("measured on ")
 
 
-def test_an_absent_folder_for_the_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "No such file or directory" in refused(capsys, json=str(tmp_path / "absent" / "plan.json"))
+def test_an_absent_folder_for_the_json_is_made_and_a_file_in_its_place_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert "file' is a file; give another folder." in refused(capsys, json=str(tmp_path / "file" / "plan.json"))
+    arguments = [f"--{name}={value}" for name, value in SMALL.items() if value]
+    assert cli.main(["plan", *arguments, "--json", str(tmp_path / "absent" / "plan.json")]) == 0
+    assert json.loads((tmp_path / "absent" / "plan.json").read_text(encoding="utf-8"))

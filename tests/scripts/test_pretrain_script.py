@@ -253,7 +253,7 @@ def test_a_bad_yaml_is_one_line(
         (["--target_eval_loss", "5", "--eval_strategy", "no"], "target_eval_loss=5.0 and nothing is evaluated while"),
         (["--compare_with", "mkor"], "both runs are 'mkor-lamb-lr0.02'"),
         (["--hidden_size", "15"], "hidden size (15) is not a multiple"),
-        (["--output_dir", str(Path(__file__))], "[Errno"),
+        (["--output_dir", str(Path(__file__))], "test_pretrain_script.py' is a file; give another folder."),
     ],
 )
 def test_bad_input_is_one_line_and_no_run(
