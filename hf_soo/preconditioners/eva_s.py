@@ -35,7 +35,6 @@ from torch import Tensor
 
 from hf_soo.engine.capture import Statistics
 from hf_soo.engine.checks import Count, Positive, Weight, Whole
-from hf_soo.engine.chunks import piece_size
 from hf_soo.engine.flops import RowSumSizes
 from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, in_range, inner, norms, run_whole, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
@@ -285,13 +284,11 @@ def _axis_sums(G: Tensor, like: Sequence[Tensor], rows: slice) -> list[Tensor]:
     Returns:
         k tensors [L, d_i]; the first is 0 at the other rows.
     """
-    axes, size = range(1, G.ndim), max(1, piece_size(G) // max(1, G[:, :1].numel()))
-    others = [[other for other in axes if other != axis] for axis in axes]
-    parts = [[part.sum(away) for away in others] for part in torch.split(G, size, dim=1)]  # each finds it in cache
-    of_rows, *rest = zip(*parts, strict=True)
-    first = G.new_zeros(like[0].shape)
-    first[:, rows] = torch.cat(of_rows, dim=1)
-    return [first, *(torch.stack(each).sum(0) for each in rest)]
+    axes = range(1, G.ndim)
+    of_rows, *rest = [G.sum([other for other in axes if other != axis]) for axis in axes]
+    first = of_rows.new_zeros(like[0].shape)
+    first[:, rows] = of_rows
+    return [first, *rest]
 
 
 def _axis_vector(v: Tensor, entries: int, scale: KVScale, size: Tensor) -> tuple[Tensor, Tensor]:
