@@ -303,7 +303,7 @@ def report_of(folder: str | Path) -> tuple[_Pictures, str]:
     if (folder / reproduce_table.PHASE_2_FOLDER).is_dir():
         return _read_by(reproduce_table, folder)
     damaged: record.Damaged = {}
-    inside = [record.read_documents(each, {}) for each in record.folders_of(folder) if each != folder]
+    inside = (record.read_documents(each, {}) for each in record.folders_of(folder) if each != folder)
     if any(record.kind_of(document) == "search" for documents in inside for document in documents.values()):
         return _read_by(importlib.import_module(REPORTS["search"]), folder)
     records = record.read_runs(folder, damaged)

@@ -27,7 +27,7 @@ up to γ^history; reason: K thin vectors cost 8K·nm flops a step against 4·nm(
 Deviation: the first statistics are used (the released code discards them), averages are taken once, and
 `kv_scale="unit"` makes both sides act whatever the batch size; "sum" is the released scale.
 Deviation: two options of our own, off by default. With `exponent` p the factors act as F^p (1: as in K-FAC, 1/4: as in
-Shampoo). `gate` scales |b|² by g = max(0, cos(b₁, b₂)), b₁ and b₂ being Σ dL/dy over two halves of the rows of each
+Shampoo). `gate` scales b by g = max(0, cos(b₁, b₂)), b₁ and b₂ being Σ dL/dy over two halves of the rows of each
 micro-batch on each rank; where they disagree, g = 0, b is left out as noise is.
 """
 
@@ -72,7 +72,7 @@ class MKORConfig(Periodic):
         stabilizer_threshold: ε of the exact and paper rules (None: 100).
         stabilizer_blend: ζ of the exact and paper rules (None: 0.9).
         exponent: p, the power of the factors that acts; low-rank only.
-        gate: scale |b|² by how far two halves of the batch agree on it; with rank=1 only.
+        gate: scale b by how far two halves of the batch agree on it; with rank=1 only.
         rescale: "norm" (line 6), or "none": P as it is, for a base that sees no norms (Muon).
     """
 
@@ -244,10 +244,10 @@ def _no_rows(grad: Joint, d: int) -> Tensor:
 
 
 def _gated(V: Tensor, outcome: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
-    """|v|² ← g|v|² with g = max(0, agreement), [L]; g = 0 makes noise of what could be used."""
+    """V ← gV with g = max(0, agreement), [L]; g = 0 makes noise of what could be used."""
     g = agreement.clamp(min=0)
     lost = (outcome == Outcome.UPDATED.value) & (g == 0)
-    return V * g.sqrt()[:, None, None], torch.where(lost, Outcome.NOISE.value, outcome)
+    return V * g[:, None, None], torch.where(lost, Outcome.NOISE.value, outcome)
 
 
 class MKOR(RowWise):

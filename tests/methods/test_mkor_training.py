@@ -268,7 +268,7 @@ def test_a_sum_of_rounding_noise_is_not_used(bias: bool, offset: float) -> None:
 @BIAS
 @pytest.mark.parametrize("second", [0.7, -1.0], ids=["halves that agree", "halves that do not"])
 def test_the_gate_is_the_cosine_of_two_halves_of_every_micro_batch(bias: bool, second: float) -> None:
-    """And the distance is that of F^p: from F = I one vector with |v|² = dg leaves (1 + dg)^-p along it."""
+    """And the distance is that of F^p: from F = I one vector with |v|² = dg² leaves (1 + dg²)^-p along it."""
     layer, d, p = nn.Linear(5, 4, bias=bias).double(), 4, 0.25
     optimizer = hf_soo.build_optimizer("mkor", layer, lr=1.0, base="sgd", gate=True, exponent=p)
     halves = np.zeros((2, d))
@@ -283,7 +283,7 @@ def test_the_gate_is_the_cosine_of_two_halves_of_every_micro_batch(bias: bool, s
     row, (b1, b2) = optimizer.diagnostics()[""], halves
     g = max(0.0, b1 @ b2 / (np.linalg.norm(b1) * np.linalg.norm(b2)))
     assert (g > 0.2) == (second > 0)
-    assert row["output_distance"] == pytest.approx(1 - (1 + d * g) ** -p, rel=1e-10, abs=0)
+    assert row["output_distance"] == pytest.approx(1 - (1 + d * g**2) ** -p, rel=1e-10, abs=0)
     assert row["output_side"] == ("updated" if g else "zero or rounding noise")
     assert row["input_side"] == "updated" and float(row["input_distance"]) > 0.1
     assert optimizer.health()["noise_layers"] == (not g)

@@ -115,7 +115,7 @@ class Mkor:
                 sides = cfg.get("sides", "both")
                 trust = agreement(rows_e) if cfg.get("gate") else 1.0
                 if sides in ("both", "output") and trust:
-                    left.update(math.sqrt(trust) * b, cfg)
+                    left.update(trust * b, cfg)
                 if sides in ("both", "input"):
                     right.update(a, cfg)
             p = cfg.get("exponent", 1.0)
