@@ -1,6 +1,6 @@
 """What the runs under results/evidence say, in sentences that follow from the statistics by rule.
 
-``python docs/hooks.py`` writes them: "Which optimizer should I use?" whole, and the table of "When it does not help".
+``python docs/hooks.py`` writes them as "Which optimizer should I use?".
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from hf_soo.runs.record import RunRecord, folders_of, read_runs
 from hf_soo.search.claims import LEVEL, PLAIN, SEEDS, Claim, Claims
 from hf_soo.search.comparison import departures
 from hf_soo.search.cost import Benchmarks, benchmarks, step_time
-from hf_soo.search.groups import CHOOSING, CLAIM, Group, Setting, best_of, by_method, groups, number, trials_of
+from hf_soo.search.groups import Group, Setting, number, trials_of
 from hf_soo.search.overview import Compared, bests, cell, compared, costs, table
 from hf_soo.search.statistics import paired
 
 NOT_YET = "not run yet"
 NAMES = {"muon": "Muon", "adamw": "AdamW", "lamb": "LAMB"}  # the plain methods, in the order of the page
-_TUNED = "tuned, but not confirmed yet"
+TUNED = "tuned, but not confirmed yet"
 _PAGE = """\
 <!-- Written by python docs/hooks.py out of results/evidence and results/bench: change the runs, not the page. -->
 
@@ -128,7 +128,7 @@ def sentence(claim: Claim, documents: Benchmarks) -> str:
     if base is None or verdict == "not ranked":
         return f"{ours} was run, but cannot be compared yet: {'; '.join(claim.reasons)}."
     said = f"loss {claim.setting.loss:.3f} against {base.loss:.3f}"
-    said += f", {_difference(claim)} over {found.count} seeds" if found else ""
+    said += f", {difference(claim)} over {found.count} seeds" if found else ""
     sides = [p for p in (claim.adjusted, claim.higher) if p is not None]
     p = {"fewer": claim.adjusted, "more": claim.higher, "not shown": min(sides, default=None)}.get(verdict)
     said += "" if p is None else f", p (Holm) {'< 0.0001' if p < 1e-4 else f'= {p:.4f}'}"
@@ -154,14 +154,10 @@ def _other_base(claim: Claim) -> str:
     return f"Its base has other settings ({', '.join(other)}): part of the difference may be theirs. "
 
 
-def _difference(claim: Claim) -> str:
+def difference(claim: Claim) -> str:
+    """The mean difference of the losses, and its standard error."""
     found = claim.difference
     return "" if found is None else f"{found.mean:+.4f}" + ("" if found.error is None else f" ± {found.error:.4f}")
-
-
-def _percent(claim: Claim) -> str:
-    steps = claim.steps
-    return f"{100 * (steps.mean - 1):+.1f} % ± {100 * steps.error:.1f}" if steps else ""
 
 
 def _seconds(claim: Claim, documents: Benchmarks) -> str:
@@ -197,10 +193,10 @@ def _plain(name: str, claims: Claims, documents: Benchmarks, tuned: set[str]) ->
     head, own = f"- **MKOR over {NAMES[name]}, beside {NAMES[name]}**:", _over(claims, name)
     if name not in claims.beside:
         confirmed = any(claim.setting.method == name for claim in claims.rows)
-        state = "run, but not whole" if confirmed else _TUNED if name in tuned else NOT_YET
+        state = "run, but not whole" if confirmed else TUNED if name in tuned else NOT_YET
         return [f"{head} `{name}` is {state}."]
     known = any(method.startswith(f"mkor_{name}") for method in tuned)
-    lines = [f"{head} {sentence(own[0], documents) if own else f'{_TUNED if known else NOT_YET}.'}"]
+    lines = [f"{head} {sentence(own[0], documents) if own else f'{TUNED if known else NOT_YET}.'}"]
     others = [claim for claim in _forms(claims.beside[name]) if not claim.reasons]
     if others and others[0] not in own:
         lines.append(f"- **Any form of MKOR, beside {NAMES[name]}**: {sentence(others[0], documents)}")
@@ -241,7 +237,7 @@ def _workload(evidence: Evidence, name: str) -> list[str]:
     """The part of the page that a workload has."""
     tuned, parts = evidence.methods(name), []
     if tuned and not evidence.of(name):
-        return [f"### {name}", f"{_TUNED.capitalize()}: {_listed(tuned)}."]
+        return [f"### {name}", f"{TUNED.capitalize()}: {_listed(tuned)}."]
     for group, claims in evidence.of(name):
         lines = [line for plain in NAMES for line in _plain(plain, claims, evidence.documents, tuned)]
         lines.append(f"- **The best form of MKOR**: {_best_form(claims)}")
@@ -249,7 +245,7 @@ def _workload(evidence: Evidence, name: str) -> list[str]:
             if claim.setting.method not in PLAIN and not _is_mkor(claim):
                 lines.append(f"- **Another method**: {sentence(claim, evidence.documents)}")
         if waiting := tuned - {claim.setting.method for claim in claims.rows}:
-            lines.append(f"- {_TUNED.capitalize()}: {_listed(waiting)}.")
+            lines.append(f"- {TUNED.capitalize()}: {_listed(waiting)}.")
         lines += [
             f"- Beside the protocol: {each}" for each in departures(group, claims, trials_of(group, evidence.trials))
         ]
@@ -278,7 +274,7 @@ def _short(evidence: Evidence) -> str:
     ]
     for name in evidence.workloads:
         if not (found := evidence.of(name)):
-            state = _TUNED if evidence.methods(name) else NOT_YET
+            state = TUNED if evidence.methods(name) else NOT_YET
             lines.append(f"| {name} | {' | '.join([state] * 5)} |")
         for group, claims in found:
             base = f"{setting(claims.baseline)}: {claims.baseline.loss:.3f}" if claims.baseline else "none is whole"
@@ -327,7 +323,7 @@ def _held(each: Published, group: Group, claims: Claims, documents: Benchmarks) 
         share = claim.steps.mean * (time[0] if time and each.of == "seconds" else 1.0)
         found = "holds" if share <= each.share else "a smaller gain" if share < 1 else "does not hold"
         verdict = f"{found}, {share:.2f} of the {each.of}"
-    took = "" if claim.steps is None else f"{_percent(claim)} steps, "
+    took = "" if claim.steps is None else f"{claim.steps} steps, "
     return f"{group.short}: **{verdict}** ({setting(claim.setting)}: {took}{len(claim.setting.losses)} seeds)."
 
 
@@ -346,49 +342,6 @@ def page(evidence: Evidence) -> str:
         costs=costs(evidence.found, evidence.documents).strip() or f"## What a step costs\n\n{NOT_YET.capitalize()}.",
         published=_published(evidence),
     )
-
-
-def not_better(evidence: Evidence) -> str:
-    """The table of confirmed settings that are not shown to be better than a baseline, and of what was only tuned."""
-    head = "workload | setting | beside | steps | difference of the loss | seeds | p (Holm) of fewer | what it says"
-    rows = []
-    for group, claims in evidence.found:
-        pairs = {(id(claim.setting), id(claim.baseline)): claim for claim in (*claims.rows, *claims.over_own_base)}
-        rows += [_row(group.short, each) for each in pairs.values() if each.verdict != "fewer" and _is_tried(each)]
-    for group in groups(evidence.trials, CHOOSING):
-        rows += _tuned(group, evidence.methods(group.study, CLAIM))
-    lines = [f"| {head} |", "|---|---|---|---:|---:|---:|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) if rows else f"Nothing: {NOT_YET}."
-
-
-def _is_tried(claim: Claim) -> bool:
-    return claim.setting.method not in PLAIN
-
-
-def _row(where: str, claim: Claim) -> list[str]:
-    said = {"more": "needs more steps", "not shown": "no difference shown"}.get(claim.verdict)
-    return [
-        where,
-        setting(claim.setting),
-        setting(claim.baseline) if claim.baseline else "",
-        _percent(claim),
-        _difference(claim),
-        str(len(claim.setting.losses)),
-        "" if claim.adjusted is None else f"{claim.adjusted:.4f}",
-        said or "; ".join(claim.reasons) or "not tested",
-    ]
-
-
-def _tuned(group: Group, confirmed: set[str]) -> list[list[str]]:
-    """Methods that were tuned only, and did not come below the best plain method then."""
-    best = {method: found for method, settings in by_method(group).items() if (found := best_of(settings))}
-    plain = min((best[name] for name in PLAIN if name in best), key=lambda each: each.loss or 0.0, default=None)
-    rows = []
-    for method, own in best.items():
-        if plain and plain.loss and own.loss and method not in (*PLAIN, *confirmed) and own.loss >= plain.loss:
-            difference, seeds = f"{own.loss - plain.loss:+.4f}", str(len(own.losses))
-            rows.append([group.short, setting(own), setting(plain), "", difference, seeds, "", _TUNED])
-    return rows
 
 
 def digest(evidence: Evidence) -> str:

@@ -91,11 +91,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return re.sub(r"\]\((?:\.\./)+(results/[^)]*\.png)\)", lambda found: f"]({up}{found[1]})", markdown)
 
 
-def evidence() -> tuple[Any, Any]:
-    """The module of answers, which lies beside this file, and the runs that they are about."""
+def beside(name: str) -> Any:
+    """A module that lies beside this file."""
     sys.path.insert(0, str(ROOT / "docs"))
-    answers = importlib.import_module("answers")
+    module = importlib.import_module(name)
     sys.path.remove(str(ROOT / "docs"))
+    return module
+
+
+def evidence() -> tuple[Any, Any]:
+    """The module of answers, and the runs that they are about."""
+    answers = beside("answers")
     return answers, answers.Evidence.read(ROOT / "results" / "evidence", ROOT / "configs" / "workloads")
 
 
@@ -107,7 +113,7 @@ def written() -> dict[Path, str]:
     for file, name, table in (
         ("README.md", "methods", methods_table("docs/methods/")),
         ("docs/methods/index.md", "methods", methods_table("")),
-        ("docs/guides/when_it_does_not_help.md", "not better", answers.not_better(runs)),
+        ("docs/guides/when_it_does_not_help.md", "not better", beside("in_vain").not_better(runs)),
     ):
         text = (ROOT / file).read_text(encoding="utf-8")
         head, start, rest = text.partition(f"<!-- {name} -->\n")

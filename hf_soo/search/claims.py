@@ -38,6 +38,9 @@ class Steps:
     mean: float
     error: float
 
+    def __str__(self) -> str:
+        return f"{100 * (self.mean - 1):+.1f} % ± {100 * self.error:.1f}"
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:

@@ -37,10 +37,9 @@ def bests(rows: Iterable[Claim]) -> dict[str, Claim]:
 
 def cell(claim: Claim) -> str:
     """What a table says of a comparison: "**-12.1 % ± 0.8**" of the steps."""
-    verdict, steps = claim.verdict, claim.steps
+    verdict, said = claim.verdict, str(claim.steps or "")
     if verdict in ("baseline", "not ranked"):
         return verdict
-    said = f"{100 * (steps.mean - 1):+.1f} % ± {100 * steps.error:.1f}" if steps else ""
     return {"fewer": f"**{said}**", "more": said}.get(verdict, f"{said} ({verdict})")
 
 

@@ -98,12 +98,16 @@ def test_what_was_not_run_is_said(answers: Any, evidence: Any) -> None:
     assert "| 16 (gpt_16) | 64 (gpt) |" in found["At which batch"]
     empty = answers.Evidence([], [], [], ["gpt"])
     assert (
-        parts(answers.page(empty))["Not run yet"] == "`gpt`." and answers.not_better(empty) == "Nothing: not run yet."
+        parts(answers.page(empty))["Not run yet"] == "`gpt`."
+        and hooks().beside("in_vain").not_better(empty) == "Nothing: not run yet."
     )
 
 
 def test_more_steps_are_said_and_stand_among_what_does_not_help(answers: Any, evidence: Any) -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in answers.not_better(evidence).splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in hooks().beside("in_vain").not_better(evidence).splitlines()[2:]
+    ]
     said = {(row[0], row[1], row[2]): row[-1] for row in rows}
     muon = "`muon` at 0.02"
     assert said == {
