@@ -171,7 +171,7 @@ def _seconds(claim: Claim, documents: Benchmarks) -> str:
 
 
 def _is_mkor(claim: Claim) -> bool:
-    return claim.setting.runs[0].optimizer in ("mkor", "mkor_h")
+    return claim.setting.runs[0].optimizer in ("mkor", "muon_mkor", "mkor_h")
 
 
 def _forms(claims: Iterable[Claim]) -> list[Claim]:

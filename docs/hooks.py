@@ -42,7 +42,8 @@ def method_page(method: Method) -> str:
         method: a row of the registry.
     """
     made = BASES[method.name].cls if method.config is None else method.make
-    module = sys.modules[made.__module__]
+    own = f"hf_soo.preconditioners.{method.name}"  # its file may have no class of its own
+    module = sys.modules[own if own in sys.modules and method.config is not None else made.__module__]
     ours = module.__name__.startswith("hf_soo.")
     head = inspect.getdoc(module) or "" if ours else f"torch's `{made.__name__}`."
     title, _, rest = head.partition("\n")

@@ -33,7 +33,7 @@ from hf_soo.preconditioners.config import make_config
 
 logger = logging.getLogger(__name__)
 
-FIRST = ("mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo", "soap")
+FIRST = ("mkor", "muon_mkor", "mkor_h", "eva", "eva_s", "kfac", "if_shampoo", "rmsprop", "shampoo", "soap")
 """Files of ``hf_soo.preconditioners`` whose methods lead every table, in this order; the others' follow by name."""
 
 

@@ -40,7 +40,7 @@ class Selection:
     Args:
         layers: the layers to precondition, in the model's order.
         skipped: name of a module, or of a parameter, -> the reason why it is left to the base optimizer.
-        meant: the reasons among them that are a choice: the user's patterns, embeddings and decoders.
+        meant: the reasons among them that are a choice: the user's patterns, embeddings, decoders and the like.
     """
 
     layers: list[Layer]
@@ -50,6 +50,11 @@ class Selection:
 
 _EMBEDDING, _DECODER, _TIED = "embedding", "vocabulary decoder", "weight tied to"
 _COMPLEX = "complex numbers"
+_SCORES = "query or key of attention"
+_SCORE_NAMES = re.compile(
+    r"(^|[._])(w?(q|k|kv|qk|qkv)z?|query|key|c_attn)(_[^.]*)?(\.base_layer|\.lora_[AB]\.[^.]+)?$", re.IGNORECASE
+)
+"""Names of projections to queries and keys in transformers, alone or with the values; PEFT's parts of them."""
 
 SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
@@ -92,6 +97,23 @@ def select_layers(
     tables = _embeddings(model)
     skipped = selection.skipped | {name: _EMBEDDING for name, module in model.named_modules() if module in tables}
     return Selection(selection.layers, skipped | _rest(model, selection.layers, skipped), selection.meant)
+
+
+def select_without_scores(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    skip_reason: SkipReason = _skip_nothing,
+) -> Selection:
+    """``select_layers`` without the projections to attention's queries and keys, fused ones with the values among them.
+
+    They are known by their names in transformers. Arguments, result and errors are those of ``select_layers``.
+    """
+
+    def reason(layer: Layer) -> str | None:
+        return skip_reason(layer) or (_SCORES if _SCORE_NAMES.search(layer.name) else None)
+
+    return select_layers(model, include, exclude, reason)
 
 
 def _rest(model: nn.Module, layers: Sequence[Layer], skipped: Collection[str]) -> dict[str, str]:
@@ -163,7 +185,7 @@ def _select(
     included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
-    meant = {_EMBEDDING, _DECODER}
+    meant = {_EMBEDDING, _DECODER, _SCORES}
     for layer, name, reason in candidates:
         if reason is not None and reason.startswith(_TIED):
             meant.add(reason)

@@ -112,6 +112,7 @@ _BOTH_FACTORS: list[dict[str, Any]] = [
 ]  # fmt: skip
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "mkor": _MKOR,
+    "muon_mkor": _MKOR,
     "mkor_h": [{**_EARLY, **more} for more in (*_MKOR[:2], {"rate_fraction": 1.0, "rate_decay": 0.1}, {"patience": 6})],
     "eva": _EVA,
     "eva_f": _EVA,

@@ -114,7 +114,8 @@ MODELS: dict[str, Callable[[Tensor], tuple[nn.Module, list[Batch]]]] = {
 
 # About what each needs on these models; LoRA's adapters take ten times more, as usual.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mkor": {"lr": 1e-2}, "mkor_h": {"lr": 1e-2, "min_steps": 20, "patience": 1, "rate_fraction": 100.0},
+    "mkor": {"lr": 1e-2}, "muon_mkor": {"lr": 0.02, "base_args": {"rest_lr": 3e-3}},
+    "mkor_h": {"lr": 1e-2, "min_steps": 20, "patience": 1, "rate_fraction": 100.0},
     "eva": {"lr": 0.05}, "eva_f": {"lr": 0.05}, "eva_s": {"lr": 0.05},
     "kfac_expand": {"lr": 0.05}, "kfac_reduce": {"lr": 0.05},
     "kaisa": {"lr": 1e-2}, "foof": {"lr": 0.1}, "newton_muon": {"lr": 0.02, "base_args": {"rest_lr": 3e-3}},
@@ -125,8 +126,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LORA_RATE = 5.0
 IMAGE_RATES = {
-    "lamb": 3e-3, "sgd": 0.03, "rmsprop": 1e-3, "muon": 0.02, "newton_muon": 0.02, "rf_rmsprop": 1e-2,
-    "if_shampoo": 3e-3,
+    "lamb": 3e-3, "sgd": 0.03, "rmsprop": 1e-3, "muon": 0.02, "newton_muon": 0.02, "muon_mkor": 0.02,
+    "rf_rmsprop": 1e-2, "if_shampoo": 3e-3,
 }  # fmt: skip
 
 

@@ -9,9 +9,20 @@ import torch
 from torch import nn
 
 import hf_soo
-from hf_soo.engine.selection import select_all_parameters, select_layers
+from hf_soo.engine.selection import select_all_parameters
 from hf_soo.registry import METHODS
-from tests.methods.toy import MATRICES_ONLY, batches, build, every_case, second_order, tolerance, toy, train, weights
+from tests.methods.toy import (
+    MATRICES_ONLY,
+    batches,
+    build,
+    every_case,
+    learns_from_gradients,
+    second_order,
+    tolerance,
+    toy,
+    train,
+    weights,
+)  # fmt: skip
 from tests.oracles.core import assert_close_report
 
 
@@ -32,11 +43,11 @@ def test_unused_frozen_tied_layers(case: str) -> None:
         assert routing[name].startswith(optimizer.name), (name, routing[name])
     for name in ("twice.bias", "hidden.bias"):
         assert routing[name].startswith(optimizer.name) if vectors else "axes" in routing[name], (name, routing[name])
-    assert routing["norm.weight"].startswith(optimizer.name) == (vectors and select is not select_layers)
+    assert routing["norm.weight"].startswith(optimizer.name) == (vectors and learns_from_gradients(case))
     assert routing["embedding.weight"].startswith(optimizer.name) == (select is select_all_parameters)
     assert select is select_all_parameters or "embedding" in routing["embedding.weight"]
     rows, side = optimizer.diagnostics(), f"{optimizer.preconditioner.side_names[0]}_side"
-    suffix = "" if select is select_layers else ".weight"  # a layer is known by its module, a parameter by itself
+    suffix = ".weight" if learns_from_gradients(case) else ""  # a layer is known by its module, a parameter by itself
     # a layer that is never called has a hook that saw no rows; a parameter only lacks a gradient
     assert rows["unused" + suffix].get(side) == ("no rows" if optimizer.preconditioner.recorder.hooks else None)
     assert "cos" not in rows["unused" + suffix]

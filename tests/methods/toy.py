@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import hf_soo
 from hf_soo import PreconditionedOptimizer
 from hf_soo.engine.fisher import sampled_cross_entropy
-from hf_soo.engine.selection import select_layers
+from hf_soo.engine.selection import select_layers, select_without_scores
 from hf_soo.registry import METHODS
 from tests.methods.forms import FORMS, VOCABULARY, Toy
 
@@ -154,6 +154,7 @@ OTHER_VALUES["kaisa"] = OTHER_VALUES["kfac_expand"] | {
     "update_period": (2, {"inverse_period": 10}),
     "warmup_updates": (7, {}),
 }
+OTHER_VALUES["muon_mkor"] = OTHER_VALUES["mkor"]
 EARLY = {"patience": 2, "min_steps": 4, "rate_fraction": 100.0, "rate_decay": 0.9}
 OTHER_VALUES["mkor_h"] = OTHER_VALUES["mkor"] | {
     "rate_decay": (0.1, EARLY | {"rate_fraction": 1.0}),
@@ -259,4 +260,4 @@ def splits_rows(case: str) -> bool:
 
 
 def learns_from_gradients(case: str) -> bool:
-    return METHODS[CASES[case][0]].select is not select_layers
+    return METHODS[CASES[case][0]].select not in (select_layers, select_without_scores)

@@ -120,11 +120,11 @@ RIGHT: dict[str, Rule] = {
     "eval_strategy": one_of("no", "steps", "epoch"), "global_batch_size": none_or(whole(1)),
     "precondition_exclude": none_or(texts),
 }  # fmt: skip
+MKORS = ("mkor", "muon_mkor", "mkor_h")
 OF_METHOD: dict[tuple[str, str], Rule] = {
-    ("if_shampoo", "damping"): not_negative, ("shampoo", "factor_decay"): weight, ("mkor", "factor_decay"): open_share,
-    ("mkor_h", "factor_decay"): open_share, ("mkor", "rescale"): one_of("norm", "none"),
-    ("mkor_h", "rescale"): one_of("norm", "none"), ("eva_s", "exponent"): positive,
-    ("mkor", "exponent"): weight, ("mkor_h", "exponent"): weight,
+    ("if_shampoo", "damping"): not_negative, ("shampoo", "factor_decay"): weight, ("eva_s", "exponent"): positive,
+    **{(name, "factor_decay"): open_share for name in MKORS}, **{(name, "exponent"): weight for name in MKORS},
+    **{(name, "rescale"): one_of("norm", "none") for name in MKORS},
     ("if_shampoo", "batch_size"): whole(1), ("rf_rmsprop", "batch_size"): whole(1),  # nobody fills it in there
     ("Trainer", "weight_decay"): not_negative,
     **{(name, "epsilon"): not_negative for name in ("kfac_expand", "kfac_reduce", "kaisa", "foof", "newton_muon")},

@@ -165,6 +165,7 @@ OPTIMIZERS = {
     "mkor": {},
     "mkor-dense": {"optim": "mkor", "optim_args": "representation=dense,kv_scale=sum"},
     "mkor+muon": {"optim": "mkor", "base_optim": "muon", "base_optim_args": "rest_lr=0.003"},
+    "muon_mkor": {"optim": "muon_mkor", "base_optim_args": "rest_lr=0.003"},
     "mkor_h": {"optim": "mkor_h", "optim_args": "patience=1,min_steps=2,rate_fraction=100"},
     "kfac_expand": {"optim": "kfac_expand", "optim_args": "warmup_updates=2,update_period=2,inverse_period=4"},
     "kfac_reduce": {"optim": "kfac_reduce", "base_optim": "adamw", "optim_args": "rescale=norm", "learning_rate": 1e-3},
@@ -376,7 +377,7 @@ def test_transformers_own_optimizers_still_work(optim: str, tmp_path: Path) -> N
 
 
 BAD_ARGUMENTS = [
-    ({"optim": "mkro"}, "Did you mean .mkor.. Valid: mkor, mkor_h, eva"),
+    ({"optim": "mkro"}, "Did you mean .mkor.. Valid: mkor, muon_mkor, mkor_h"),
     ({"optim_args": "update_period"}, "'update_period' is no 'key=value'"),
     ({"optim_args": "update_perid=3"}, "Did you mean 'update_period'"),
     ({"optim_args": "update_period=0"}, "update_period=0"),

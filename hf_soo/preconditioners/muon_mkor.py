@@ -1,0 +1,32 @@
+"""MKOR on Muon's momentum, in all layers but attention's queries and keys: the form that our own runs favour.
+
+With Muon's (Nesterov) momentum M of a matrix, and the factors L⁻¹, R⁻¹ that `mkor` learns from its gradients,
+
+    P = L⁻¹ M R⁻¹             P = M for queries, keys and what `mkor` leaves to its base
+    W ← W - η s polar(P)      s: Muon's scale for the shape
+
+The mean input is the strongest direction of R: along it a step moves all outputs alike, so it is the stiffest one, and
+Muon steps along it as far as along any other; R⁻¹ damps it. For queries and keys that goes wrong. What the mean input
+adds to them is the part of the attention scores that does not depend on the input (with rotary positions and no biases
+the only way to attend by distance alone), and the softmax, which no common shift of the scores changes, leaves little
+of the gradient along it: it is not stiff there, and damped it is hardly learnt.
+
+Deviation: the paper puts MKOR on every layer's gradient, in front of LAMB; that is `mkor`, which takes `base="muon"`,
+`apply_to="momentum"` and any `exclude` as well.
+"""
+
+from __future__ import annotations
+
+from hf_soo.engine.preconditioner import Method
+from hf_soo.engine.selection import select_without_scores
+from hf_soo.preconditioners.mkor import MKOR, MKORConfig
+
+METHOD = Method(
+    "muon_mkor",
+    "MKOR on Muon's momentum, without queries and keys",
+    base="muon",
+    config=MKORConfig,
+    make=MKOR,
+    select=select_without_scores,
+    apply_to="momentum",
+)
