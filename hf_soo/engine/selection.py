@@ -50,11 +50,22 @@ class Selection:
 
 _EMBEDDING, _DECODER, _TIED = "embedding", "vocabulary decoder", "weight tied to"
 _COMPLEX = "complex numbers"
-_SCORES = "query or key of attention"
+SCORES = "query or key of attention"
+"""Why a method leaves a layer that ``makes_scores`` to the base."""
 _SCORE_NAMES = re.compile(
     r"(^|[._])(w?(q|k|kv|qk|qkv)z?|query|key|c_attn)(_[^.]*)?(\.base_layer|\.lora_[AB]\.[^.]+)?$", re.IGNORECASE
 )
 """Names of projections to queries and keys in transformers, alone or with the values; PEFT's parts of them."""
+
+
+def makes_scores(name: str) -> bool:
+    """Whether a layer projects to attention's queries or keys, alone or with the values, by its name in transformers.
+
+    Args:
+        name: the module's, from the model's root.
+    """
+    return _SCORE_NAMES.search(name) is not None
+
 
 SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
@@ -97,23 +108,6 @@ def select_layers(
     tables = _embeddings(model)
     skipped = selection.skipped | {name: _EMBEDDING for name, module in model.named_modules() if module in tables}
     return Selection(selection.layers, skipped | _rest(model, selection.layers, skipped), selection.meant)
-
-
-def select_without_scores(
-    model: nn.Module,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    skip_reason: SkipReason = _skip_nothing,
-) -> Selection:
-    """``select_layers`` without the projections to attention's queries and keys, fused ones with the values among them.
-
-    They are known by their names in transformers. Arguments, result and errors are those of ``select_layers``.
-    """
-
-    def reason(layer: Layer) -> str | None:
-        return skip_reason(layer) or (_SCORES if _SCORE_NAMES.search(layer.name) else None)
-
-    return select_layers(model, include, exclude, reason)
 
 
 def _rest(model: nn.Module, layers: Sequence[Layer], skipped: Collection[str]) -> dict[str, str]:
@@ -185,7 +179,7 @@ def _select(
     included, excluded = compile_patterns("include", include), compile_patterns("exclude", exclude)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
-    meant = {_EMBEDDING, _DECODER, _SCORES}
+    meant = {_EMBEDDING, _DECODER, SCORES}
     for layer, name, reason in candidates:
         if reason is not None and reason.startswith(_TIED):
             meant.add(reason)

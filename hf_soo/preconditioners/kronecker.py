@@ -64,6 +64,13 @@ def _outcomes(v: Tensor, statistics: Statistics, noise_matters: bool) -> Tensor:
     return torch.where(statistics.samples > 0, outcome, Outcome.NO_ROWS.value)
 
 
+def gated(V: Tensor, outcome: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
+    """V ← gV with g = max(0, agreement), [L]; g = 0 makes noise of what could be used."""
+    g = agreement.clamp(min=0)
+    lost = (outcome == Outcome.UPDATED.value) & (g == 0)
+    return V * g[:, None, None], torch.where(lost, Outcome.NOISE.value, outcome)
+
+
 def sizes_of(layer: Layer) -> dict[Side, int]:
     """The columns and the rows of a layer's [G | bias]."""
     d_out, d_in = layer.shape

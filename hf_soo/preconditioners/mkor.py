@@ -26,9 +26,9 @@ Deviation: the factors live in low-rank form, F = I - CᵀC with the last `histo
 up to γ^history; reason: K thin vectors cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
 Deviation: the first statistics are used (the released code discards them), averages are taken once, and
 `kv_scale="unit"` makes both sides act whatever the batch size; "sum" is the released scale.
-Deviation: two options of our own, off by default. With `exponent` p the factors act as F^p (1: as in K-FAC, 1/4: as in
-Shampoo). `gate` scales b by g = max(0, cos(b₁, b₂)), b₁ and b₂ being Σ dL/dy over two halves of the rows of each
-micro-batch on each rank; where they disagree, g = 0, b is left out as noise is.
+Deviation: three options of our own, off by default. With `exponent` p the factors act as F^p (1: K-FAC, 1/4: Shampoo).
+`gate` scales b by g = max(0, cos(b₁, b₂)), b₁ and b₂ being Σ dL/dy over two halves of the rows of each micro-batch on
+each rank; where they disagree, g = 0, b is left out as noise is. `queries_and_keys=False` is what `muon_mkor` is about.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import make_rescale
+from hf_soo.engine.selection import SCORES, makes_scores
 from hf_soo.engine.sums import HalvesRecorder, SumRecorder
-from hf_soo.preconditioners.kronecker import KVScale, by_side, kronecker_vectors, sizes_of
+from hf_soo.preconditioners.kronecker import KVScale, by_side, gated, kronecker_vectors, sizes_of
 from hf_soo.preconditioners.mkor_dense import Dense
 from hf_soo.preconditioners.spd import power_columns
 
@@ -73,6 +74,7 @@ class MKORConfig(Periodic):
         stabilizer_blend: ζ of the exact and paper rules (None: 0.9).
         exponent: p, the power of the factors that acts; low-rank only.
         gate: scale b by how far two halves of the batch agree on it; with rank=1 only.
+        queries_and_keys: act on attention's queries and keys too (with values where fused), or leave them to the base.
         rescale: "norm" (line 6), or "none": P as it is, for a base that sees no norms (Muon).
     """
 
@@ -89,6 +91,7 @@ class MKORConfig(Periodic):
     stabilizer_blend: Share | None = None
     exponent: Weight = 1.0
     gate: bool = False
+    queries_and_keys: bool = True
     rescale: Literal["norm", "none"] = "norm"
 
     def __post_init__(self) -> None:
@@ -243,13 +246,6 @@ def _no_rows(grad: Joint, d: int) -> Tensor:
     return grad.weight.new_zeros(len(grad.weight), 0, d)
 
 
-def _gated(V: Tensor, outcome: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
-    """V ← gV with g = max(0, agreement), [L]; g = 0 makes noise of what could be used."""
-    g = agreement.clamp(min=0)
-    lost = (outcome == Outcome.UPDATED.value) & (g == 0)
-    return V * g[:, None, None], torch.where(lost, Outcome.NOISE.value, outcome)
-
-
 class MKOR(RowWise):
     """MKOR as a gradient transform; state "left" [d_out] and "right" [d_in + bias] for each layer."""
 
@@ -285,6 +281,8 @@ class MKOR(RowWise):
 
     def skip_reason(self, layer: Layer) -> str | None:
         """A single output or input: one factor is then a number, and the other only damps the mean row."""
+        if not self.config.queries_and_keys and makes_scores(layer.name):
+            return SCORES
         return f"one output or input {list(layer.shape)}" if min(layer.shape) < 2 else None
 
     def init(self, layer: Layer) -> LayerState:
@@ -324,7 +322,7 @@ class MKOR(RowWise):
                 statistics, side, config.kv_scale, config.kv_target, config.clip_value
             )
             if side is Side.OUTPUT and V is not None and statistics.agreement is not None:
-                V, outcomes[side] = _gated(V, outcomes[side], statistics.agreement)
+                V, outcomes[side] = gated(V, outcomes[side], statistics.agreement)
             if V is not None:
                 name, valid = SIDE_NAMES[side], outcomes[side] == Outcome.UPDATED.value
                 new[name] = self.form.update(state[name], V, valid)

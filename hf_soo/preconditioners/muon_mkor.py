@@ -11,22 +11,30 @@ adds to them is the part of the attention scores that does not depend on the inp
 the only way to attend by distance alone), and the softmax, which no common shift of the scores changes, leaves little
 of the gradient along it: it is not stiff there, and damped it is hardly learnt.
 
-Deviation: the paper puts MKOR on every layer's gradient, in front of LAMB; that is `mkor`, which takes `base="muon"`,
-`apply_to="momentum"` and any `exclude` as well.
+Deviation: the paper puts MKOR on every layer's gradient, in front of LAMB; that is `mkor`, of which this is
+`base="muon"`, `apply_to="momentum"` and `queries_and_keys=False`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hf_soo.engine.preconditioner import Method
-from hf_soo.engine.selection import select_without_scores
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
+
+
+@dataclass(frozen=True)
+class MuonMKORConfig(MKORConfig):
+    """MKOR without the queries and keys of attention."""
+
+    queries_and_keys: bool = False
+
 
 METHOD = Method(
     "muon_mkor",
     "MKOR on Muon's momentum, without queries and keys",
     base="muon",
-    config=MKORConfig,
+    config=MuonMKORConfig,
     make=MKOR,
-    select=select_without_scores,
     apply_to="momentum",
 )

@@ -35,8 +35,8 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
-MOST_PUBLIC_NAMES = 628
-MOST_LINES = 31_220
+MOST_PUBLIC_NAMES = 629
+MOST_LINES = 31_221
 
 
 # Names that nothing is called any more; generic words only where they were misleading.

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 import hf_soo
-from hf_soo.engine.selection import select_layers, select_without_scores
+from hf_soo.engine.selection import Selection, select_layers
+from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -56,6 +57,10 @@ FAMILIES = {
 }
 
 
+def without_scores(model: nn.Module) -> Selection:
+    return select_layers(model, skip_reason=MKOR(MKORConfig(queries_and_keys=False)).skip_reason)
+
+
 def attention_layers(model: nn.Module) -> dict[str, str]:
     """Name of each layer inside an attention -> its last part; an MLP's is none."""
     names = (layer.name for layer in select_layers(model).layers)
@@ -70,7 +75,7 @@ def test_queries_and_keys_of_a_family(family: str) -> None:
         known = {key: value for key, value in sizes.items() if hasattr(config, key)}
         model = AutoModel.from_config(AutoConfig.for_model(family, **known))
     scores, others = (set(names.split()) for names in FAMILIES[family])
-    found, moved = attention_layers(model), select_without_scores(model)
+    found, moved = attention_layers(model), without_scores(model)
     assert set(found.values()) >= scores | others, found
     names = {layer.name for layer in moved.layers}
     for name, last in found.items():
@@ -91,7 +96,7 @@ def test_other_names_are_moved(name: str) -> None:
         here.add_module(part, nn.Module())
         here = here.get_submodule(part)
     here.add_module(last, nn.Linear(4, 4))
-    assert [layer.name for layer in select_without_scores(model).layers] == [name]
+    assert [layer.name for layer in without_scores(model).layers] == [name]
 
 
 def llama() -> LlamaForCausalLM:
@@ -114,11 +119,14 @@ def trained(name: str, steps: int = 6, **settings: Any) -> dict[str, torch.Tenso
 def test_it_is_mkor_on_the_momentum_without_them() -> None:
     exclude = [r"\.(q|k)_proj$"]
     ours = trained("muon_mkor", base_args={"rest_lr": 3e-3}, update_period=2)
-    same = trained(
-        "mkor", base="muon", base_args={"rest_lr": 3e-3}, apply_to="momentum", exclude=exclude, update_period=2
-    )
-    for key, weight in ours.items():
-        assert torch.equal(weight, same[key]), key
+    over_muon = {"base": "muon", "base_args": {"rest_lr": 3e-3}, "apply_to": "momentum", "update_period": 2}
+    for more in ({"exclude": exclude}, {"queries_and_keys": False}):
+        same = trained("mkor", **over_muon, **more)
+        for key, weight in ours.items():
+            assert torch.equal(weight, same[key]), (more, key)
+    everywhere = trained("muon_mkor", base_args={"rest_lr": 3e-3}, update_period=2, queries_and_keys=True)
+    for key, weight in trained("mkor", **over_muon).items():
+        assert torch.equal(weight, everywhere[key]), key
 
 
 def test_the_first_step_of_queries_and_keys_is_muons() -> None:
@@ -135,7 +143,7 @@ def test_the_first_step_of_queries_and_keys_is_muons() -> None:
 
 def test_adapters_of_queries_and_keys_are_left_too() -> None:
     adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    assert {layer.name.split(".")[-3] for layer in select_without_scores(adapted).layers} == {"v_proj"}
+    assert {layer.name.split(".")[-3] for layer in without_scores(adapted).layers} == {"v_proj"}
     assert {layer.name.split(".")[-3] for layer in select_layers(adapted).layers} == {"q_proj", "v_proj"}
 
 

@@ -48,6 +48,25 @@ def final_kernels(name: str, settings: dict[str, object]) -> torch.Tensor:
     return weights(model)
 
 
+def final_scores(name: str, settings: dict[str, object]) -> torch.Tensor:
+    """For settings that act on attention's queries alone: the toy has none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh()).double()
+    model.add_module("query", nn.Linear(5, 4).double())
+    optimizer = hf_soo.build_optimizer(name, model, lr=1e-2, **settings)  # type: ignore[arg-type]
+    inputs = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(inputs).square().sum()
+        optimizer.report_loss(loss)
+        loss.backward()
+        optimizer.step()
+    return weights(model)
+
+
+ELSEWHERE = {"merge_kernels": final_kernels, "queries_and_keys": final_scores}
+
+
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_every_setting_changes_the_run(name: str, field: str) -> None:
     if (name, field) in WITHOUT_EFFECT:
@@ -62,7 +81,7 @@ def test_every_setting_changes_the_run(name: str, field: str) -> None:
     if field == "representation":  # equal while history covers the run, so the low-rank side is given a short one
         changed = relative_change(final_weights(name, {"history": 3}), final_weights(name, {field: value}))
     else:
-        run = final_kernels if field == "merge_kernels" else final_weights
+        run = ELSEWHERE.get(field, final_weights)
         torch.manual_seed(0)
         before = run(name, baseline)
         torch.manual_seed(0)

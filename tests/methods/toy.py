@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import hf_soo
 from hf_soo import PreconditionedOptimizer
 from hf_soo.engine.fisher import sampled_cross_entropy
-from hf_soo.engine.selection import select_layers, select_without_scores
+from hf_soo.engine.selection import select_layers
 from hf_soo.registry import METHODS
 from tests.methods.forms import FORMS, VOCABULARY, Toy
 
@@ -108,6 +108,7 @@ OTHER_VALUES: dict[str, dict[str, tuple[object, dict[str, object]]]] = {
         "sides": ("input", {}),
         "exponent": (0.25, {}),
         "gate": (True, {}),
+        "queries_and_keys": (False, {}),
         "rescale": ("none", {}),
         "stabilizer_threshold": (1.5, {"representation": "dense", "update_rule": "exact"}),
         "stabilizer_blend": (0.2, {"representation": "dense", "update_rule": "exact", "stabilizer_threshold": 1.5}),
@@ -154,7 +155,7 @@ OTHER_VALUES["kaisa"] = OTHER_VALUES["kfac_expand"] | {
     "update_period": (2, {"inverse_period": 10}),
     "warmup_updates": (7, {}),
 }
-OTHER_VALUES["muon_mkor"] = OTHER_VALUES["mkor"]
+OTHER_VALUES["muon_mkor"] = OTHER_VALUES["mkor"] | {"queries_and_keys": (True, {})}
 EARLY = {"patience": 2, "min_steps": 4, "rate_fraction": 100.0, "rate_decay": 0.9}
 OTHER_VALUES["mkor_h"] = OTHER_VALUES["mkor"] | {
     "rate_decay": (0.1, EARLY | {"rate_fraction": 1.0}),
@@ -260,4 +261,4 @@ def splits_rows(case: str) -> bool:
 
 
 def learns_from_gradients(case: str) -> bool:
-    return METHODS[CASES[case][0]].select not in (select_layers, select_without_scores)
+    return METHODS[CASES[case][0]].select is not select_layers

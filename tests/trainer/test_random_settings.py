@@ -73,6 +73,7 @@ RIGHT: dict[str, Rule] = {
     "update_period": whole(1), "warmup_updates": whole(0), "representation": one_of("lowrank", "dense"),
     "history": whole(1), "update_rule": one_of("blend", "exact", "paper"), "clip_value": positive,
     "kv_scale": one_of("unit", "sum", "mean"), "kv_target": positive, "rank": whole(1), "gate": truth,
+    "queries_and_keys": truth,
     "sides": one_of("both", "input", "output", "none"), "stabilizer_threshold": none_or(between(1, INF)),
     "stabilizer_blend": none_or(share), "rescale": one_of("norm", "none", "kl_clip", "global"), "rate_decay": share,
     "rate_fraction": positive, "patience": whole(1), "min_steps": whole(0), "kv_new_weight": weight,
