@@ -88,7 +88,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"toy": Toy, "conv": Images, "conv1
 _MKOR: list[dict[str, Any]] = [
     {"update_period": 3, "warmup_updates": 2}, {"factor_decay": 0.5}, {"history": 3}, {"clip_value": 1e-3},
     {"kv_scale": "mean"}, {"kv_target": 2.0}, {"sides": "input"}, {"sides": "output"}, {"rank": 2, "history": 4},
-    {"rescale": "none"}, {"exponent": 0.25}, {"gate": True},
+    {"rescale": "none"}, {"exponent": 0.25}, {"gate": True}, {"queries_and_keys": False},
     {"representation": "dense", "rank": 2}, {"representation": "dense", "update_rule": "paper"},
     {"representation": "dense", "update_rule": "exact", "stabilizer_threshold": 1.5, "stabilizer_blend": 0.2},
     {"representation": "dense", "update_rule": "paper", "stabilizer_threshold": 1.5},
