@@ -6,10 +6,10 @@ With Muon's (Nesterov) momentum M of a matrix, and the factors L⁻¹, R⁻¹ th
     W ← W - η s polar(P)      s: Muon's scale for the shape
 
 The mean input is the strongest direction of R: along it a step moves all outputs alike, so it is the stiffest one, and
-Muon steps along it as far as along any other; R⁻¹ damps it. For queries and keys that goes wrong. What the mean input
-adds to them is the part of the attention scores that does not depend on the input (with rotary positions and no biases
-the only way to attend by distance alone), and the softmax, which no common shift of the scores changes, leaves little
-of the gradient along it: it is not stiff there, and damped it is hardly learnt.
+Muon steps along it as far as along any other; R⁻¹ damps it. In queries and keys that goes wrong. What the mean input
+adds to them are scores that depend on positions alone, which attention learns first (with rotary positions and no
+biases it has no other way); and they are less stiff than R says, as the softmax does not see what shifts all scores of
+a query alike. docs/results.md has the runs, layer by layer.
 
 Deviation: the paper puts MKOR on every layer's gradient, in front of LAMB; that is `mkor`, of which this is
 `base="muon"`, `apply_to="momentum"` and `queries_and_keys=False`.
