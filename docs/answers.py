@@ -39,7 +39,8 @@ the statistics by rule:
 A percentage is of steps: those to the higher of the two final losses, which both come down to, over the baseline's; the
 mean over seeds ± its standard error. Seconds are those of a step in [`hf-soo bench`](bench.md) times the steps, on the
 model and batch in brackets, never those of runs that shared cores. The [workloads](workloads.md) are small: what holds
-there need not hold at your size. Methods go by the names of [`configs/search`](search.md).
+there need not hold at your size. Methods go by the names of [`configs/search`](search.md); what is called
+`mkor_muon_momentum_noqk` there is `--optim muon_mkor`.
 
 ## In short
 
