@@ -157,6 +157,17 @@ def test_what_is_not_ranked(change, reason: str) -> None:  # type: ignore[no-unt
     assert ours.setting.loss is not None and ours.setting.loss < 1.83, "it is shown all the same"
 
 
+def test_a_baseline_with_more_seeds_is_paired_with_those_of_the_method() -> None:
+    trials = fair()
+    before = row(claims_of(trials), "mkor_muon")
+    trials += confirmed("muon", [1.2, 1.3], first=6)  # lower: its mean is no part of the difference
+    after = row(claims_of(trials), "mkor_muon")
+    assert after.baseline is not None and len(after.baseline.losses) == 6
+    assert after.difference == before.difference and after.p == before.p and not after.reasons
+    trials += confirmed("mkor_muon", [1.7], first=9)
+    assert row(claims_of(trials), "mkor_muon").reasons == ("no pair for seed 9",)
+
+
 def test_what_may_be_said_follows_from_both_sides_of_the_test() -> None:
     losses = {
         "mkor_muon": [each - 0.03 - 0.001 * n for n, each in enumerate(MUON)],
