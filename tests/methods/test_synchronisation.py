@@ -87,7 +87,7 @@ def over(name: str, base: str | None, device: str = "cpu") -> tuple[nn.Module, P
 
 
 OFTEN = {"update_period": 3, "warmup_updates": 1, "inverse_period": 6}
-NO_HALVES = {("soap", "rmsprop")}  # refused
+NO_HALVES = {("soap", "rmsprop"), ("muon_mkor", "rmsprop")}  # refused
 PAIRS = [
     pair
     for name, method in METHODS.items()
