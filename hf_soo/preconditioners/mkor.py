@@ -280,7 +280,7 @@ class MKOR(RowWise):
         return bool(self.sides) and super().updates_at(step)
 
     def skip_reason(self, layer: Layer) -> str | None:
-        """A single output or input: one factor is then a number, and the other only damps the mean row."""
+        """One output or input: a factor is then a number, the other damps the mean row alone; scores, if not wanted."""
         if not self.config.queries_and_keys and makes_scores(layer.name):
             return SCORES
         return f"one output or input {list(layer.shape)}" if min(layer.shape) < 2 else None
