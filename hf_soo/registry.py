@@ -187,15 +187,18 @@ class OptimizerSettings:
                 "one (SecondOrderTrainer fills it in)."
             )
         inner, preconditioner, selection = self._parts(model, groups, lr)
-        config = {} if self.config is None else dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
-        if self.config is None:
+        config, defaults = {}, {}
+        if self.config is not None:
+            config = dataclasses.asdict(self.config) | {"apply_to": self.apply_to}
+            defaults = dataclasses.asdict(type(self.config)()) | {"apply_to": "gradient"}
+        else:
             selection = Selection([], _left_to_adamw(inner, model))
         if isinstance(inner, Lamb):
             _warn_of_zeros(inner, model, self.title)
         wrappers = wrappers_of(inner, self.base_args)
         return PreconditionedOptimizer(
-            inner, preconditioner, selection, name=self.name, config=config, model=model,
-            halves=around(halves_of(inner, self.apply_to), wrappers), wrappers=wrappers,
+            inner, preconditioner, selection, name=self.name, config=config, defaults=defaults,
+            model=model, halves=around(halves_of(inner, self.apply_to), wrappers), wrappers=wrappers,
         )  # fmt: skip
 
     def _parts(self, model: nn.Module, groups: Groups, lr: float) -> tuple[Optimizer, Preconditioner, Selection]:

@@ -52,6 +52,7 @@ class PreconditionedOptimizer(TwoWeights):
         *,
         name: str,
         config: dict[str, Any],
+        defaults: dict[str, Any],
         model: nn.Module,
         halves: Halves | None = None,
         wrappers: Wrappers | None = None,
@@ -66,7 +67,7 @@ class PreconditionedOptimizer(TwoWeights):
         self._share_with_base()
         self.preconditioner = preconditioner
         self.name, self.config = name, config
-        self._identity = Identity(name, type(base).__name__, config)
+        self._identity = Identity(name, type(base).__name__, config, defaults)
         self._skipped = dict(selection.skipped)
         self.parameter_index = ParameterIndex.of(base.param_groups, model, selection.layers)
         if selection.layers:

@@ -46,11 +46,13 @@ class Identity:
         name: the method.
         base: the base's class.
         config: the method's settings; a difference to a checkpoint's is allowed and logged.
+        defaults: of the settings; what a checkpoint ran with that knows one of them not yet.
     """
 
     name: str
     base: str
     config: dict[str, Any]
+    defaults: dict[str, Any]
 
     def agree(
         self,
@@ -134,9 +136,8 @@ class Identity:
                     f"this checkpoint was written with {what} {saved[key]!r}, this run has {mine!r}; resume with "
                     f"{saved[key]!r}, or start a new run from the model's weights alone."
                 )
-        before = {"apply_to": "gradient", **saved["config"]}  # saved before there was another place
-        changed = {k: (before.get(k), v) for k, v in self.config.items() if before.get(k) != v}
-        if changed:
+        before = self.defaults | saved["config"]
+        if changed := {k: (before[k], v) for k, v in self.config.items() if before[k] != v}:
             logger.warning("%s resumes with changed settings (saved, now): %s", self.name, changed)
         if not saved.get("switched", False):
             if switched:

@@ -171,7 +171,7 @@ def count(method: MethodOnModel, model: str, layout: Layout, rank: int = 0) -> _
             if "ns_dtype" not in dict(method.pair.settings):
                 for group in optimizer.param_groups:
                     group |= {"ns_dtype": layout.iteration_dtype} if "ns_dtype" in group else {}
-            optimizer._identity = _Agreed(optimizer.name, type(optimizer.base).__name__, optimizer.config)
+            optimizer._identity = _Agreed(**vars(optimizer._identity))
             _take_steps(optimizer, method.step_kinds, wrapped, layout, counter, counted)
     return counted
 

@@ -93,6 +93,18 @@ def test_changed_settings_on_resume_are_logged(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("changed settings") == 1 and "update_period" in caplog.text
 
 
+def test_a_setting_that_a_checkpoint_does_not_know_yet_had_its_default(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    saved = build("mkor", model).state_dict()
+    for younger in ("queries_and_keys", "exponent", "gate", "apply_to", "kv_target"):
+        del saved["second_order"]["config"][younger]
+    with caplog.at_level(logging.WARNING):
+        build("mkor", model).load_state_dict(saved)
+        assert "changed settings" not in caplog.text
+        build("mkor", model, kv_target=0.5).load_state_dict(saved)
+    assert "{'kv_target': (1.0, 0.5)}" in caplog.text
+
+
 def test_optimizers_are_not_copied_and_models_are() -> None:
     model = toy()
     optimizer = build("mkor", model)
