@@ -1,33 +1,53 @@
-"""Small language models of transformers with random weights: a decoder without biases, and an encoder with them."""
+"""Small language models of transformers with random weights: decoders and encoders, with rotary or learnt positions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RoFormerConfig,
+    RoFormerForCausalLM,
+    RoFormerForMaskedLM,
+    set_seed,
+)
 
 from hf_soo.engine.checks import Checked, Count, Share
 from hf_soo.lm.data import TextArguments, TextData
 from hf_soo.runs.arguments import option
+
+_WITH_BIASES: dict[str, tuple[Any, Any, Any]] = {  # config, encoder, decoder
+    "bert": (BertConfig, BertForMaskedLM, BertLMHeadModel),
+    "roformer": (RoFormerConfig, RoFormerForMaskedLM, RoFormerForCausalLM),
+}
 
 
 @dataclass
 class LanguageModelArguments(Checked):
     """Which model; `objective` says whether it is a decoder or an encoder.
 
-    causal is Llama's: RMS norm before each part, rotary positions, no biases. masked is BERT's: layer norm after each
-    part, learnt positions, biases.
+    llama has a RMS norm before each part, rotary positions and no biases, bert a layer norm after each part, learnt
+    positions and biases; roformer is bert with rotary positions (Su et al., arXiv 2104.09864).
     """
 
     _argument_group_name = "model"
+
+    family: Literal["llama", "bert", "roformer"] | None = option(
+        None, "Of models: llama (causal only), bert, roformer; None: llama if causal, bert if masked."
+    )
 
     hidden_size: Count = option(128, "Width.")
     num_hidden_layers: Count = option(2, "Layers.")
     num_attention_heads: Count | None = option(None, "Heads; None: of 64, or one.")
     intermediate_size: Count | None = option(None, "Width of the MLP; None: 4 x hidden_size, gated: 8/3.")
-    tie_word_embeddings: bool | None = option(None, "One matrix for input and output; None: in the encoder alone.")
-    dropout: Share = option(0.0, "Of hidden states and attention; masked only.")
+    tie_word_embeddings: bool | None = option(None, "One matrix for input and output; None: in encoders alone.")
+    dropout: Share = option(0.0, "Of hidden states and attention; not llama's.")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2; None: transformers chooses.")
 
     def __post_init__(self) -> None:
@@ -60,7 +80,7 @@ def make_language_model(
         seed: of the initial weights.
 
     Raises:
-        ValueError: dropout is asked of the decoder, which has none.
+        ValueError: dropout is asked of llama, which has none, or masking.
     """
     set_seed(seed)
     return shaped_model(given, text, data.symbols, data.mask)
@@ -78,7 +98,7 @@ def shaped_model(
         mask: the symbol in place of what is predicted.
 
     Raises:
-        ValueError: dropout is asked of the decoder, which has none.
+        ValueError: dropout is asked of llama, which has none, or masking.
     """
     shape: dict[str, Any] = {
         "hidden_size": given.hidden_size,
@@ -90,22 +110,31 @@ def shaped_model(
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if text.objective == "causal":
+    causal = text.objective == "causal"
+    family = given.family or ("llama" if causal else "bert")
+    if family == "llama":
+        if not causal:
+            raise ValueError("family=llama with objective=masked: it is a decoder; allowed: bert, roformer.")
         if given.dropout:
-            raise ValueError(f"dropout={given.dropout} with objective=causal, whose model has none; leave it out.")
+            raise ValueError(f"dropout={given.dropout} with family=llama, which has none; leave it out.")
         wide = given.intermediate_size or -(-given.hidden_size * 8 // 3 // 8) * 8
         tied = bool(given.tie_word_embeddings)
         return LlamaForCausalLM(
             LlamaConfig(vocab_size=symbols, intermediate_size=wide, tie_word_embeddings=tied, **shape)
         )
-    return BertForMaskedLM(
-        BertConfig(
+    if family == "roformer":
+        shape["embedding_size"] = given.hidden_size
+    config, masked, decoder = _WITH_BIASES[family]
+    model: PreTrainedModel = (decoder if causal else masked)(
+        config(
             vocab_size=max(symbols, (mask or 0) + 1),
             intermediate_size=given.intermediate_size or 4 * given.hidden_size,
-            tie_word_embeddings=given.tie_word_embeddings is not False,
+            tie_word_embeddings=not causal if given.tie_word_embeddings is None else given.tie_word_embeddings,
             hidden_dropout_prob=given.dropout,
             attention_probs_dropout_prob=given.dropout,
             type_vocab_size=1,
+            is_decoder=causal,
             **shape,
         )
     )
+    return model

@@ -160,10 +160,40 @@ def test_the_models(corpus: Path) -> None:
     assert all(torch.equal(value, again[name]) for name, value in decoder.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "roformer"])
+def test_the_families_of_decoders(family: str, corpus: Path) -> None:
+    """A decoder sees no later byte, and the loss is of the next one; bert alone has learnt positions."""
+    task = make_task(corpus)
+    task.model.family = family  # type: ignore[assignment]
+    model = task.make_model(0).eval()
+    ids = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 12:] = 7
+    found = model(input_ids=ids, labels=ids)
+    assert torch.equal(found.logits[:, :12], model(input_ids=changed).logits[:, :12])
+    wanted = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(found.loss, wanted)
+    tables = [name for name, _ in model.named_parameters() if "position_embeddings" in name]
+    assert model.config.model_type == family and bool(tables) == (family == "bert")
+
+
+def test_an_encoder_with_rotary_positions(corpus: Path) -> None:
+    task = make_task(corpus, objective="masked")
+    task.model.family = "roformer"
+    encoder, bert = task.make_model(0), make_task(corpus, objective="masked").make_model(0)
+    count = {
+        each.config.model_type: sum(p.numel() for p in each.parameters() if p.requires_grad)
+        for each in (encoder, bert)
+    }  # fmt: skip
+    assert count["bert"] - count["roformer"] == 24 * 32
+    assert encoder.get_output_embeddings().weight is encoder.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dropout", "0.1"], "dropout=0.1 with objective=causal"),
+        (["--dropout", "0.1"], "dropout=0.1 with family=llama"),
+        (["--family", "llama", "--objective", "masked"], "family=llama with objective=masked"),
         (["--num_attention_heads", "5"], "hidden_size=32 is no even number for each of num_attention_heads=5"),
         (["--seq_length", "5"], "unknown flag '--seq_length'"),
         (["--window", "5000"], "give more text or a smaller window"),

@@ -19,7 +19,8 @@ from tests.scripts.test_recipes_finetuning import fill
 FOLDER = ROOT / "configs" / "workloads"
 WORKLOADS = sorted(FOLDER.glob("*.yaml"))
 TASKS = {
-    "byte_bert": "lm", "byte_gpt": "lm", "byte_gpt_embedded": "lm", "minilm_glue": "glue", "minilm_lora": "glue",
+    "byte_bert": "lm", "byte_gpt": "lm", "byte_gpt_batch16": "lm", "byte_gpt_batch256": "lm",
+    "byte_gpt_embedded": "lm", "minilm_glue": "glue", "minilm_lora": "glue",
     "minilm_squad": "squad", "phase2_bert": "bert", "vit_digits": "vision", "wordpiece_bert": "bert",
 }  # fmt: skip
 HERE = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
