@@ -25,7 +25,8 @@ class Layer(ABC):
     """Something with a gradient that a method moves, known by its name in the model.
 
     The module is held, never its parameters: FSDP and others replace parameter objects after construction.
-    ``coarsest`` is the coarsest dtype in its model, which its gradients come through.
+    ``coarsest`` is the coarsest dtype in its model, which its gradients come through. ``scores``: it projects to
+    attention's queries or keys; ``rotary``: its model has rotary positions. ``select_layers`` sets these two.
     """
 
     in_old_checkpoints: ClassVar[bool] = True  # whether those that do not say what was added hold it
@@ -34,6 +35,8 @@ class Layer(ABC):
     module: nn.Module
     trains_bias: bool = field(init=False)
     coarsest: torch.dtype | None = field(init=False, default=None)
+    scores: bool = field(init=False, default=False)
+    rotary: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """Look at the bias: the factors' sizes are settled now, whatever is frozen or unfrozen later."""

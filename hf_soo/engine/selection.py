@@ -51,20 +51,13 @@ class Selection:
 _EMBEDDING, _DECODER, _TIED = "embedding", "vocabulary decoder", "weight tied to"
 _COMPLEX = "complex numbers"
 SCORES = "query or key of attention"
-"""Why a method leaves a layer that ``makes_scores`` to the base."""
+"""Why a method leaves a layer that makes scores to the base."""
 _SCORE_NAMES = re.compile(
     r"(^|[._])(w?(q|k|kv|qk|qkv)z?|query|key|c_attn)(_[^.]*)?(\.base_layer|\.lora_[AB]\.[^.]+)?$", re.IGNORECASE
 )
 """Names of projections to queries and keys in transformers, alone or with the values; PEFT's parts of them."""
-
-
-def makes_scores(name: str) -> bool:
-    """Whether a layer projects to attention's queries or keys, alone or with the values, by its name in transformers.
-
-    Args:
-        name: the module's, from the model's root.
-    """
-    return _SCORE_NAMES.search(name) is not None
+_ROTARY = re.compile(r"Rotary|R[oO]PE|Rope[A-Z]|RoFormer")
+"""In the name of a class: what turns queries and keys by their positions, in transformers' families."""
 
 
 SkipReason = Callable[[Layer], str | None]
@@ -96,12 +89,14 @@ def select_layers(
         ValueError: a pattern is no regular expression, or no layer is left.
     """
     owners, decoders, readers = _weight_owners(model), _decoders(model), readers_of(model)
+    rotary = any(_ROTARY.search(type(module).__name__) for module in model.modules())
 
     def candidates() -> Iterator[tuple[Layer, str, str | None]]:
         for name, module in model.named_modules():
             reader = readers.get(module)
             layer = ReadLayer(name, module, name, reader=reader) if reader is not None else _as_layer(name, module)
             for each in read_layers(name, module) if layer is None else [layer]:
+                each.scores, each.rotary = _SCORE_NAMES.search(each.name) is not None, rotary
                 yield each, each.stack or name, _reason_to_leave(each, name, owners, decoders)
 
     selection = _select(candidates(), include, exclude, skip_reason, "layers")

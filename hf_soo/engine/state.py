@@ -164,7 +164,7 @@ def _check_layers(fresh: Iterable[tuple[str, LayerState]], saved: LayerState) ->
     if missing or unknown:
         raise ValueError(
             f"the checkpoint's layers differ from the model's: missing {missing[:3]} ({len(missing)}), unknown "
-            f"{unknown[:3]} ({len(unknown)}); use the same model, include and exclude patterns."
+            f"{unknown[:3]} ({len(unknown)}); use the same model and layers (include, exclude, queries_and_keys)."
         )
     for name, wanted in own.items():
         if wanted != _signature(saved[name]):

@@ -26,9 +26,11 @@ Deviation: the factors live in low-rank form, F = I - CᵀC with the last `histo
 up to γ^history; reason: K thin vectors cost 8K·nm flops a step against 4·nm(n+m), and never lose definiteness.
 Deviation: the first statistics are used (the released code discards them), averages are taken once, and
 `kv_scale="unit"` makes both sides act whatever the batch size; "sum" is the released scale.
-Deviation: three options of our own, off by default. With `exponent` p the factors act as F^p (1: K-FAC, 1/4: Shampoo).
+Deviation: two options of our own, off by default. With `exponent` p the factors act as F^p (1: K-FAC, 1/4: Shampoo).
 `gate` scales b by g = max(0, cos(b₁, b₂)), b₁ and b₂ being Σ dL/dy over two halves of the rows of each micro-batch on
-each rank; where they disagree, g = 0, b is left out as noise is. `queries_and_keys=False` is what `muon_mkor` is about.
+each rank; where they disagree, g = 0, b is left out as noise is.
+Deviation: queries and keys that the model rotates by their positions are the base's (`queries_and_keys`): there damping
+the mean input costs more than MKOR gains elsewhere, see `muon_mkor`. The paper's models have learnt positions.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from hf_soo.engine.gradients import Joint, RowSums, TransformNorms, squared_norm
 from hf_soo.engine.layers import Layer, accumulation_dtype
 from hf_soo.engine.preconditioner import Factor, LayerState, Method, Outcome, Periodic, RowWise, Side, Updated
 from hf_soo.engine.rescale import make_rescale
-from hf_soo.engine.selection import SCORES, makes_scores
+from hf_soo.engine.selection import SCORES
 from hf_soo.engine.sums import HalvesRecorder, SumRecorder
 from hf_soo.preconditioners.kronecker import KVScale, by_side, gated, kronecker_vectors, sizes_of
 from hf_soo.preconditioners.mkor_dense import Dense
@@ -74,7 +76,7 @@ class MKORConfig(Periodic):
         stabilizer_blend: ζ of the exact and paper rules (None: 0.9).
         exponent: p, the power of the factors that acts; low-rank only.
         gate: scale b by how far two halves of the batch agree on it; with rank=1 only.
-        queries_and_keys: act on attention's queries and keys too (with values where fused), or leave them to the base.
+        queries_and_keys: act on attention's too (with values where fused); "auto": in models without rotary positions.
         rescale: "norm" (line 6), or "none": P as it is, for a base that sees no norms (Muon).
     """
 
@@ -91,7 +93,7 @@ class MKORConfig(Periodic):
     stabilizer_blend: Share | None = None
     exponent: Weight = 1.0
     gate: bool = False
-    queries_and_keys: bool = True
+    queries_and_keys: Literal["auto"] | bool = "auto"
     rescale: Literal["norm", "none"] = "norm"
 
     def __post_init__(self) -> None:
@@ -281,7 +283,8 @@ class MKOR(RowWise):
 
     def skip_reason(self, layer: Layer) -> str | None:
         """One output or input: a factor is then a number, the other damps the mean row alone; scores, if not wanted."""
-        if not self.config.queries_and_keys and makes_scores(layer.name):
+        keep = self.config.queries_and_keys
+        if layer.scores and not (not layer.rotary if keep == "auto" else keep):
             return SCORES
         return f"one output or input {list(layer.shape)}" if min(layer.shape) < 2 else None
 

@@ -6,10 +6,10 @@ With Muon's (Nesterov) momentum M of a matrix, and the factors L⁻¹, R⁻¹ th
     W ← W - η s polar(P)      s: Muon's scale for the shape
 
 The mean input is the strongest direction of R: along it a step moves all outputs alike, so it is the stiffest one, and
-Muon steps along it as far as along any other; R⁻¹ damps it. In queries and keys that goes wrong. What the mean input
-adds to them are scores that depend on positions alone, which attention learns first (with rotary positions and no
-biases it has no other way); and they are less stiff than R says, as the softmax does not see what shifts all scores of
-a query alike. docs/results.md has the runs, layer by layer.
+Muon steps along it as far as along any other; R⁻¹ damps it. In queries and keys that goes wrong where the model turns
+them by their positions (rotary): the mean query and the mean key, turned, are then the scores of places, which
+attention learns first and in no other way. With learnt positions a mean key shifts all scores of a query alike, which
+the softmax does not see, and little is lost. docs/results.md has the runs, layer by layer and with both positions.
 
 Deviation: the paper puts MKOR on every layer's gradient, in front of LAMB; that is `mkor`, of which this is
 `base="muon"`, `apply_to="momentum"` and `queries_and_keys=False`.
@@ -18,6 +18,7 @@ Deviation: the paper puts MKOR on every layer's gradient, in front of LAMB; that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_soo.engine.preconditioner import Method
 from hf_soo.preconditioners.mkor import MKOR, MKORConfig
@@ -27,7 +28,7 @@ from hf_soo.preconditioners.mkor import MKOR, MKORConfig
 class MuonMKORConfig(MKORConfig):
     """MKOR without the queries and keys of attention."""
 
-    queries_and_keys: bool = False
+    queries_and_keys: Literal["auto"] | bool = False
 
 
 METHOD = Method(

@@ -61,6 +61,41 @@ def without_scores(model: nn.Module) -> Selection:
     return select_layers(model, skip_reason=MKOR(MKORConfig(queries_and_keys=False)).skip_reason)
 
 
+ROTARY = {
+    "llama", "mixtral", "gpt_neox", "phi3", "deepseek_v3", "qwen3", "gemma3_text", "modernbert", "falcon", "gptj",
+    "codegen", "roformer", "cohere", "gpt_oss", "glm4", "olmo2", "dinov3_vit", "nomic_bert",
+}  # fmt: skip
+LEARNT = {
+    "bert",
+    "electra",
+    "deberta-v2",
+    "distilbert",
+    "vit",
+    "whisper",
+    "t5",
+    "ctrl",
+    "gpt2",
+    "bloom",
+    "opt",
+    "bart",
+    "mpt",
+}
+
+
+@pytest.mark.parametrize("family", sorted(ROTARY | LEARNT))
+def test_families_with_rotary_positions(family: str) -> None:
+    sizes = {**SIZES, **OTHER_SIZES.get(family, {})}
+    config = AutoConfig.for_model(family)
+    known = {key: value for key, value in sizes.items() if hasattr(config, key)}
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(family, **known))
+    layers = select_layers(model).layers
+    assert {layer.rotary for layer in layers} == {family in ROTARY}
+    scores = {layer.name for layer in layers if layer.scores}
+    moved = {layer.name for layer in select_layers(model, skip_reason=MKOR(MKORConfig()).skip_reason).layers}
+    assert scores and ({layer.name for layer in layers} - moved == (scores if family in ROTARY else set()))
+
+
 def attention_layers(model: nn.Module) -> dict[str, str]:
     """Name of each layer inside an attention -> its last part; an MLP's is none."""
     names = (layer.name for layer in select_layers(model).layers)
@@ -124,15 +159,18 @@ def test_it_is_mkor_on_the_momentum_without_them() -> None:
         same = trained("mkor", **over_muon, **more)
         for key, weight in ours.items():
             assert torch.equal(weight, same[key]), (more, key)
+    for key, weight in trained("mkor", **over_muon).items():  # these positions are rotary
+        assert torch.equal(weight, ours[key]), key
     everywhere = trained("muon_mkor", base_args={"rest_lr": 3e-3}, update_period=2, queries_and_keys=True)
-    for key, weight in trained("mkor", **over_muon).items():
+    for key, weight in trained("mkor", **over_muon, queries_and_keys=True).items():
         assert torch.equal(weight, everywhere[key]), key
 
 
 def test_the_first_step_of_queries_and_keys_is_muons() -> None:
     start, settings = dict(llama().named_parameters()), {"rest_lr": 3e-3}
     muon, ours = trained("muon", 1, **settings), trained("muon_mkor", 1, base_args=settings)
-    everywhere = trained("mkor", 1, base="muon", apply_to="momentum", base_args=settings)
+    over_muon = {"base": "muon", "apply_to": "momentum", "base_args": settings}
+    everywhere = trained("mkor", 1, **over_muon, queries_and_keys=True)
     for key, weight in ours.items():
         is_score = key.endswith(("q_proj.weight", "k_proj.weight"))
         is_matrix = "layers" in key and "norm" not in key
