@@ -212,8 +212,8 @@ def _relative_reasons(setting: Setting, baseline: Setting, tuned: dict[str, dict
         reasons.append(f"code {setting.code}, {baseline.method}'s {baseline.code}")
     weights = {run.seed: run.config.get("initial_weights") for run in baseline.runs}
     seeds = {run.seed for run in setting.runs}
-    enough = len(seeds & weights.keys()) >= SEEDS  # the baseline may have had more, for another method
-    if alone := sorted(seeds - weights.keys() if enough else seeds ^ weights.keys()):
+    enough = len(seeds & weights.keys()) >= SEEDS  # either may have had more, for another comparison
+    if not enough and (alone := sorted(seeds ^ weights.keys())):
         reasons.append(f"no pair for seed {_listed(alone)}")
     known = [run for run in setting.runs if run.seed in weights]
     if any(run.config.get("initial_weights") is None or weights[run.seed] is None for run in known):
