@@ -50,7 +50,7 @@ class Selection:
 
 _EMBEDDING, _DECODER, _TIED = "embedding", "vocabulary decoder", "weight tied to"
 _COMPLEX = "complex numbers"
-SCORES = "query or key of attention"
+SCORES = "query or key of attention (queries_and_keys)"
 """Why a method leaves a layer that makes scores to the base."""
 _SCORE_NAMES = re.compile(
     r"(^|[._])(w?(q|k|kv|qk|qkv)z?|query|key|c_attn)(_[^.]*)?(\.base_layer|\.lora_[AB]\.[^.]+)?$", re.IGNORECASE

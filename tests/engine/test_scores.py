@@ -117,7 +117,7 @@ def test_queries_and_keys_of_a_family(family: str) -> None:
         assert (name in names) == (last not in scores), name
     left = {layer.name for layer in select_layers(model).layers} - names
     assert {name.rpartition(".")[2] for name in left} == scores
-    assert {moved.skipped[name] for name in left} == {"query or key of attention"} <= moved.meant
+    assert {moved.skipped[name] for name in left} == {"query or key of attention (queries_and_keys)"} <= moved.meant
 
 
 @pytest.mark.parametrize(
