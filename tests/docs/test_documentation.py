@@ -267,3 +267,38 @@ def test_what_is_said_of_rates_is_of_the_runs() -> None:
         "MKOR before it at {:.3f} with 0.02 and {:.3f} with half."
     )
     assert text.format(*(loss[rate] for rate in rates)) in " ".join(PAGES["docs/methods/index.md"].split())
+
+
+POSITIONS = (
+    "muon-lr0.04-rest_lr0.005-ns_dtypefloat32", "mkor-muon-lr0.04-apply_tomomentum-rest_lr0.005-ns_dtypefloat32",
+    "muon_mkor-muon-lr0.04-rest_lr0.005-ns_dtypefloat32", "mkor-adamw-lr0.004",
+    "mkor-adamw-lr0.004-queries_and_keysFalse",
+)  # fmt: skip
+LOOKED_AT = {
+    "Llama, decoder (`byte_gpt`)": (
+        "evidence/byte_gpt/muon-wide-000-seed0", "evidence/byte_gpt/mkor_muon_momentum-wide-000-seed0",
+        "queries_and_keys_gpt/without", "evidence/byte_gpt/mkor_adamw-wide-000-seed0",
+        "queries_and_keys_gpt/mkor_over_adamw_without",
+    ),
+    "RoFormer, decoder": [f"positions_decoder_rotary/{name}" for name in POSITIONS],
+    "RoFormer, encoder": [f"positions_encoder_rotary/{name}" for name in POSITIONS],
+    "BERT, decoder": [f"positions_decoder_learnt/{name}" for name in POSITIONS],
+    "BERT, encoder (`byte_bert`)": (
+        "evidence/byte_bert/muon-wide-001-seed0", "evidence/byte_bert/mkor_muon_momentum-wide-001-seed0",
+        "queries_and_keys_bert/without", "queries_and_keys_bert/mkor_over_adamw",
+        "queries_and_keys_bert/mkor_over_adamw_without",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", LOOKED_AT)
+def test_what_is_said_of_positions_is_of_the_runs(model: str) -> None:
+    """The figures, the better ones in bold: with rotary positions MKOR without queries and keys, over both bases."""
+    read = [json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in LOOKED_AT[model]]
+    losses = [run["final"]["eval_loss"] for run in read]
+    over_muon, over_adamw = losses[:3], losses[3:]
+    better = (min(over_muon), min(over_adamw))
+    rotary = read[0]["config"]["model"]["type"] in ("llama", "roformer")
+    cells = [f"**{loss:.3f}**" if loss in better else f"{loss:.3f}" for loss in losses]
+    assert f"| {' | '.join([model, 'rotary' if rotary else 'learnt', *cells])} |" in PAGES["docs/results.md"]
+    assert (better == (losses[2], losses[4])) == rotary and (losses[3] < losses[4]) != rotary
