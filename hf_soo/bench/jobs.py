@@ -42,6 +42,9 @@ _TABLE = (
     Job("large2_kaisa", f"{_LARGE2} --optim kaisa --rounds 1 --steps 1"),  # a round takes two minutes
     Job("large2_shampoo", f"{_LARGE2} --optim if_shampoo:batch_size=8,shampoo,soap --rounds 2 --steps 1"),
     Job("mini", "bench --preset mini --optim lamb,mkor+lamb,rf_rmsprop:batch_size=8+sgd --rounds 3 --steps 5"),
+    # beside one another in one process, for the seconds of results/evidence
+    Job("mini_bases", f"bench --preset mini --optim lamb,mkor+lamb,{_OVER_MUON},muon_mkor {_OFTEN}"),
+    Job("mini_others", f"bench --preset mini --optim mkor+adamw,kfac_reduce+adamw,sgd,eva+sgd {_OFTEN}"),
     # torch's Muon, in bf16 whatever the device, takes minutes for a step of large2 on a CPU without units for it
     Job("mini_muon", "bench --preset mini --optim muon --peer torch.optim:Muon --rounds 2 --steps 1"),
 )

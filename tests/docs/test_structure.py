@@ -36,7 +36,7 @@ MOST_FILE_LINES = 350
 MOST_FUNCTION_LINES = 45
 MOST_FILES = 24
 MOST_PUBLIC_NAMES = 629
-MOST_LINES = 31_254
+MOST_LINES = 31_257
 
 
 # Names that nothing is called any more; generic words only where they were misleading.
