@@ -123,7 +123,8 @@ def adapted(kind: str) -> Any:
 def test_each_row_counts_once(kind: str, name: str) -> None:
     """Padding none; nor do passes with the adapters off, or those that DoRA makes for their product."""
     model = adapted(kind)
-    optimizer = hf_soo.build_optimizer(name, model, lr=1e-2, base="adamw", update_period=1)
+    all_of_it = {"queries_and_keys": True} if name == "mkor" else {}
+    optimizer = hf_soo.build_optimizer(name, model, lr=1e-2, base="adamw", update_period=1, **all_of_it)
     ids, mask = torch.randint(5, 20, (3, 6)), torch.ones(3, 6, dtype=torch.long)
     mask[0, 4:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}

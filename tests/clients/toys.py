@@ -26,11 +26,17 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True, "use_cpu": True, "bf16": False,
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
-    "mkor": {"optim": "mkor", "base_optim": "adamw", "optim_args": "update_period=2"},
+    "mkor": {"optim": "mkor", "base_optim": "adamw", "optim_args": "update_period=2,queries_and_keys=true"},
     "kfac": {"optim": "kfac_expand", "base_optim": "sgd", "optim_args": "update_period=2,inverse_period=2"},
 }
 """Arguments of SecondOrderTrainingArguments: one method that keeps means, one that keeps factors."""
-FACTORY: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.01, "base": "adamw", "update_period": 2}
+FACTORY: dict[str, Any] = {
+    "lr": 5e-3,
+    "weight_decay": 0.01,
+    "base": "adamw",
+    "update_period": 2,
+    "queries_and_keys": True,
+}
 """Arguments of optimizer_factory and of build_optimizer for mkor."""
 
 

@@ -241,13 +241,13 @@ def test_only_what_trains_commits_and_nothing_stays_behind() -> None:
 
 def test_a_checkpoint_of_before_leaves_the_new_kinds_to_the_base() -> None:
     model = model_of("gpt_oss", "eager")
-    optimizer = hf_soo.build_optimizer("mkor", model, lr=0.01)
+    optimizer = hf_soo.build_optimizer("mkor", model, lr=0.01, queries_and_keys=True)
     run(model, optimizer, steps=2)
     saved = copy.deepcopy(optimizer.state_dict())
     second = saved["second_order"]
     del second["added"], saved["parameters"]
     second["layers"] = {k: v for k, v in second["layers"].items() if "experts" not in k and "router" not in k}
-    resumed = hf_soo.build_optimizer("mkor", model, lr=0.01)
+    resumed = hf_soo.build_optimizer("mkor", model, lr=0.01, queries_and_keys=True)
     resumed.load_state_dict(saved)
     run(model, resumed, steps=1)
     rules = resumed.routing()

@@ -66,24 +66,14 @@ ROTARY = {
     "codegen", "roformer", "cohere", "gpt_oss", "glm4", "olmo2", "dinov3_vit", "nomic_bert",
 }  # fmt: skip
 LEARNT = {
-    "bert",
-    "electra",
-    "deberta-v2",
-    "distilbert",
-    "vit",
-    "whisper",
-    "t5",
-    "ctrl",
-    "gpt2",
-    "bloom",
-    "opt",
-    "bart",
-    "mpt",
-}
+    "bert", "electra", "deberta-v2", "distilbert", "vit", "whisper", "t5", "ctrl", "gpt2", "bloom", "opt", "bart", "mpt",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", sorted(ROTARY | LEARNT))
 def test_families_with_rotary_positions(family: str) -> None:
+    if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     sizes = {**SIZES, **OTHER_SIZES.get(family, {})}
     config = AutoConfig.for_model(family)
     known = {key: value for key, value in sizes.items() if hasattr(config, key)}
