@@ -66,7 +66,8 @@ ROTARY = {
     "codegen", "roformer", "cohere", "gpt_oss", "glm4", "olmo2", "dinov3_vit", "nomic_bert",
 }  # fmt: skip
 LEARNT = {
-    "bert", "electra", "deberta-v2", "distilbert", "vit", "whisper", "t5", "ctrl", "gpt2", "bloom", "opt", "bart", "mpt",
+    "bert", "electra", "deberta-v2", "distilbert", "vit", "whisper", "t5", "ctrl", "gpt2", "bloom", "opt", "bart",
+    "mpt",
 }  # fmt: skip
 
 
