@@ -26,7 +26,7 @@ class Layer(ABC):
 
     The module is held, never its parameters: FSDP and others replace parameter objects after construction.
     ``coarsest`` is the coarsest dtype in its model, which its gradients come through. ``scores``: it projects to
-    attention's queries or keys; ``rotary``: its model has rotary positions. ``select_layers`` sets these two.
+    attention's queries or keys; ``rotary``: by rotary positions, if any. ``select_layers`` sets both.
     """
 
     in_old_checkpoints: ClassVar[bool] = True  # whether those that do not say what was added hold it

@@ -59,7 +59,6 @@ _SCORE_NAMES = re.compile(
 _ROTARY = re.compile(r"Rotary|R[oO]PE|Rope[A-Z]|RoFormer")
 """In the name of a class: what turns queries and keys by their positions, in transformers' families."""
 
-
 SkipReason = Callable[[Layer], str | None]
 """Why a method cannot move a layer, or None."""
 
@@ -89,14 +88,16 @@ def select_layers(
         ValueError: a pattern is no regular expression, or no layer is left.
     """
     owners, decoders, readers = _weight_owners(model), _decoders(model), readers_of(model)
-    rotary = any(_ROTARY.search(type(module).__name__) for module in model.modules())
+    # what turns by positions serves the module that holds it: one tower of a model may be rotary, another not
+    named = model.named_modules()
+    turned = tuple({name[: name.rfind(".") + 1] for name, module in named if _ROTARY.search(type(module).__name__)})
 
     def candidates() -> Iterator[tuple[Layer, str, str | None]]:
         for name, module in model.named_modules():
             reader = readers.get(module)
             layer = ReadLayer(name, module, name, reader=reader) if reader is not None else _as_layer(name, module)
             for each in read_layers(name, module) if layer is None else [layer]:
-                each.scores, each.rotary = _SCORE_NAMES.search(each.name) is not None, rotary
+                each.scores, each.rotary = _SCORE_NAMES.search(each.name) is not None, each.name.startswith(turned)
                 yield each, each.stack or name, _reason_to_leave(each, name, owners, decoders)
 
     selection = _select(candidates(), include, exclude, skip_reason, "layers")

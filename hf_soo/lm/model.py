@@ -41,7 +41,6 @@ class LanguageModelArguments(Checked):
     family: Literal["llama", "bert", "roformer"] | None = option(
         None, "Of models: llama (causal only), bert, roformer; None: llama if causal, bert if masked."
     )
-
     hidden_size: Count = option(128, "Width.")
     num_hidden_layers: Count = option(2, "Layers.")
     num_attention_heads: Count | None = option(None, "Heads; None: of 64, or one.")

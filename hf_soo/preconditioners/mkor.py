@@ -284,7 +284,7 @@ class MKOR(RowWise):
     def skip_reason(self, layer: Layer) -> str | None:
         """One output or input: a factor is then a number, the other damps the mean row alone; scores, if not wanted."""
         keep = self.config.queries_and_keys
-        if layer.scores and not (not layer.rotary if keep == "auto" else keep):
+        if layer.scores and (layer.rotary if keep == "auto" else not keep):
             return SCORES
         return f"one output or input {list(layer.shape)}" if min(layer.shape) < 2 else None
 

@@ -87,6 +87,15 @@ def test_families_with_rotary_positions(family: str) -> None:
     assert scores and ({layer.name for layer in layers} - moved == (scores if family in ROTARY else set()))
 
 
+def test_a_tower_with_learnt_positions_beside_a_rotary_one() -> None:
+    known = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    with torch.device("meta"):
+        towers = {family: AutoModel.from_config(AutoConfig.for_model(family, **known)) for family in ("bert", "llama")}
+    layers = select_layers(nn.ModuleDict({"tower": nn.ModuleDict(towers)})).layers
+    assert {("llama" in layer.name) == layer.rotary for layer in layers} == {True}
+    assert {layer.rotary for layer in layers if layer.scores} == {True, False}
+
+
 def attention_layers(model: nn.Module) -> dict[str, str]:
     """Name of each layer inside an attention -> its last part; an MLP's is none."""
     names = (layer.name for layer in select_layers(model).layers)
